@@ -1,0 +1,217 @@
+"""Varlink interface files: parse them, check parameters against them.
+
+The .varlink file is the contract; checking each call against it means that no handler sees a missing, unknown
+or wrongly typed field. Source: https://varlink.org/Interface-Definition.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoclawd.wire import Json, WireError
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """One type expression: a base type, a named type, a struct or an enum, perhaps nullable or an array."""
+
+    kind: str  #: bool, int, float, string, object, any, name, struct, enum, array, map, maybe
+    name: str = ""
+    fields: Mapping[str, Type] | None = None
+    values: tuple[str, ...] = ()
+    inner: Type | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    parameters: Type
+    reply: Type
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interface:
+    name: str
+    text: str  #: as written, comments included: what introspection shows
+    methods: Mapping[str, Method]
+    types: Mapping[str, Type]
+    errors: Mapping[str, Type]
+
+    def check_parameters(self, method: str, parameters: Json) -> Json:
+        """Return `parameters` with absent nullable fields as None; raise WireError naming the wrong field."""
+        return _struct(self, self.methods[method].parameters, parameters, "")
+
+    def check_reply(self, method: str, parameters: Json) -> Json:
+        """The same for what we answer ourselves; for tests."""
+        return _struct(self, self.methods[method].reply, parameters, "")
+
+
+def read_interface(path: Path) -> Interface:
+    """Return the interface that the file `path` holds. Raises ValueError if it is none."""
+    return parse_interface(path.read_text(encoding="utf-8"))
+
+
+_TOKEN = re.compile(r"(?:\s|#[^\n]*)*(->|\[string\]|\[\]|[?:,()]|[A-Za-z][A-Za-z0-9._-]*|\Z)")
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.position = 0
+        self.token = ""
+        self.advance()
+
+    def advance(self) -> str:
+        found = _TOKEN.match(self.text, self.position)
+        if found is None:
+            line = self.text.count("\n", 0, self.position) + 1
+            raise ValueError(f"line {line}: cannot be read")
+        before, self.token, self.position = self.token, found[1], found.end()
+        return before
+
+    def expect(self, token: str) -> None:
+        if self.token != token:
+            line = self.text.count("\n", 0, self.position) + 1
+            raise ValueError(f"line {line}: {token!r} expected, not {self.token!r}")
+        self.advance()
+
+    def type(self) -> Type:
+        if self.token == "?":
+            self.advance()
+            return Type("maybe", inner=self.type())
+        if self.token == "[]":
+            self.advance()
+            return Type("array", inner=self.type())
+        if self.token == "[string]":
+            self.advance()
+            return Type("map", inner=self.type())
+        if self.token == "(":
+            return self.struct_or_enum()
+        name = self.advance()
+        if name in ("bool", "int", "float", "string", "object", "any"):
+            return Type(name)
+        return Type("name", name=name)
+
+    def struct_or_enum(self) -> Type:
+        self.expect("(")
+        fields: dict[str, Type] = {}
+        values: list[str] = []
+        while self.token != ")":
+            name = self.advance()
+            if self.token == ":":
+                self.advance()
+                fields[name] = self.type()
+            else:
+                values.append(name)
+            if self.token == ",":
+                self.advance()
+        self.expect(")")
+        if values:
+            return Type("enum", values=tuple(values))
+        return Type("struct", fields=fields)
+
+
+def parse_interface(text: str) -> Interface:
+    """Return the interface described by `text`. Raises ValueError with the line."""
+    parser = _Parser(text)
+    parser.expect("interface")
+    name = parser.advance()
+    methods: dict[str, Method] = {}
+    types: dict[str, Type] = {}
+    errors: dict[str, Type] = {}
+    while parser.token:
+        keyword, member = parser.advance(), parser.advance()
+        if keyword == "method":
+            parameters = parser.struct_or_enum()
+            parser.expect("->")
+            methods[member] = Method(parameters, parser.struct_or_enum())
+        elif keyword in ("type", "error"):
+            (types if keyword == "type" else errors)[member] = parser.struct_or_enum()
+        else:
+            raise ValueError(f"'{keyword}' is no keyword of Varlink")
+    return Interface(name=name, text=text, methods=methods, types=types, errors=errors)
+
+
+def _struct(interface: Interface, expected: Type, value: Any, path: str) -> Json:
+    if not isinstance(value, dict):
+        raise WireError(path, f"must be an object, not {_kind(value)}")
+    fields = expected.fields or {}
+    for name in value:
+        if name not in fields:
+            raise WireError(_join(path, str(name)[:64]), "is not a known field")
+    return {name: _check(interface, field, value.get(name), _join(path, name)) for name, field in fields.items()}
+
+
+def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
+    match expected.kind:
+        case "maybe":
+            return None if value is None else _check(interface, _inner(expected), value, path)
+        case "name":
+            return _check(interface, interface.types[expected.name], value, path)
+        case "struct":
+            return _struct(interface, expected, value, path)
+        case "array":
+            if not isinstance(value, list):
+                raise WireError(path, f"must be an array, not {_kind(value)}")
+            inner = _inner(expected)
+            return [_check(interface, inner, item, f"{path}[{i}]") for i, item in enumerate(value)]
+        case "map":
+            if not isinstance(value, dict):
+                raise WireError(path, f"must be an object, not {_kind(value)}")
+            inner = _inner(expected)
+            return {key: _check(interface, inner, item, _join(path, key)) for key, item in value.items()}
+        case "enum":
+            if value not in expected.values:
+                raise WireError(path, f"must be one of {', '.join(expected.values)}")
+        case "string":
+            if not isinstance(value, str):
+                raise WireError(path, f"must be a string, not {_kind(value)}")
+            # JSON can spell what UTF-8 cannot hold and what no C program takes.
+            if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+                raise WireError(path, "holds a NUL or half a surrogate pair")
+        case "bool":
+            if not isinstance(value, bool):
+                raise WireError(path, f"must be true or false, not {_kind(value)}")
+        case "int":
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise WireError(path, f"must be an integer, not {_kind(value)}")
+            if not -(1 << 63) <= value < 1 << 63:
+                raise WireError(path, "does not fit into 64 bits")
+        case "float":
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise WireError(path, f"must be a number, not {_kind(value)}")
+            try:
+                return float(value)
+            except OverflowError:
+                raise WireError(path, "is too large") from None
+        case "object":
+            if not isinstance(value, dict):
+                raise WireError(path, f"must be an object, not {_kind(value)}")
+    return value
+
+
+def _inner(expected: Type) -> Type:
+    assert expected.inner is not None
+    return expected.inner
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "missing or null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+    return "an object"

@@ -1,0 +1,52 @@
+"""Names and ids: what they look like, and how to make new ones."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import NewType
+
+from nanoclawd.errors import Refused
+
+AgentName = NewType("AgentName", str)  #: [a-z][a-z0-9_]{0,31}; also part of unit and directory names
+SessionName = NewType("SessionName", str)  #: [a-z0-9_]{1,48}; the instance of the agent's unit
+MessageId = NewType("MessageId", str)  #: "m" and 16 hex digits
+TurnId = NewType("TurnId", str)  #: "t" and 16 hex digits
+DeliveryKey = NewType("DeliveryKey", str)  #: the idempotency key of one delivery
+
+# No dash: Quadlet and systemd look for drop-ins under every dash-truncated prefix of a unit's name, so
+# "a-b" would inherit what is meant for "a". No escape is needed either: %i equals %I (PLATFORM.md §1.7).
+AGENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
+SESSION_NAME = re.compile(r"[a-z0-9_]{1,48}", re.ASCII)
+
+
+def parse_agent_name(text: str) -> AgentName:
+    """Return `text` as an agent's name, or raise Refused."""
+    if not AGENT_NAME.fullmatch(text):
+        raise Refused(
+            f"{text[:64]!r} is not a name for an agent",
+            hint="use 1 to 32 of a-z, 0-9 and _, beginning with a letter",
+        )
+    return AgentName(text)
+
+
+def parse_session_name(text: str) -> SessionName:
+    """Return `text` as a session's name, or raise Refused."""
+    if not SESSION_NAME.fullmatch(text):
+        raise Refused(f"{text[:64]!r} is not a session's name", hint="use 1 to 48 of a-z, 0-9 and _")
+    return SessionName(text)
+
+
+def unit_name(agent: AgentName, session: SessionName) -> str:
+    """Return the name of the session's systemd unit."""
+    return f"nanoclaw-{agent}@{session}.service"
+
+
+def new_message_id() -> MessageId:
+    """Return a fresh id; 64 random bits, so that two never meet."""
+    return MessageId("m" + secrets.token_hex(8))
+
+
+def new_turn_id() -> TurnId:
+    """Return a fresh id; a runner cannot guess another session's."""
+    return TurnId("t" + secrets.token_hex(8))

@@ -1,0 +1,50 @@
+"""Structured lines in the journal: an event name and fields, never content.
+
+Fields begin with NANOCLAWD_ (systemd.journal-fields(7) keeps names without prefix for itself). USER_UNIT= makes
+`journalctl --user-unit` show our line among those of the agent's unit.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from systemd import journal as sd_journal
+
+ERR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
+_to_journal = "JOURNAL_STREAM" in os.environ
+
+
+def error(event: str, text: str = "", **fields: Any) -> None:
+    """Somebody must act."""
+    _send(ERR, event, text, fields)
+
+
+def warning(event: str, text: str = "", **fields: Any) -> None:
+    """We went on; the text says how."""
+    _send(WARNING, event, text, fields)
+
+
+def info(event: str, text: str = "", **fields: Any) -> None:
+    """A life began or ended."""
+    _send(INFO, event, text, fields)
+
+
+def debug(event: str, text: str = "", **fields: Any) -> None:
+    _send(DEBUG, event, text, fields)
+
+
+def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
+    unit = fields.pop("unit", None)
+    shown = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    line = " ".join(part for part in (f"{event}:" if text or shown else event, text, shown) if part)
+    if not _to_journal:  # started by hand: stderr is where a person looks
+        print(f"<{priority}>{line}" if not sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+        return
+    extra = {f"NANOCLAWD_{name.upper()}": str(value) for name, value in fields.items() if value is not None}
+    if unit is not None:
+        extra["USER_UNIT"] = unit
+    sd_journal.send(
+        line, PRIORITY=str(priority), SYSLOG_IDENTIFIER=os.path.basename(sys.argv[0]), NANOCLAWD_EVENT=event, **extra
+    )

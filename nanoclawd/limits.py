@@ -1,0 +1,50 @@
+"""Every limit of the host programs, with its unit in its name."""
+
+from __future__ import annotations
+
+# --- wire -----------------------------------------------------------------------------------------
+MESSAGE_BYTES = 1 << 20  #: one Varlink message, without its final NUL
+JSON_DEPTH = 32  #: nesting of one message; deeper ones only serve to exhaust the parser
+CONNECTIONS_PER_LISTENER = 64  #: further ones wait in the kernel's backlog
+CONNECTIONS_PER_SESSION = 4  #: a runner needs two
+LISTEN_BACKLOG = 128
+FDS_PER_MESSAGE = 1
+SEND_S = 30.0  #: a reader that takes nothing for so long is cut off
+STREAM_QUEUE = 256  #: replies waiting for one slow reader of a stream
+SUN_PATH_MAX = 108  # man 7 unix; counts the final NUL
+
+# --- messages -------------------------------------------------------------------------------------
+TEXT_BYTES = 256 << 10  #: one message in either direction, as UTF-8
+NAME_BYTES = 255  #: channel, chat, thread, event, sender, receipt
+QUEUED_PER_SESSION = 1000  #: inbound messages waiting; more are refused
+QUEUED_TOTAL = 50_000
+REPLIES_PER_TURN = 16
+SENDS_PER_TURN = 100
+ACTIVITY_BYTES = 4096  #: one line of progress; longer ones are cut
+INSTRUCTIONS_BYTES = 256 << 10
+AGENTS = 1000
+
+# --- queue ----------------------------------------------------------------------------------------
+TURN_MESSAGES = 1  #: inbound messages that one turn takes
+LEASE_S = 45.0  #: a lease without renewal
+HEARTBEAT_S = 15.0  #: what we ask of a runner
+ATTEMPTS = 4  #: claims of one message before it becomes a dead letter
+BACKOFF_FIRST_S = 2.0
+BACKOFF_MAX_S = 900.0
+DELIVERY_LEASE_S = 60.0
+DELIVERY_ATTEMPTS = 12
+WRITES_PER_COMMIT = 64  #: writes grouped into one transaction
+
+# --- systemd and Podman ---------------------------------------------------------------------------
+BUS_CALL_S = 25.0
+UNIT_START_S = 90.0  #: above the unit's own TimeoutStartSec=
+UNIT_STOP_S = 30.0
+RELOAD_S = 60.0
+PROGRAM_S = 30.0  #: generator and systemd-analyze
+PODMAN_S = 30.0  #: one question over the REST socket
+BUILD_S = 3600.0
+HELLO_S = 60.0  #: TimeoutStartSec= of an agent unit: until its runner has said hello
+STOP_TURN_S = 10.0  #: a runner that does not stop its turn by then is stopped itself
+SHUTDOWN_S = 5.0
+SESSIONS = 32  #: agent containers at once, unless nanoclaw.toml says otherwise
+FDSTORE = 512  # FileDescriptorStoreMax= of nanoclaw.service

@@ -1,0 +1,245 @@
+"""A Varlink server: accepts connections, checks each call against its interface, runs the handler.
+
+What is malformed, too large or unknown gets a named error of org.varlink.service and costs bounded memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanoclawd import journal, limits, wire
+from nanoclawd.errors import NanoclawError
+from nanoclawd.idl import Interface, parse_interface
+from nanoclawd.varlink import Connection
+from nanoclawd.wire import Json, VarlinkError
+
+SERVICE = "org.varlink.service"
+SERVICE_INTERFACE = parse_interface(
+    """\
+# The Varlink service interface, which every Varlink service has.
+interface org.varlink.service
+
+# Get a list of all the interfaces a service provides and information about the implementation.
+method GetInfo() -> (vendor: string, product: string, version: string, url: string, interfaces: []string)
+
+# Get the description of an interface that is implemented by this service.
+method GetInterfaceDescription(interface: string) -> (description: string)
+
+# The requested interface was not found.
+error InterfaceNotFound (interface: string)
+
+# The requested method was not found.
+error MethodNotFound (method: string)
+
+# The interface defines the requested method, but the service does not implement it.
+error MethodNotImplemented (method: string)
+
+# One of the passed parameters is invalid.
+error InvalidParameter (parameter: string)
+
+# Client is denied access.
+error PermissionDenied ()
+
+# Method is expected to be called with 'more' set to true, but wasn't.
+error ExpectedMore ()
+"""
+)
+
+
+@dataclass(slots=True)
+class Call:
+    """One call in progress: its checked parameters, and how to answer before the end."""
+
+    method: str
+    parameters: Json
+    more: bool
+    connection: Connection
+    caller: Caller
+
+    async def send(self, parameters: Json) -> None:
+        """Send one reply of several; the handler's return value is the last. Only if `more`."""
+        await self.connection.write({"parameters": parameters, "continues": True})
+
+
+@dataclass(slots=True)
+class Caller:
+    """What handlers remember about one connection; `closed` is set when the other side has gone."""
+
+    identity: Any = None  #: whatever the listener stands for, e.g. a session
+    memory: dict[str, Any] = field(default_factory=dict)
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+
+
+#: Answers a call; its return value is the only or the last reply. May raise VarlinkError or NanoclawError.
+Handler = Callable[[Call], Awaitable[Json]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """One row of a service's table: no row, no answer."""
+
+    handler: Handler
+    more: bool | None = None  #: True: must be called with "more"; None: may; False: "more" makes no difference
+
+
+class Service:
+    """The interfaces and the method table behind one kind of listener."""
+
+    def __init__(self, *, version: str, interface: Interface, methods: Mapping[str, Method]) -> None:
+        if set(methods) != set(interface.methods):
+            raise ValueError(f"{interface.name}: table and interface differ: {set(methods) ^ set(interface.methods)}")
+        self.version = version
+        self.interface = interface
+        self.methods = methods
+
+    async def answer(self, call: Call) -> Json:
+        """Run the handler of `call`. Raises VarlinkError."""
+        interface_name, _, name = call.method.rpartition(".")
+        if interface_name == SERVICE:
+            return self._answer_service(name, call.parameters)
+        if interface_name != self.interface.name:
+            raise VarlinkError(f"{SERVICE}.InterfaceNotFound", {"interface": interface_name[:256]})
+        method = self.methods.get(name)
+        if method is None:
+            raise VarlinkError(f"{SERVICE}.MethodNotFound", {"method": call.method[:256]})
+        if method.more and not call.more:
+            raise VarlinkError(f"{SERVICE}.ExpectedMore")
+        call.parameters = _checked(self.interface, name, call.parameters)
+        try:
+            return await method.handler(call)
+        except NanoclawError as exc:
+            error = type(exc).__name__
+            raise VarlinkError(
+                f"{interface_name}.{error}", {"message": exc.message[:4096], "hint": exc.hint[:1024]}
+            ) from exc
+
+    def _answer_service(self, name: str, parameters: Json) -> Json:
+        if name not in SERVICE_INTERFACE.methods:
+            raise VarlinkError(f"{SERVICE}.MethodNotFound", {"method": f"{SERVICE}.{name}"[:256]})
+        parameters = _checked(SERVICE_INTERFACE, name, parameters)
+        interfaces = {i.name: i for i in (SERVICE_INTERFACE, self.interface)}
+        if name == "GetInfo":
+            return {
+                "vendor": "NanoClaw for systemd and Podman",
+                "product": "nanoclaw",
+                "version": self.version,
+                "url": "man:nanoclawd(8)",
+                "interfaces": list(interfaces),
+            }
+        wanted = parameters["interface"]
+        if wanted not in interfaces:
+            raise VarlinkError(f"{SERVICE}.InterfaceNotFound", {"interface": wanted[:256]})
+        return {"description": interfaces[wanted].text}
+
+
+def _checked(interface: Interface, method: str, parameters: Json) -> Json:
+    try:
+        return interface.check_parameters(method, parameters)
+    except wire.WireError as exc:
+        journal.debug("invalid-parameter", str(exc), method=f"{interface.name}.{method}")
+        raise VarlinkError(f"{SERVICE}.InvalidParameter", {"parameter": exc.path}) from exc
+
+
+class Server:
+    """Serves one listening socket until its task is cancelled. Does not own the listener."""
+
+    def __init__(
+        self, service: Service, listener: socket.socket, *, identity: Any = None, connections: int = 0
+    ) -> None:
+        self.service = service
+        self.listener = listener
+        self.identity = identity
+        self.slots = asyncio.Semaphore(connections or limits.CONNECTIONS_PER_LISTENER)
+        self.active = 0  #: open connections
+
+    async def run(self) -> None:
+        """Accept and answer. Closes the connections, but not the listener, when cancelled."""
+        self.listener.setblocking(False)
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await self.slots.acquire()
+                try:
+                    sock, _ = await loop.sock_accept(self.listener)
+                except ConnectionError:  # gone before we came
+                    self.slots.release()
+                    continue
+                except OSError as exc:  # man 2 accept: out of descriptors or memory passes
+                    self.slots.release()
+                    journal.warning("accept-failed", f"{exc.strerror}, retrying in 1 s")
+                    await asyncio.sleep(1)
+                    continue
+                tasks.create_task(self._serve(sock), name="connection")
+
+    async def _serve(self, sock: socket.socket) -> None:
+        self.active += 1
+        connection = Connection(sock)
+        caller = Caller(identity=self.identity)
+        try:
+            await self._answer_all(connection, caller)
+        except (OSError, TimeoutError):
+            pass  # the other side went away or does not read; what it was told is its own business
+        finally:
+            for forget in caller.on_close:
+                forget()
+            connection.close()
+            self.active -= 1
+            self.slots.release()
+
+    async def _answer_all(self, connection: Connection, caller: Caller) -> None:
+        while True:
+            try:
+                message = await connection.read()
+                if message is None:
+                    return
+                call, oneway = _parse_call(message, connection, caller)
+            except wire.WireError as exc:
+                # Nothing after it can be trusted to be what it seems: say why, then hang up.
+                journal.warning("malformed-call", f"{exc}, hanging up", caller=self.identity)
+                await connection.write(
+                    {"error": f"{SERVICE}.InvalidParameter", "parameters": {"parameter": exc.path}}
+                )
+                return
+            reply: Json
+            try:
+                reply = {"parameters": await self._unless_gone(call, oneway)}
+            except VarlinkError as exc:
+                reply = {"error": exc.name, "parameters": exc.parameters}
+            if not oneway:
+                await connection.write(reply)
+
+    async def _unless_gone(self, call: Call, oneway: bool) -> Json:
+        """Answer; a stream ends as soon as the other side hangs up, though it has nothing to send."""
+        if not call.more:
+            return await self.service.answer(call)
+        answering = asyncio.ensure_future(self.service.answer(call))
+        gone = asyncio.ensure_future(call.connection.wait_gone())
+        try:
+            await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise ConnectionError
+            return answering.result()
+        finally:
+            for task in (answering, gone):
+                task.cancel()
+            await asyncio.gather(answering, gone, return_exceptions=True)
+
+
+def _parse_call(message: Json, connection: Connection, caller: Caller) -> tuple[Call, bool]:
+    method = message.get("method")
+    parameters = message.get("parameters")
+    if not isinstance(method, str):
+        raise wire.WireError("method", "must be a string")
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, dict):
+        raise wire.WireError("parameters", "must be an object")
+    flags: Sequence[Any] = [message.get(flag, False) for flag in ("more", "oneway")]
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise wire.WireError("more", "must be true or false")
+    more, oneway = flags
+    return Call(method, parameters, more and not oneway, connection, caller), oneway

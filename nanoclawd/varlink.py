@@ -1,0 +1,133 @@
+"""Varlink connections over asyncio: framing, limits and descriptors; used by servers and by the router as client.
+
+Sockets are used directly and not through asyncio's streams: these can neither receive descriptors nor leave an
+inherited socket's path alone on close (PLATFORM.md §3.1). Source: https://varlink.org, systemd's docs/VARLINK.md.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+from nanoclawd import limits, wire
+from nanoclawd.errors import Unavailable
+from nanoclawd.wire import Json, unpack
+
+class Connection:
+    """One stream socket that carries NUL-terminated JSON objects. Owns the socket and received descriptors."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.fds: list[int] = []  #: received and not yet taken; take_fd() or close() ends each
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._writing = asyncio.Lock()
+
+    async def read(self) -> Json | None:
+        """Return the next message, or None at the end of the stream.
+
+        Raises wire.WireError: what came is no message, and the connection cannot be used any further if the
+        error's path is 'size'.
+        """
+        while (end := self._buffer.find(b"\0", self._scanned)) < 0:
+            self._scanned = len(self._buffer)
+            if self._scanned > limits.MESSAGE_BYTES:
+                self._buffer.clear()
+                raise wire.WireError("size", f"a message is longer than {limits.MESSAGE_BYTES} bytes")
+            data = await self._receive()
+            if not data:
+                return None
+            self._buffer += data
+        message = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._scanned = 0
+        return wire.decode(message)
+
+    async def write(self, message: Json, fd: int | None = None) -> None:
+        """Send one message, and `fd` with it. Raises OSError, or TimeoutError if the reader takes nothing."""
+        data = wire.encode(message) + b"\0"
+        async with self._writing, asyncio.timeout(limits.SEND_S):
+            if fd is not None:
+                # A fresh connection's buffer takes the first byte, which carries the descriptor.
+                socket.send_fds(self.sock, [data[:1]], [fd])
+                data = data[1:]
+            await self._loop.sock_sendall(self.sock, data)
+
+    async def wait_gone(self) -> None:
+        """Return when the other side has hung up. What it sends meanwhile is kept, within the limit."""
+        while len(self._buffer) <= limits.MESSAGE_BYTES:
+            data = await self._receive()
+            if not data:
+                return
+            self._buffer += data
+
+    def take_fd(self) -> int | None:
+        """Return a received descriptor, which the caller now owns, or None."""
+        return self.fds.pop(0) if self.fds else None
+
+    def close(self) -> None:
+        """Close the socket and what was received and not taken. Harmless if repeated."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+        self.sock.close()
+
+    async def _receive(self) -> bytes:
+        while True:
+            try:
+                data, ancillary, _, _ = self.sock.recvmsg(
+                    65536, socket.CMSG_SPACE(limits.FDS_PER_MESSAGE * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+                )
+            except (BlockingIOError, InterruptedError):
+                await self._readable()
+                continue
+            except OSError:
+                return b""
+            for level, kind, payload in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self._keep(array.array("i", payload[: len(payload) // 4 * 4]))
+            return data
+
+    def _keep(self, received: array.array[int]) -> None:
+        for fd in received:
+            if len(self.fds) < limits.FDS_PER_MESSAGE:
+                self.fds.append(fd)
+            else:
+                os.close(fd)
+
+    async def _readable(self) -> None:
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(self.sock, lambda: ready.done() or ready.set_result(None))
+        try:
+            await ready
+        finally:
+            self._loop.remove_reader(self.sock)
+
+
+async def connect(path: Path) -> Connection:
+    """Return a connection to the socket `path`. Raises Unavailable."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection = Connection(sock)
+        await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
+    except OSError as exc:
+        sock.close()
+        raise Unavailable(f"cannot connect to '{path}': {exc.strerror}") from exc
+    return connection
+
+
+async def call(connection: Connection, method: str, parameters: Json, *, fd: int | None = None) -> Json:
+    """Call `method` and return the reply's parameters. Raises VarlinkError, Unavailable."""
+    try:
+        await connection.write({"method": method, "parameters": parameters}, fd)
+        reply = await connection.read()
+    except (OSError, wire.WireError) as exc:
+        raise Unavailable(f"{method}: {exc}") from exc
+    if reply is None:
+        raise Unavailable(f"{method}: the other side hung up")
+    return unpack(reply)
