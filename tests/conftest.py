@@ -1,0 +1,97 @@
+"""Fixtures of all tests: the machine with the installed product, a pristine one, and where the time went."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.machine import ROOT, STORE_TOOL, LocalMachine, Machine, NestedMachine
+
+INSTALL_S = 600
+PREPARE_S = 1800
+
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a machine, and run it last: tests/run prepares it beside the other tests."""
+    for item in items:
+        if Path(item.path).is_relative_to(ROOT / "tests/e2e"):
+            item.add_marker(pytest.mark.machine)
+    items.sort(key=lambda item: item.get_closest_marker("machine") is not None)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up the time of each directory of tests."""
+    _seconds[str(Path(report.nodeid.split("::")[0]).parent)] += report.duration
+
+
+def pytest_sessionfinish() -> None:
+    """Hand the times to tests/run, which prints them."""
+    if path := os.environ.get("NANOCLAW_TEST_TIMES"):
+        with open(path, "a", encoding="utf-8") as file:
+            for name, seconds in _seconds.items():
+                file.write(f"{seconds * 1000:.0f} pytest: {name}\n")
+
+
+@pytest.fixture(scope="session")
+def store() -> str:
+    """Return the podman storage directory that holds the agent image; made if need be (see tests/run)."""
+    if LocalMachine.is_possible():
+        pytest.skip("a nested machine needs root; here the tests use the session's own user manager")
+    if os.geteuid() != 0:
+        pytest.skip("no user manager of systemd here, and a nested machine needs root")
+    made = subprocess.run([STORE_TOOL], stdout=subprocess.PIPE, text=True, check=True, timeout=PREPARE_S)
+    return made.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def _installed(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    machine: Machine
+    if LocalMachine.is_possible():
+        if (Path.home() / ".config/nanoclaw").exists():
+            pytest.skip("NanoClaw is installed in this session: not testing on somebody's own agents")
+        machine = LocalMachine()
+        _install(machine)
+        yield machine
+        return
+    machine = NestedMachine(f"e2e-{os.getpid()}")
+    machine.up("--project", str(ROOT), "--store", request.getfixturevalue("store"))
+    try:
+        _install(machine)
+        yield machine
+    finally:
+        machine.down()
+
+
+def _install(machine: Machine) -> None:
+    if (ROOT / "install.sh").exists():
+        machine.run("./install.sh", "--yes", "--no-demo", cwd=machine.project, timeout_s=INSTALL_S)
+    machine.check_journal()
+
+
+@pytest.fixture
+def machine(_installed: Machine) -> Iterator[Machine]:
+    """The machine with the installed product, shared by all tests: leave it as you found it.
+
+    Fails a test that left warnings of our units or a crash in the journal; see Machine.expect_journal.
+    """
+    yield _installed
+    _installed.check_journal()
+
+
+@pytest.fixture
+def fresh_machine(store: str) -> Iterator[NestedMachine]:
+    """A machine of this test's own, just booted: has checkout and agent image, nothing installed."""
+    machine = NestedMachine(f"fresh-{os.getpid()}")
+    machine.up("--project", str(ROOT), "--store", store)
+    try:
+        yield machine
+        machine.check_journal()
+    finally:
+        machine.down()
