@@ -1,0 +1,193 @@
+"""One turn: a thread that runs the provider, a heartbeat that keeps the lease."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from . import journal
+from .host import Host
+from .protocol import Turn
+from .provider import Provider, Stopped, TurnFailed
+from .wire import HostError, MessageTooLong
+
+_FLUSH_S = 0.1  # text deltas are put together for so long: a fast model must not cost a call a word
+_FLUSH_CHARS = 2048
+MAX_REPLY_CHARS = 150_000  # at most 6 bytes a character in JSON, so below the wire's limit
+_STOP_GRACE_S = 5.0
+
+
+class Chat:
+    """What a provider may do to the chat while its turn runs."""
+
+    def __init__(self, turn: str, host: Host) -> None:
+        self.stopping = threading.Event()  #: set once nobody wants this turn's result any more
+        self._turn = turn
+        self._host = host
+        self._text = ""
+        self._flushed_at = 0.0
+
+    def thinking(self, text: str = "") -> None:
+        self._report("thinking", text)
+
+    def tool(self, line: str) -> None:
+        self._report("tool", " ".join(line.split())[:200])
+
+    def text(self, piece: str) -> None:
+        """Show a piece of the reply to come; pieces may be put together, flush() shows the rest."""
+        self._text += piece
+        if len(self._text) >= _FLUSH_CHARS or time.monotonic() - self._flushed_at >= _FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._text:
+            text, self._text = self._text, ""
+            self._flushed_at = time.monotonic()
+            self._host.tell("ReportActivity", {"turn": self._turn, "kind": "text", "text": clean(text)})
+
+    def send(self, key: str, text: str) -> None:
+        """Send a message to the chat now; return when the router has it. Raises Stopped, ValueError."""
+        try:
+            self._host.call("SendMessage", {"turn": self._turn, "key": key, "text": clean(text)})
+        except MessageTooLong as exc:
+            raise ValueError("the message is too long") from exc
+        except HostError as exc:
+            if exc.name != "NoSuchTurn":
+                raise ValueError(f"the router refused the message: {exc.name}") from exc
+            self.stopping.set()
+            raise Stopped from exc
+
+    def _report(self, kind: str, text: str) -> None:
+        self.flush()
+        self._host.tell("ReportActivity", {"turn": self._turn, "kind": kind, "text": clean(text)})
+
+
+class TurnRun:
+    """A turn that runs until finish() was answered, or nobody wants its result any more."""
+
+    def __init__(
+        self, turn: Turn, *, host: Host, provider: Provider, heartbeat_s: float, on_end: Callable[[], None]
+    ) -> None:
+        self.id = turn.id
+        self._turn = turn
+        self._host = host
+        self._provider = provider
+        self._renew_s = max(heartbeat_s / 3, 0.05)  # two may be lost before the lease ends
+        self._on_end = on_end
+        self._chat = Chat(turn.id, host)
+        self._abandoned = False
+        self._over = threading.Event()
+        self._worker = threading.Thread(target=self._work, name="turn", daemon=True)
+
+    def start(self) -> None:
+        self._worker.start()
+        threading.Thread(target=self._renew, name="heartbeat", daemon=True).start()
+
+    def join(self) -> None:
+        self._worker.join(_STOP_GRACE_S)
+
+    @property
+    def is_over(self) -> bool:
+        return self._over.is_set()
+
+    def stop(self, on_stuck: Callable[[], None]) -> None:
+        """The person wants it to stop: end it and say so. Calls on_stuck if the provider does not obey."""
+        if self._chat.stopping.is_set():
+            return
+        self._chat.stopping.set()
+        self._provider.stop()
+        timer = threading.Timer(_STOP_GRACE_S, self._give_up, [on_stuck])
+        timer.daemon = True
+        timer.start()
+
+    def abandon(self) -> None:
+        """The lease is lost: end it and say nothing."""
+        self._abandoned = True
+        self._chat.stopping.set()
+        self._provider.stop()
+
+    def _work(self) -> None:
+        started = time.monotonic()
+        outcome = self._outcome()
+        self._chat.flush()
+        if not self._abandoned:
+            self._finish(outcome)
+        journal.info(
+            "turn-ended",
+            turn=self.id,
+            attempt=self._turn.attempt,
+            outcome="abandoned" if self._abandoned else outcome["outcome"],
+            took_ms=round((time.monotonic() - started) * 1000),
+        )
+        self._over.set()
+        self._on_end()
+
+    def _outcome(self) -> dict[str, Any]:
+        try:
+            replies = self._provider.run(self._turn, self._chat)
+        except Stopped:
+            return {"outcome": "stopped", "replies": []}
+        except TurnFailed as exc:
+            return _failed(exc)
+        except Exception:
+            journal.error("provider-bug", turn=self.id, trace=traceback.format_exc(limit=-4))
+            return _failed(TurnFailed("internal", "The agent's runner failed; its journal says why."))
+        return {"outcome": "answered", "replies": [clean(_shortened(text)) for text in replies]}
+
+    def _finish(self, outcome: dict[str, Any]) -> None:
+        """Say how the turn ended until the router has heard it."""
+        try:
+            self._host.call("FinishTurn", {"turn": self.id, **outcome})
+        except HostError as exc:
+            if exc.name == "NoSuchTurn":
+                journal.warning("turn-lost", turn=self.id, reason="its lease had ended, dropping it")
+                return
+            self._finish_refused(outcome, exc.name)
+        except MessageTooLong:
+            self._finish_refused(outcome, "too long")
+
+    def _finish_refused(self, outcome: dict[str, Any], reason: str) -> None:
+        journal.error("finish-refused", turn=self.id, reason=reason)
+        if outcome["outcome"] != "failed":  # else the lease ends, and the router decides
+            self._finish(_failed(TurnFailed("internal", "The agent's reply could not be handed over.")))
+
+    def _renew(self) -> None:
+        while not self._over.wait(self._renew_s):
+            try:
+                self._host.try_call("RenewTurn", {"turn": self.id})
+            except HostError as exc:
+                if exc.name == "NoSuchTurn" and not self.is_over:
+                    journal.warning("lease-lost", turn=self.id, reason="stopping the turn")
+                    self.abandon()
+                    return
+
+    def _give_up(self, on_stuck: Callable[[], None]) -> None:
+        if not self.is_over and not self._abandoned:
+            journal.error("stop-stuck", turn=self.id, reason="the turn did not stop in time, leaving")
+            self._finish({"outcome": "stopped", "replies": []})
+            on_stuck()
+
+
+def _failed(failure: TurnFailed) -> dict[str, Any]:
+    error: dict[str, Any] = {
+        "code": failure.code,
+        "message": clean(" ".join(failure.message.split())),
+        "retryable": failure.retryable,
+    }
+    if failure.retry_after_s is not None:
+        error["retryAfterSeconds"] = failure.retry_after_s
+    return {"outcome": "failed", "replies": [], "error": error}
+
+
+def clean(text: str) -> str:
+    """Return the text without what the contract forbids."""
+    return text.replace("\0", "")
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_REPLY_CHARS:
+        return text
+    return text[:MAX_REPLY_CHARS] + f"\n[{len(text) - MAX_REPLY_CHARS} more characters were cut off]"
