@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.machine import Machine, MachineError, NestedMachine
+from tests.support.machine import ROOT, Machine, MachineError, NestedMachine
 
 IMAGE = "localhost/nanoclaw-agent:latest"
 GENERATOR = "/usr/lib/systemd/user-generators/podman-user-generator"
@@ -21,7 +21,7 @@ def nested() -> Iterator[NestedMachine]:
     if os.geteuid() != 0:
         pytest.skip("a nested machine needs root")
     machine = NestedMachine(f"bare-{os.getpid()}")
-    machine.up()
+    machine.up("--project", str(ROOT))
     yield machine
     machine.down()
 
@@ -181,3 +181,24 @@ def test_wait_for_gives_up_with_the_journal(nested: NestedMachine) -> None:
     assert nested.wait_for(lambda: nested.exists("/etc/machine-id"), what="a file")
     with pytest.raises(MachineError, match="a unicorn did not come true"):
         nested.wait_for(lambda: nested.exists("/etc/unicorn"), within_s=0.2, what="a unicorn")
+
+
+def test_local_machine_is_the_session_of_an_ordinary_user(nested: NestedMachine) -> None:
+    script = """
+from tests.support.machine import LocalMachine
+assert LocalMachine.is_possible()
+machine = LocalMachine()
+machine.run("systemd-run", "--user", "--wait", "--unit=nanoclaw-local", "sh", "-c", "echo '<4>look' >&2")
+print(machine.user, machine.home, machine.run("pwd", cwd="/srv", unit=True).stdout.strip())
+try:
+    machine.check_journal()
+except AssertionError as exc:
+    print(exc)
+"""
+    log_as(nested, "nanoclaw-trial", "<3>trouble from before the tests")
+
+    said = nested.run("python3", "-c", script, cwd=nested.project).stdout
+    nested.expect_journal("look|trouble from before")
+
+    assert said.splitlines()[0] == "claw /home/claw /srv"
+    assert said.splitlines()[2:] == ["nanoclaw-local.service <4> look"]

@@ -275,6 +275,9 @@ class LocalMachine(Machine):
         self.home = str(Path.home())
         self.project = str(ROOT)
         self.user = Path.home().owner()
+        last = self._read_journal(["--output=json", "--lines=1"])
+        if last:  # what was before the tests is none of their business
+            self._cursor = json.loads(last)["__CURSOR"]
 
     @staticmethod
     def is_possible() -> bool:
