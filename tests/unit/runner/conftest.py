@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.unit.runner.router_double import WAIT_S, RouterDouble
 
 AGENT_IMAGE = Path(__file__).parents[3] / "agent-image"

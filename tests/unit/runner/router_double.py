@@ -1,11 +1,12 @@
-"""A test double of the router's side of io.nanoclaw.Agent: the wire is real, the router behind it is this file.
+"""A test double of the router's side of io.nanoclaw.Agent: a real wire, no router behind it but this file.
 
-It serves the session's socket to a real runner process, hands out turns, and remembers every call. Its listener
-outlives restart(), as systemd keeps the router's.
+It serves the session's socket to a real runner process, hands out turns, and remembers every call. Its
+listener outlives restart(), as systemd keeps the router's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -178,7 +179,5 @@ class RouterDouble:
         self._send(connection, {"parameters": parameters, **({"continues": True} if continues else {})})
 
     def _send(self, connection: socket.socket, reply: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it was cut off: the runner will come back
             connection.sendall(json.dumps(reply).encode() + b"\0")
-        except OSError:
-            pass  # it was cut off: the runner will come back
