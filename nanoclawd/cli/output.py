@@ -1,0 +1,98 @@
+"""What nanoclawctl prints: results on stdout, talk on stderr, colours only for a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from nanoclawd.cli import text
+from nanoclawd.errors import NanoclawError
+
+RED, YELLOW, GREEN, BOLD, DIM = "31", "33", "32", "1", "2"
+
+
+def colour(code: str, words: str, stream: TextIO | None = None) -> str:
+    """Return `words` in colour if `stream` (stdout) is a terminal that wants it. Source: no-color.org."""
+    stream = stream or sys.stdout
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") in (None, "", "dumb") or not stream.isatty():
+        return words
+    return f"\x1b[{code}m{words}\x1b[0m"
+
+
+def say(words: str) -> None:
+    """Print a result."""
+    print(text.visible(words))
+
+
+def talk(words: str) -> None:
+    """Tell the person something that is not the result."""
+    print(text.visible(words), file=sys.stderr, flush=True)
+
+
+def say_json(document: Any) -> None:
+    """Print the one document that --json promises."""
+    print(_document(document))
+
+
+def say_error(error: NanoclawError, *, as_json: bool) -> None:
+    """Print an error on stderr, where it does not mix with results; with --json as one document."""
+    if as_json:
+        fields = {"code": error.code, "message": error.message, "hint": error.hint}
+        print(_document({"error": fields}), file=sys.stderr)
+        return
+    print(f"{colour(RED, 'error:', sys.stderr)} {text.visible(error.message)}", file=sys.stderr)
+    if error.hint:
+        print(f"{colour(BOLD, 'hint:', sys.stderr)} {text.visible(error.hint)}", file=sys.stderr)
+
+
+def say_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under heads, each column as wide as it needs."""
+    lines = [list(heads), *([text.one_line(str(cell)) or "-" for cell in row] for row in rows)]
+    widths = [max(text.width(line[column]) for line in lines) for column in range(len(heads))]
+    for number, line in enumerate(lines):
+        padded = (cell + " " * (size - text.width(cell)) for cell, size in zip(line, widths, strict=True))
+        shown = "  ".join(padded).rstrip()
+        print(shown if number else colour(BOLD, shown))
+
+
+def is_interactive() -> bool:
+    """Return whether a person can be asked: the question goes to stderr, the answer comes from stdin."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask(question: str) -> bool:
+    """Ask a question that defaults to no."""
+    print(f"{text.visible(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def size(count: int | None) -> str:
+    """Return a number of bytes as people write it, "-" if unknown."""
+    if count is None:
+        return "-"
+    amount, unit = float(count), ""
+    for unit in ("B", "K", "M", "G", "T"):
+        if amount < 1024 or unit == "T":
+            break
+        amount /= 1024
+    return f"{amount:.0f}{unit}" if unit == "B" or amount >= 100 else f"{amount:.1f}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a span of time in its two largest units."""
+    left, parts = int(seconds), []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def _document(value: Any) -> str:
+    import json
+
+    return text.visible_json(
+        json.dumps(value, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None)
+    )

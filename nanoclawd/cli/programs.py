@@ -1,0 +1,78 @@
+"""Other programs that only the person, outside every sandbox, can run: argument list, no shell, deadline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from argparse import Namespace
+from typing import NoReturn
+
+from nanoclawd.cli import control
+from nanoclawd.cli.parser import UsageError
+from nanoclawd.errors import Failed, NotFound, Unavailable
+from nanoclawd.ids import parse_agent_name, parse_session_name
+
+
+def logs(options: Namespace) -> NoReturn:
+    """Become journalctl(1): its pager, colours and keys are what people know."""
+    if options.AGENT is None:
+        units = ["nanoclaw.service", "nanoclaw-gateway.service", "nanoclaw-channel@*.service"]
+    else:
+        units = [f"nanoclaw-{parse_agent_name(options.AGENT)}@*.service"]
+    arguments = ["journalctl", "--user", *(f"--unit={unit}" for unit in units), f"--lines={options.lines}"]
+    become([*arguments, "--follow"] if options.follow else arguments)
+
+
+def shell(options: Namespace) -> NoReturn:
+    """Become a shell in the agent's container."""
+    agent = parse_agent_name(options.AGENT)
+    if options.session is not None:
+        session = parse_session_name(options.session)
+    else:
+        with control.suggesting(agent):
+            sessions = [reply["session"] for reply in control.stream("ListSessions", {"agent": agent})]
+        running = [
+            found["session"] for found in sessions if found and found["state"] in ("ready", "working")
+        ]
+        if not running:
+            raise NotFound(
+                f"no session of '{agent}' runs", hint=f"send it a message first: 'nanoclawctl chat {agent}'"
+            )
+        if len(running) > 1:
+            raise UsageError(
+                f"several sessions of '{agent}' run: {', '.join(running)}", hint="choose: --session"
+            )
+        session = parse_session_name(running[0])
+    keyboard = ["--interactive", "--tty"] if os.isatty(0) and os.isatty(1) else ["--interactive"]
+    become(["podman", "exec", *keyboard, f"nanoclaw-{agent}-{session}", "bash"])
+
+
+def become(arguments: list[str]) -> NoReturn:
+    """Replace this process by another program. Raises Failed if there is none."""
+    try:
+        os.execvp(arguments[0], arguments)
+    except OSError as exc:
+        raise Failed(
+            f"cannot run {arguments[0]}: {exc.strerror}", hint="'nanoclawctl doctor' checks what is needed"
+        ) from exc
+
+
+def run(arguments: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and return what it printed, whatever its exit code.
+
+    Raises Unavailable if it cannot be started or takes longer than `timeout_s`; it is then killed.
+    """
+    try:
+        return subprocess.run(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"'{' '.join(arguments)}' took longer than {timeout_s:.0f} s") from None
+    except OSError as exc:
+        raise Unavailable(f"cannot run {arguments[0]}: {exc.strerror}") from exc
