@@ -1,0 +1,75 @@
+"""Text files that people and we write: read within bounds, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from nanoclawd.errors import ConfigError, Failed, NotFound
+
+CONFIG_BYTES = 64 << 10  #: one TOML file of a person
+
+
+def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
+    """Return the text of a regular file (symlinks are followed) of at most `max_bytes`.
+
+    Raises NotFound if there is none, ConfigError if it is not such a file, too large, or not UTF-8.
+    """
+    try:
+        # O_NONBLOCK: a FIFO in its place would otherwise block us until somebody writes into it.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFound(f"{path}: there is no such file") from None
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from None
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ConfigError(f"{path}: is not a regular file")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ConfigError(f"{path}: is larger than {max_bytes >> 10} KiB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise ConfigError(f"{path}:{line}: is not UTF-8", hint="save the file as UTF-8") from None
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Replace `path` (or what a symlink there points to) by `text`, durable when this returns.
+
+    At any moment, also after a power loss, there is either the old file or the new one.
+    Raises Failed, and leaves the old file, if it cannot be written.
+    """
+    try:
+        path = path.resolve()  # a dotfile manager's symlink stays one
+        # In the same directory: rename(2) works neither across file systems nor across the bind mounts that
+        # ReadWritePaths= makes. The name has no suffix that Quadlet or we would read.
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
+        try:
+            with open(fd, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fchmod(fd, mode)
+                os.fsync(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_directory(path.parent)
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of symlinks, before Python 3.13
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise Failed(f"{path}: cannot be written: {reason}") from None
+
+
+def sync_directory(path: Path) -> None:
+    """Make names that were added, replaced or removed in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,202 @@
+"""The Quadlet unit of each agent: rendered from its configuration, checked, put where systemd finds it.
+
+No D-Bus here: whoever installs or removes units reloads systemd once, afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from nanoclawd import paths, quadlet_check
+from nanoclawd.agents import AgentConfig
+from nanoclawd.errors import ConfigError, Failed, NanoclawError, Refused
+from nanoclawd.files import sync_directory, write_text
+from nanoclawd.ids import AgentName, parse_agent_name
+from nanoclawd.mounts import BindMount
+from nanoclawd.unitfile import PLAIN, quote_argument
+
+TEMPLATE = paths.SHARE / "quadlets" / "agent.container.in"
+FIRST_UID = 2000  #: in the container, of the agent with index 0
+# A file that is not in Quadlet's syntax makes the generator drop its whole directory, so not all in one. But
+# it looks for each unit's drop-ins in each directory: 1,000 agents take 17 s in one each, 0.4 s in these.
+DIRECTORIES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitSpec:
+    """All that makes one agent's unit."""
+
+    config: AgentConfig
+    index: int  #: 0-based, of this agent alone and for ever: becomes its uid and its SELinux level
+    mounts: tuple[BindMount, ...] = ()  #: config.mounts after resolve_mounts(), and those of skills
+    version: str = ""  #: ours, for the header
+
+    @property
+    def agent(self) -> AgentName:
+        return self.config.name
+
+
+# --- pure -------------------------------------------------------------------------------------------
+
+
+def unit_file(agent: AgentName, index: int) -> Path:
+    """Return where the agent's unit is."""
+    return paths.quadlets() / "nanoclaw" / f"{index % DIRECTORIES:x}" / f"nanoclaw-{agent}@.container"
+
+
+def drop_in_directory(agent: AgentName) -> Path:
+    """Return where a person extends the agent's unit; never touched by us."""
+    return paths.quadlets() / f"nanoclaw-{agent}@.container.d"
+
+
+def container_uid(index: int, person: int) -> int:
+    """Return the agent's uid in its container; never the person's, which is the same inside as outside."""
+    uid = FIRST_UID + index
+    return uid + 1 if FIRST_UID <= person <= uid else uid
+
+
+def selinux_level(index: int) -> str:
+    """Return the agent's MCS level: two of 1024 categories, another pair for each of 262,144 agents."""
+    return f"s0:c{index % 512},c{512 + index // 512 % 512}"
+
+
+def render(spec: UnitSpec) -> str:
+    """Return the text of the agent's unit. Raises Refused if a path in it cannot stand there."""
+    agent, config = spec.agent, spec.config
+    limits = [f"MemoryMax={config.memory_max}", f"TasksMax={config.tasks_max}"]
+    if config.cpu_quota:
+        limits.append(f"CPUQuota={config.cpu_quota}")
+    # Absolute paths, not %S or %t: ours are made by us, and systemd's own idea of XDG_STATE_HOME may differ.
+    volumes = [
+        _volume(paths.workspace(agent), "", "/workspace", "rw,nosuid,nodev,Z"),
+        _volume(paths.agent_state(agent) / "sessions", "/%i", "/session", "rw,nosuid,nodev,Z"),
+        _volume(paths.runtime() / "agents" / agent, "/%i", "/run/nanoclaw", "ro,nosuid,nodev,noexec,z"),
+    ]
+    for mount in spec.mounts:
+        volumes.append(
+            _volume(
+                mount.source,
+                "",
+                mount.target,
+                "ro,nosuid,nodev,z" if mount.read_only else "rw,nosuid,nodev,z",
+            )
+        )
+    return _template().substitute(
+        agent=agent,
+        version=spec.version,
+        top="nanoclaw/",
+        limits="\n".join(limits),
+        uid=container_uid(spec.index, os.getuid()),
+        gid=os.getgid(),
+        selinux_level=selinux_level(spec.index),
+        volumes="\n".join(volumes),
+        image=config.image,
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    return Template(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _volume(source: Path, instance: str, target: str, options: str) -> str:
+    """Return the line that mounts `source` and what `instance`, in systemd's syntax, adds to it."""
+    if ":" in str(source):
+        raise Refused(f"podman cannot mount '{source}': there is a colon in it")
+    rest = f"{instance}:{target}:{options}"
+    if PLAIN.fullmatch(f"{source}{target}"):
+        return f"Volume={source}{rest}"
+    # Quadlet takes a Volume='s source over into RequiresMountsFor= as it is, where a space would split it.
+    argument = quote_argument(f"--volume={source}").removesuffix('"')
+    return f'PodmanArgs={argument}{rest}"'
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def stale_units(specs: Iterable[UnitSpec]) -> list[UnitSpec]:
+    """Return those whose unit is missing or not what we would write now: older, changed or damaged."""
+    return [spec for spec in specs if _installed(spec) != _rendered_or_none(spec)]
+
+
+def _rendered_or_none(spec: UnitSpec) -> str | None:
+    try:
+        return render(spec)
+    except Refused:
+        return ""  # never what is installed, so install_units() will tell
+
+
+def _installed(spec: UnitSpec) -> str | None:
+    try:
+        return unit_file(spec.agent, spec.index).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def installed_units() -> list[tuple[AgentName, Path]]:
+    """Return the agent and the file of each unit of ours; an agent whose index changed may have two."""
+    found = []
+    for path in (paths.quadlets() / "nanoclaw").glob("*/nanoclaw-*@.container"):
+        try:
+            found.append((parse_agent_name(path.name[len("nanoclaw-") : -len("@.container")]), path))
+        except Refused:
+            continue
+    return sorted(found)
+
+
+async def install_units(specs: Sequence[UnitSpec]) -> dict[AgentName, NanoclawError | None]:
+    """Check the units of `specs` together and put those that pass in place; then reload systemd once.
+
+    Returns for each agent None or what is wrong with it; a broken one keeps its old unit and harms no other.
+    Raises Unavailable or Failed if nothing could be checked at all.
+    """
+    results: dict[AgentName, NanoclawError | None] = {}
+    texts: dict[AgentName, str] = {}
+    for spec in specs:
+        try:
+            texts[spec.agent] = render(spec)
+        except Refused as exc:
+            results[spec.agent] = ConfigError(
+                f"{paths.agents() / spec.agent}.toml: {exc.message}", hint=exc.hint
+            )
+    problems = await quadlet_check.check_units(texts)
+    for spec in specs:
+        if spec.agent in texts:
+            results[spec.agent] = problems.get(spec.agent)
+    good = [spec for spec in specs if results[spec.agent] is None]
+    # In a thread: each file is written durably, and a thousand of them take seconds.
+    results |= await asyncio.to_thread(_write_units, good, texts)
+    return results
+
+
+def _write_units(
+    specs: Sequence[UnitSpec], texts: Mapping[AgentName, str]
+) -> dict[AgentName, NanoclawError | None]:
+    results: dict[AgentName, NanoclawError | None] = {}
+    for spec in specs:
+        path = unit_file(spec.agent, spec.index)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, texts[spec.agent], mode=0o644)
+            results[spec.agent] = None
+        except OSError as exc:
+            results[spec.agent] = Failed(f"{path}: cannot be written: {exc.strerror}")
+        except Failed as exc:
+            results[spec.agent] = exc
+    return results
+
+
+def remove_units(agents: Iterable[AgentName]) -> list[Path]:
+    """Remove the units of `agents` and return what was removed; afterwards reload systemd once."""
+    unwanted = set(agents)
+    removed = [path for agent, path in installed_units() if agent in unwanted]
+    for path in removed:
+        path.unlink(missing_ok=True)
+        sync_directory(path.parent)
+    return removed
