@@ -17,9 +17,13 @@ GENERATOR = "/usr/lib/systemd/user-generators/podman-user-generator"
 
 
 @pytest.fixture(scope="module")
-def nested() -> Iterator[NestedMachine]:
+def root() -> None:
     if os.geteuid() != 0:
         pytest.skip("a nested machine needs root")
+
+
+@pytest.fixture(scope="module")
+def nested(root: None) -> Iterator[NestedMachine]:
     machine = NestedMachine(f"bare-{os.getpid()}")
     machine.up("--project", str(ROOT))
     yield machine
@@ -27,7 +31,7 @@ def nested() -> Iterator[NestedMachine]:
 
 
 @pytest.fixture
-def second() -> Iterator[NestedMachine]:
+def second(root: None) -> Iterator[NestedMachine]:
     machine = NestedMachine(f"second-{os.getpid()}")
     yield machine
     machine.down()
