@@ -23,19 +23,32 @@ def read_tree() -> dict[int, tuple[int, str]]:
     return tree
 
 
+def open_descendants() -> list[int]:
+    """Return a descriptor of each process that we started, or that these did (man 2 pidfd_open)."""
+    me, tree, found = os.getpid(), read_tree(), []
+    for pid in tree:
+        ancestor = tree[pid][0]
+        while ancestor not in (me, 0) and ancestor in tree:
+            ancestor = tree[ancestor][0]
+        # As PID 1 we are the ancestor of all but what was put into the container from outside.
+        if ancestor == me and pid != me:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                found.append(os.pidfd_open(pid))
+    return found
+
+
+def kill_all(processes: list[int]) -> None:
+    """Kill them, as far as they still are, and close the descriptors."""
+    for process in processes:
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
+
+
 def kill_descendants() -> None:
     """Kill whatever the agent started. A second pass gets what was forked meanwhile."""
-    me = os.getpid()
     for _ in range(2):
-        tree = read_tree()
-        for pid in tree:
-            ancestor = tree[pid][0]
-            while ancestor not in (me, 0) and ancestor in tree:
-                ancestor = tree[ancestor][0]
-            # As PID 1 we are the ancestor of all but what was put into the container from outside.
-            if ancestor == me and pid != me:
-                with contextlib.suppress(OSError):  # gone meanwhile
-                    os.kill(pid, signal.SIGKILL)
+        kill_all(open_descendants())
 
 
 class Reaper:

@@ -122,7 +122,7 @@ class Session:
         assert self._settings is not None and self._provider is not None
         turn = parse_turn(raw)
         if self._run is not None and not self._run.is_over:
-            if self._run.id == turn.id:
+            if (self._run.id, self._run.attempt) == (turn.id, turn.attempt):
                 return  # the router was restarted, or we were cut off: it goes on
             self._run.abandon()
             self._run.join()

@@ -25,6 +25,7 @@ class Chat:
 
     def __init__(self, turn: str, host: Host) -> None:
         self.stopping = threading.Event()  #: set once nobody wants this turn's result any more
+        self.abandoned = False  #: the lease is lost, too: not stopped by a person
         self._turn = turn
         self._host = host
         self._text = ""
@@ -57,6 +58,7 @@ class Chat:
         except HostError as exc:
             if exc.name != "NoSuchTurn":
                 raise ValueError(f"the router refused the message: {exc.name}") from exc
+            self.abandoned = True
             self.stopping.set()
             raise Stopped from exc
 
@@ -72,13 +74,13 @@ class TurnRun:
         self, turn: Turn, *, host: Host, provider: Provider, heartbeat_s: float, on_end: Callable[[], None]
     ) -> None:
         self.id = turn.id
+        self.attempt = turn.attempt
         self._turn = turn
         self._host = host
         self._provider = provider
         self._renew_s = max(heartbeat_s / 3, 0.05)  # two may be lost before the lease ends
         self._on_end = on_end
         self._chat = Chat(turn.id, host)
-        self._abandoned = False
         self._over = threading.Event()
         self._worker = threading.Thread(target=self._work, name="turn", daemon=True)
 
@@ -105,7 +107,7 @@ class TurnRun:
 
     def abandon(self) -> None:
         """The lease is lost: end it and say nothing."""
-        self._abandoned = True
+        self._chat.abandoned = True
         self._chat.stopping.set()
         self._provider.stop()
 
@@ -113,13 +115,13 @@ class TurnRun:
         started = time.monotonic()
         outcome = self._outcome()
         self._chat.flush()
-        if not self._abandoned:
+        if not self._chat.abandoned:
             self._finish(outcome)
         journal.info(
             "turn-ended",
             turn=self.id,
-            attempt=self._turn.attempt,
-            outcome="abandoned" if self._abandoned else outcome["outcome"],
+            attempt=self.attempt,
+            outcome="abandoned" if self._chat.abandoned else outcome["outcome"],
             took_ms=round((time.monotonic() - started) * 1000),
         )
         self._over.set()
@@ -165,7 +167,7 @@ class TurnRun:
                     return
 
     def _give_up(self, on_stuck: Callable[[], None]) -> None:
-        if not self.is_over and not self._abandoned:
+        if not self.is_over and not self._chat.abandoned:
             journal.error("stop-stuck", turn=self.id, reason="the turn did not stop in time, leaving")
             self._finish({"outcome": "stopped", "replies": []})
             on_stuck()

@@ -2,9 +2,9 @@
 
     python -m tests.support.messages_api --port 0 --script FILE [--require-key KEY] [--record FILE]
 
-prints the port that it listens on, and serves until it is ended. It needs the standard library only. A script
-is a JSON list of answers, given one a request; when they are used up, every further request is an error of the
-test (status 400), unless --repeat keeps the last one. The fields of an answer, all optional:
+prints the port that it listens on, and serves until it is ended. It needs the standard library only. A
+script is a JSON list of answers, given one a request; when they are used up, every further request is an
+error of the test (status 400), unless --repeat keeps the last one. The fields of an answer, all optional:
 
     text          the reply, streamed in words
     thinking      a thinking block before it
@@ -20,8 +20,8 @@ test (status 400), unless --repeat keeps the last one. The fields of an answer, 
     error_after   after this many events send the event "error" with the fields of `error`
     hold_after    after this many events wait until the client goes away (or release() is called)
 
-The requests are checked as the API checks them where a client that keeps transcripts goes wrong: each tool_use
-has its tool_result in the next message, nothing is empty, the first message is the user's.
+The requests are checked as the API checks them where a client that keeps transcripts goes wrong: each
+tool_use has its tool_result in the next message, nothing is empty, the first message is the user's.
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ class MessagesApi:
             if self._record is not None:
                 with self._record.open("a") as file:
                     file.write(json.dumps(request) + "\n")
-            key = request["headers"].get("x-api-key", "")
-            if self._require_key is not None and key != self._require_key:
+            if self._require_key is not None and self._require_key not in _keys(request["headers"]):
                 return {"status": 401, "error": {"message": "invalid x-api-key"}}
             problem = find_problem(request["body"])
             if problem:
@@ -183,6 +182,11 @@ def find_problem(body: dict[str, Any]) -> str | None:
 def _blocks(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _keys(headers: dict[str, str]) -> tuple[str, str]:
+    """Return what the request says its key is: raw clients send x-api-key, the SDK a bearer token."""
+    return headers.get("x-api-key", ""), headers.get("authorization", "").removeprefix("Bearer ")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -347,7 +351,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--unix", type=Path, help="listen on this Unix socket instead")
     parser.add_argument("--script", type=Path, required=True)
-    parser.add_argument("--require-key", help="answer 401 to requests without this x-api-key")
+    parser.add_argument("--require-key", help="answer 401 to requests without this key")
     parser.add_argument("--record", type=Path, help="append each request to this file, as a line of JSON")
     parser.add_argument("--repeat", action="store_true", help="give the last answer again and again")
     options = parser.parse_args()

@@ -1,0 +1,221 @@
+"""A conversation with Claude: the SDK's tool loop, streamed to the chat, kept in the transcript."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+from anthropic import AsyncAnthropic, BaseModel, omit
+from anthropic.lib.tools import BetaAsyncFunctionTool, ToolError, beta_async_tool
+from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_toolset_20260401
+from anthropic.types.beta import BetaContextManagementConfigParam, BetaMessageParam
+
+from ..processes import kill_all, open_descendants
+from ..protocol import Settings, Turn
+from ..provider import Paths, Stopped, TurnFailed
+from ..transcript import Transcript
+from ..turn import Chat
+from .failures import failure_of
+from .prompt import render_input, render_system
+
+DEFAULT_MODEL = "claude-sonnet-5-5"
+MAX_TOKENS = 32_000  # of one answer; it is streamed, so a long one does not run into a time-out
+_READ_TIMEOUT_S = 300.0  # between two pieces of a stream; the API sends pings
+_CONNECT_TIMEOUT_S = 10.0
+# The API summarises a long conversation itself; what came before the summary needs not be sent again.
+_COMPACTION_BETA = "compact-2026-01-12"
+_COMPACTION: BetaContextManagementConfigParam = {"edits": [{"type": "compact_20260112"}]}
+_WITHOUT_COMPACTION = ("-4-5",)  # models of the list that are older than it
+
+# It complains when a shell is gone before its watcher looked, which is how the SDK ends one.
+logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+Tool = BetaAsyncFunctionTool[Any]
+
+
+class Conversation:
+    """All turns of one session. run() is called by one thread at a time, stop() by any."""
+
+    def __init__(self, settings: Settings, paths: Paths) -> None:
+        self._settings = settings
+        self._paths = paths
+        self._model = settings.model or DEFAULT_MODEL
+        self._transcript = Transcript(os.path.join(paths.session, "transcript.jsonl"), _as_json)
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[list[str]]] | None = None
+
+    def run(self, turn: Turn, chat: Chat) -> list[str]:
+        ids = [message.id for message in turn.messages]
+        if turn.attempt > 1 and (replies := self._transcript.answered(ids)) is not None:
+            return replies  # only the word of it was lost: nobody has to think, or to pay, again
+        self._begin(turn, ids)
+        try:
+            replies = asyncio.run(self._run(chat))
+        except (asyncio.CancelledError, Stopped):
+            if not chat.abandoned:  # else it broke off, and another attempt goes on with it
+                self._transcript.end("stopped")
+            raise Stopped from None
+        except Exception as exc:
+            failure = failure_of(exc)
+            lasts = failure.code in ("invalid_request", "overflow", "refused")
+            self._transcript.end("forgotten" if lasts else "failed")
+            raise failure from exc
+        self._transcript.end("answered", replies)
+        return replies
+
+    def stop(self) -> None:
+        running = self._running
+        if running is None:
+            return  # not begun, or over: _run() looks at chat.stopping
+        loop, task = running
+        # The SDK kills the shell alone, and its commands would go on. They are found before it dies, for then
+        # they are no longer its children, and killed after the cancel, or the model would be told of it.
+        commands = open_descendants()
+        with contextlib.suppress(RuntimeError):  # closed meanwhile
+            loop.call_soon_threadsafe(task.cancel)
+        kill_all(commands)
+
+    def _begin(self, turn: Turn, ids: list[str]) -> None:
+        resumed = turn.attempt > 1 and self._transcript.is_of(ids) and bool(self._transcript.messages)
+        broke_off = bool(self._transcript.messages) and self._transcript.last_end != "answered"
+        text = render_input(
+            turn, resumed=resumed, last_end=self._transcript.last_end if broke_off else "answered"
+        )
+        self._transcript.begin(ids, {"role": "user", "content": [{"type": "text", "text": text}]})
+
+    async def _run(self, chat: Chat) -> list[str]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running = asyncio.get_running_loop(), task
+        tools: list[Tool] = []
+        try:
+            if chat.stopping.is_set():
+                raise Stopped
+            tools = self._make_tools(chat)
+            async with self._make_client() as client:
+                return await self._talk(client, tools, chat)
+        finally:
+            self._running = None
+            for tool in tools:
+                await _close(tool)
+
+    async def _talk(self, client: AsyncAnthropic, tools: list[Tool], chat: Chat) -> list[str]:
+        compacts = not any(part in self._model for part in _WITHOUT_COMPACTION)
+        runner = client.beta.messages.tool_runner(
+            model=self._model,
+            max_tokens=MAX_TOKENS,
+            system=render_system(self._settings, self._paths.workspace),
+            messages=cast("list[BetaMessageParam]", self._transcript.messages),
+            tools=tools,
+            stream=True,
+            thread=False,  # the conversation is ours, in the transcript; the server keeps none
+            cache_control={"type": "ephemeral"},
+            betas=[_COMPACTION_BETA] if compacts else omit,
+            context_management=_COMPACTION if compacts else omit,
+        )
+        async for stream in runner:
+            chat.thinking()
+            async for event in stream:
+                if event.type == "text":
+                    chat.text(event.text)
+                elif event.type == "content_block_stop" and event.content_block.type == "tool_use":
+                    chat.tool(_tool_line(event.content_block.name, event.content_block.input))
+            chat.flush()
+            message = await stream.get_final_message()
+            if message.stop_reason is None:
+                raise TurnFailed("connection", "The model's answer broke off.", retryable=True)
+            if message.stop_reason == "refusal":
+                raise TurnFailed("refused", "The model declined to answer this.")
+            self._transcript.add(dict(message.to_param()))
+            if message.stop_reason == "tool_use":
+                results = (
+                    await runner.generate_tool_call_response()
+                )  # the loop then takes these, it runs none twice
+                if results is not None:
+                    self._transcript.add(dict(results))
+            if chat.stopping.is_set():
+                raise Stopped
+        text = "".join(block.text for block in message.content if block.type == "text").strip()
+        if message.stop_reason == "model_context_window_exceeded":
+            raise TurnFailed("overflow", "The conversation is longer than this model can take.")
+        if message.stop_reason == "max_tokens":
+            text = f"{text}\n\n[The answer reached its greatest length and was cut off.]"
+        return [text or "[The model ended its turn without a reply.]"]
+
+    def _make_client(self) -> AsyncAnthropic:
+        transport = httpx2.AsyncHTTPTransport(
+            uds=self._paths.gateway_socket, verify=False
+        )  # the gateway does TLS
+        timeout = httpx2.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        return AsyncAnthropic(
+            base_url="http://gateway/anthropic",
+            api_key="the-gateway-has-it",  # the SDK insists on one
+            http_client=httpx2.AsyncClient(transport=transport, timeout=timeout, trust_env=False),
+            timeout=timeout,
+            max_retries=0,  # the router retries, with a back-off that the person sees
+            open_telemetry=False,
+        )
+
+    def _make_tools(self, chat: Chat) -> list[Tool]:
+        keys: dict[str, int] = {}
+
+        @beta_async_tool
+        async def send_message(text: str) -> str:
+            """Send a message to the chat at once, before your reply: for news of work that takes long."""
+            digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+            keys[digest] = keys.get(digest, 0) + 1
+            try:
+                # By content: what a later attempt says again gets the same key, and is not said twice.
+                await asyncio.to_thread(chat.send, f"{digest}.{keys[digest]}", text)
+            except ValueError as exc:
+                raise ToolError(str(exc)) from exc
+            return "sent"
+
+        context = AgentToolContext(
+            workdir=self._paths.workspace, allowed_roots=[Path("/tmp")], env=self._tool_environment()
+        )
+        return [*beta_agent_toolset_20260401(context), send_message]
+
+    def _tool_environment(self) -> dict[str, str]:
+        """Return what the agent's shell gets: ours, without what only we need, and a name for git."""
+        agent = self._settings.agent
+        return {
+            **{
+                k: v
+                for k, v in os.environ.items()
+                if not k.startswith(("NANOCLAW_", "NOTIFY_", "ANTHROPIC_"))
+            },
+            "GIT_AUTHOR_NAME": agent,
+            "GIT_COMMITTER_NAME": agent,
+            "EMAIL": f"{agent}@localhost",
+        }
+
+
+async def _close(tool: Tool) -> None:
+    """End what the tool holds (the shell). The Messages tool loop leaves that to us (see agent_toolset)."""
+    close = getattr(tool, "aclose", None) or getattr(tool, "close", None)
+    if close is not None:
+        with contextlib.suppress(Exception):
+            result = close()
+            if result is not None:
+                await result
+
+
+def _tool_line(name: str, input: object) -> str:
+    """Return one line that says what the tool does, e.g. `bash: ls -la`."""
+    if isinstance(input, dict):
+        for field in ("command", "file_path", "pattern", "text"):
+            if isinstance(value := input.get(field), str):
+                return f"{name}: {value}"
+    return name
+
+
+def _as_json(value: Any) -> object:
+    if isinstance(value, BaseModel):
+        return value.to_dict(mode="json")
+    raise TypeError(f"{type(value).__name__} is no JSON")

@@ -1,0 +1,157 @@
+"""The conversation of a session as an append-only file of JSON lines, from which a new container goes on.
+
+Each line is a message as the Messages API takes it, or says that a turn ended:
+
+    {"input": ["m1"], "message": {"role": "user", …}}    a turn begins, with the ids of its input
+    {"message": {"role": "assistant", …}}
+    {"end": "answered", "replies": ["…"]}    or "stopped", "failed", "forgotten"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import journal
+
+Message = dict[str, Any]
+INTERRUPTED = "Interrupted: the turn ended before this tool did. It may have run, fully or in part."
+
+
+class Transcript:
+    """One writer, the runner. What was appended survives our end at once, and a power loss after end()."""
+
+    def __init__(self, path: str, as_json: Callable[[Any], object] | None = None) -> None:
+        self._as_json = as_json  #: turns what the SDK puts into messages into JSON
+        self._messages: list[Message] = []
+        self._turn_at = 0  # where the last turn begins in it
+        self._input: list[str] = []
+        self._end: str | None = None
+        self._replies: list[str] = []
+        size = self._read(path)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # open as long as the process lives
+        self._file.truncate(size)  # a line that a crash cut off; the next one must not be glued to it
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation as the API takes it, from the last compaction on."""
+        return repair(self._messages)
+
+    @property
+    def last_end(self) -> str | None:
+        """How the last turn ended, None if it broke off or there was none."""
+        return self._end
+
+    def is_of(self, input: Sequence[str]) -> bool:
+        """Whether the last turn had this input."""
+        return self._input == list(input)
+
+    def answered(self, input: Sequence[str]) -> list[str] | None:
+        """Return the replies if the last turn had this input and was answered."""
+        return list(self._replies) if self.is_of(input) and self._end == "answered" else None
+
+    def begin(self, input: Sequence[str], message: Message) -> None:
+        self._append({"input": list(input), "message": message})
+
+    def add(self, message: Message) -> None:
+        self._append({"message": message})
+
+    def end(self, outcome: str, replies: Sequence[str] = ()) -> None:
+        """Record how the turn ended. "forgotten": the API would refuse later turns with it too."""
+        self._append({"end": outcome, "replies": list(replies)})
+        os.fsync(self._file.fileno())
+
+    def _append(self, line: dict[str, Any]) -> None:
+        data = json.dumps(line, separators=(",", ":"), default=self._as_json)
+        self._file.write(data.encode() + b"\n")
+        self._take(
+            json.loads(data)
+        )  # not `line`: what we send now is then what we would send after a restart
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "end" in line:
+            self._end, self._replies = line["end"], line.get("replies", [])
+            if self._end == "forgotten":
+                del self._messages[self._turn_at :]
+            return
+        message = line["message"]
+        if "input" in line:
+            if line["input"] != self._input or self._end not in (None, "failed"):
+                self._turn_at = len(self._messages)  # else it is a further attempt
+            self._input, self._end = line["input"], None
+        if any(block.get("type") == "compaction" for block in blocks(message)):
+            self._messages.clear()  # the API ignores what comes before it
+            self._turn_at = 0
+        self._messages.append(message)
+
+    def _read(self, path: str) -> int:
+        """Read what is there; return the number of bytes up to the end of the last whole line."""
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            return 0
+        size = data.rfind(b"\n") + 1
+        bad = 0
+        for line in data[:size].splitlines():
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                bad += 1  # the agent may write here too; then it harms its own memory alone
+        if bad or size != len(data):
+            journal.warning("transcript-repaired", bad_lines=bad, cut_bytes=len(data) - size)
+        return size
+
+
+def blocks(message: Message) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def repair(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation that the API takes: tool_use and tool_result blocks in pairs.
+
+    A turn may end, and a container may be killed, at any moment: between a tool's call and its result too.
+    """
+    whole: list[Message] = []
+    asked: dict[str, None] = {}  # the ids of the tool_use blocks of the message before, in order
+    for message in messages:
+        content = blocks(message)
+        if message["role"] == "assistant":
+            if asked:
+                whole.append({"role": "user", "content": _missing(asked)})
+            content = [
+                b for b in content if b["type"] != "text" or b["text"].strip()
+            ]  # the API refuses its own
+            asked = {block["id"]: None for block in content if block["type"] == "tool_use"}
+        else:
+            content = [b for b in content if b["type"] != "tool_result" or b["tool_use_id"] in asked]
+            for block in content:
+                if block["type"] == "tool_result":
+                    asked.pop(block["tool_use_id"])
+            content = _missing(asked) + content
+            asked = {}
+        if content:
+            whole.append({**message, "content": content})
+    if asked:
+        whole.append({"role": "user", "content": _missing(asked)})
+    return _merged(whole)
+
+
+def _missing(asked: dict[str, None]) -> list[dict[str, Any]]:
+    return [
+        {"type": "tool_result", "tool_use_id": id, "content": INTERRUPTED, "is_error": True} for id in asked
+    ]
+
+
+def _merged(messages: list[Message]) -> list[Message]:
+    """Put messages of the user that follow each other into one: their tool results must come first in it."""
+    merged: list[Message] = []
+    for message in messages:
+        if merged and message["role"] == "user" and merged[-1]["role"] == "user":
+            merged[-1] = {"role": "user", "content": [*blocks(merged[-1]), *blocks(message)]}
+        else:
+            merged.append(message)
+    return merged
