@@ -132,6 +132,8 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
     """
     text = read_text(path)
     before = parse_agent(text, path)
+    for key, value in changes.items():
+        _check(path, key, _plain(value))
     wanted = tomllib.loads(text) | {key: _plain(value) for key, value in changes.items()}
     changed = {
         key: value
@@ -142,7 +144,8 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
         return before
     new = text
     for key, value in changed.items():
-        new = _with_tables(new, key, value) if key == "mounts" else _with_value(new, key, value)
+        tables = key == "mounts" and not re.search(r"^\s*mounts\s*=", new, re.MULTILINE)
+        new = _with_tables(new, key, value) if tables else _with_value(new, key, value)
     if _loads_or_none(new) != wanted:  # written in a way that we do not edit: correct values before comments
         new = tomli_w.dumps(wanted)
     config = parse_agent(new, path)
@@ -155,6 +158,16 @@ def write_instructions(path: Path, text: str) -> None:
     if len(text.encode()) > limits.INSTRUCTIONS_BYTES:
         raise Refused(f"instructions are larger than {limits.INSTRUCTIONS_BYTES >> 10} KiB")
     write_text(path.with_suffix(".md"), text)
+
+
+def _check(path: Path, key: str, value: Any) -> None:
+    """Raise ConfigError if this is not a key and a value of it, before it is written anywhere."""
+    try:
+        if key not in KEYS:
+            raise _BadValue("is not a key", _did_you_mean(key, KEYS))
+        KEYS[key](value)
+    except _BadValue as exc:
+        raise ConfigError(f"{path}: {key} {exc.reason}: {_shown(value)}", hint=exc.hint) from None
 
 
 def _plain(value: Any) -> Any:
@@ -179,8 +192,11 @@ def _with_value(text: str, key: str, value: Any) -> str:
                 comment = _comment("".join(lines[first : last + 1]))
                 lines[first : last + 1] = [assignment + comment + "\n"]
                 return "".join(lines)
-    while head and not lines[head - 1].strip():  # above the empty lines in front of the first table
-        head -= 1
+    if head < len(lines):  # above the comment that belongs to the first table, and the empty lines before it
+        while head and lines[head - 1].lstrip().startswith("#"):
+            head -= 1
+        while head and not lines[head - 1].strip():
+            head -= 1
     if head and not lines[head - 1].endswith("\n"):
         lines[head - 1] += "\n"
     lines.insert(head, assignment + "\n")

@@ -21,14 +21,17 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
     try:
         # O_NONBLOCK: a FIFO in its place would otherwise block us until somebody writes into it.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError(f"{path}: is not a regular file")
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(max_bytes + 1)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         raise NotFound(f"{path}: there is no such file") from None
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from None
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ConfigError(f"{path}: is not a regular file")
-        data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ConfigError(f"{path}: is larger than {max_bytes >> 10} KiB")
     try:
