@@ -13,11 +13,13 @@ SessionName = NewType("SessionName", str)  #: [a-z0-9_]{1,48}; the instance of t
 MessageId = NewType("MessageId", str)  #: "m" and 16 hex digits
 TurnId = NewType("TurnId", str)  #: "t" and 16 hex digits
 DeliveryKey = NewType("DeliveryKey", str)  #: the idempotency key of one delivery
+CredentialName = NewType("CredentialName", str)  #: [a-z][a-z0-9_-]{0,63}; part of a file's name
 
 # No dash: Quadlet and systemd look for drop-ins under every dash-truncated prefix of a unit's name, so
 # "a-b" would inherit what is meant for "a". No escape is needed either: %i equals %I (PLATFORM.md §1.7).
 AGENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 SESSION_NAME = re.compile(r"[a-z0-9_]{1,48}", re.ASCII)
+CREDENTIAL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
 
 
 def parse_agent_name(text: str) -> AgentName:
@@ -35,6 +37,16 @@ def parse_session_name(text: str) -> SessionName:
     if not SESSION_NAME.fullmatch(text):
         raise Refused(f"{text[:64]!r} is not a session's name", hint="use 1 to 48 of a-z, 0-9 and _")
     return SessionName(text)
+
+
+def parse_credential_name(text: str) -> CredentialName:
+    """Return `text` as a credential's name, or raise Refused."""
+    if not CREDENTIAL_NAME.fullmatch(text):
+        raise Refused(
+            f"{text[:80]!r} is not a name for a credential",
+            hint="use 1 to 64 of a-z, 0-9, _ and -, beginning with a letter, e.g. 'anthropic'",
+        )
+    return CredentialName(text)
 
 
 def unit_name(agent: AgentName, session: SessionName) -> str:

@@ -1,0 +1,243 @@
+"""Credentials at rest: write, read, list, remove.
+
+Since systemd 256 a credential is a blob, encrypted by systemd for this user on this machine, in
+credstore.encrypted/nanoclaw.NAME; systemd-creds(1) reads and makes the same files. We ask systemd's
+credential service ourselves, because LoadCredentialEncrypted= of user units fails before systemd 258. Below
+256 it is a file of mode 0600, and `Entry.encrypted` says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import secrets
+import stat
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoclawd import paths
+from nanoclawd.client import Client
+from nanoclawd.errors import ConfigError, Failed, NotFound, Refused, Unavailable
+from nanoclawd.ids import CREDENTIAL_NAME, CredentialName
+from nanoclawd.wire import VarlinkError
+
+SERVICE = Path("/run/systemd/io.systemd.Credentials")  #: there since systemd 256
+SERVICE_S = 30.0  #: one question to it; the first one may wait for the machine's key to be made
+SECRET_BYTES = 16 << 10
+BLOB_BYTES = 128 << 10
+PREFIX = "nanoclaw."
+UNENCRYPTED = "stored without encryption, since systemd here is older than 256"
+
+
+class Secret:
+    """A credential's value, which shows itself to nobody but the caller of reveal()."""
+
+    __slots__ = ("_value", "name")
+
+    def __init__(self, name: CredentialName, value: bytes) -> None:
+        self.name = name
+        self._value = value
+
+    def reveal(self) -> bytes:
+        """Return the value. Whoever calls this keeps it out of logs, errors and files."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return f"Secret({self.name!r}, ****)"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a secret is not for copying or pickling")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One stored credential, without its value."""
+
+    name: CredentialName
+    path: Path
+    encrypted: bool  #: False: readable to whoever reads this user's files
+    modified_at: float  #: seconds since 1970
+
+
+def encrypted_path(name: CredentialName) -> Path:
+    return paths.credentials() / f"{PREFIX}{name}"
+
+
+def plain_path(name: CredentialName) -> Path:
+    return paths.config() / "credentials" / name
+
+
+def is_encryption_available() -> bool:
+    return SERVICE.is_socket()
+
+
+def write(name: CredentialName, value: bytes) -> Entry:
+    """Store `value` in place of an older one; on return it is on disk.
+
+    Raises Refused, Failed, ConfigError, Unavailable.
+    """
+    if not 0 < len(value) <= SECRET_BYTES:
+        raise Refused(
+            f"the value of '{name}' has {len(value)} bytes", hint=f"a credential has 1 to {SECRET_BYTES}"
+        )
+    target, other = encrypted_path(name), plain_path(name)
+    data = value
+    if is_encryption_available():
+        blob = _ask("Encrypt", name, {"data": base64.b64encode(value).decode()}, "blob")
+        # In lines, as systemd-creds writes it.
+        data = "\n".join(textwrap.wrap(blob, 79)).encode() + b"\n"
+    else:
+        target, other = other, target
+    try:
+        _write_file(target, data)
+        other.unlink(missing_ok=True)
+    except OSError as exc:
+        raise Failed(f"cannot write '{target}': {exc.strerror}") from exc
+    return _entry(name, target)
+
+
+def read(name: CredentialName) -> Secret:
+    """Return the value. Blocks for some 30 ms. Raises NotFound, ConfigError, Unavailable."""
+    for path, encrypted in ((encrypted_path(name), True), (plain_path(name), False)):
+        try:
+            data = _read_file(path, private=not encrypted)
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            raise ConfigError(
+                f"the credential '{path}' cannot be read: {exc.strerror}", hint=_set_hint(name)
+            ) from exc
+        return Secret(name, _decrypt(name, data) if encrypted else data)
+    raise NotFound(f"there is no credential '{name}'", hint=_set_hint(name))
+
+
+def stamp(name: CredentialName) -> tuple[int, ...] | None:
+    """Return what changes whenever the stored value is written, or None if there is none. Does not wait."""
+    for path in (encrypted_path(name), plain_path(name)):
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return None
+
+
+def list_entries() -> list[Entry]:
+    """Return all that is stored, by name. Files with names that we would not write are none of ours."""
+    found: dict[CredentialName, Entry] = {}
+    for directory, prefix in ((plain_path(CredentialName("x")).parent, ""), (paths.credentials(), PREFIX)):
+        try:
+            names = os.listdir(directory)
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            raise Failed(f"cannot list '{directory}': {exc.strerror}") from exc
+        for file in names:
+            name = file.removeprefix(prefix)
+            if file.startswith(prefix) and CREDENTIAL_NAME.fullmatch(name):
+                found[CredentialName(name)] = _entry(CredentialName(name), directory / file)
+    return [found[name] for name in sorted(found)]
+
+
+def remove(name: CredentialName) -> None:
+    """Delete it. Raises NotFound, Failed."""
+    removed = False
+    for path in (encrypted_path(name), plain_path(name)):
+        try:
+            path.unlink()
+            removed = True
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            raise Failed(f"cannot remove '{path}': {exc.strerror}") from exc
+    if not removed:
+        raise NotFound(f"there is no credential '{name}'", hint="'nanoclawctl secret list' shows all")
+
+
+def _entry(name: CredentialName, path: Path) -> Entry:
+    return Entry(
+        name=name, path=path, encrypted=path == encrypted_path(name), modified_at=path.stat().st_mtime
+    )
+
+
+def _decrypt(name: CredentialName, data: bytes) -> bytes:
+    try:
+        blob = "".join(data.decode("ascii").split())
+        return base64.b64decode(_ask("Decrypt", name, {"blob": blob}, "data"), validate=True)
+    except (UnicodeDecodeError, binascii.Error) as exc:
+        raise ConfigError(
+            f"the credential '{encrypted_path(name)}' is no encrypted credential", hint=_set_hint(name)
+        ) from exc
+
+
+def _ask(method: str, name: CredentialName, parameters: dict[str, str], wanted: str) -> str:
+    """Let systemd en- or decrypt for this user, and return one field of its answer."""
+    # The name is part of what is authenticated: a blob renamed to another credential does not decrypt.
+    asked = {"name": f"{PREFIX}{name}", "scope": "user", **parameters}
+    try:
+        with Client(SERVICE, timeout_s=SERVICE_S) as client:
+            answer = client.call(f"io.systemd.Credentials.{method}", asked).get(wanted)
+    except Unavailable as exc:
+        raise Unavailable(
+            f"systemd's credential service does not answer: {exc.message}",
+            hint="see 'systemctl status systemd-creds.socket'",
+        ) from exc
+    except VarlinkError as exc:
+        if not exc.name.startswith("io.systemd.Credentials."):  # nothing about this credential: it may pass
+            raise Unavailable(
+                f"systemd cannot {method.lower()} the credential '{name}': {exc.name}"
+            ) from exc
+        raise ConfigError(
+            f"systemd cannot {method.lower()} the credential '{name}': {exc.name}",
+            hint=f"it opens only for this user, on this machine, under this name; {_set_hint(name)}",
+        ) from exc
+    if not isinstance(answer, str):
+        raise Unavailable(f"systemd's credential service answered without {wanted}")
+    return answer
+
+
+def _set_hint(name: CredentialName) -> str:
+    return f"run 'nanoclawctl secret set {name}'"
+
+
+def _read_file(path: Path, *, private: bool) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(
+                f"the credential '{path}' is no regular file", hint="remove it and set it again"
+            )
+        if private and (found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077):
+            raise ConfigError(
+                f"the credential '{path}' is open to other users, so that it is not used",
+                hint=f"chmod 600 '{path}'",
+            )
+        data = file.read(BLOB_BYTES + 1)
+    if len(data) > BLOB_BYTES:
+        raise ConfigError(f"the credential '{path}' is longer than {BLOB_BYTES} bytes")
+    return data
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """Put `data` into place as a whole: before or after, never between, and on disk on return."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,82 @@
+"""io.nanoclaw.Gateway: what the router may ask of the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from nanoclawd import journal, paths
+from nanoclawd.errors import Refused
+from nanoclawd.gateway.sandbox import Check
+from nanoclawd.gateway.sessions import Gateway, check_listener
+from nanoclawd.idl import read_interface
+from nanoclawd.ids import AgentName, SessionName, parse_agent_name, parse_session_name, unit_name
+from nanoclawd.server import Call, Method, Service
+from nanoclawd.wire import Json
+
+INTERFACE = "io.nanoclaw.Gateway"
+
+
+class GatewayService:
+    """The handlers, and the service that they make."""
+
+    def __init__(self, gateway: Gateway, sandbox: Sequence[Check], *, version: str) -> None:
+        self._gateway = gateway
+        self._sandbox = sandbox
+        self._version = version
+        self.service = Service(
+            version=version,
+            interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
+            methods={
+                "Attach": Method(handler=self._attach),
+                "Detach": Method(handler=self._detach),
+                "Status": Method(handler=self._status),
+            },
+        )
+
+    async def _attach(self, call: Call) -> Json:
+        descriptor = call.connection.take_fd()
+        if descriptor is None:
+            raise Refused("no descriptor came with the call", hint="send the session's listening socket")
+        listener = check_listener(descriptor)
+        try:
+            agent, session = _session(call)
+        except Refused:
+            listener.close()
+            raise
+        self._gateway.attach(agent, session, listener)
+        journal.info("attached", agent=agent, session=session, unit=unit_name(agent, session))
+        return {}
+
+    async def _detach(self, call: Call) -> Json:
+        agent, session = _session(call)
+        self._gateway.detach(agent, session)
+        journal.info("detached", agent=agent, session=session, unit=unit_name(agent, session))
+        return {}
+
+    async def _status(self, call: Call) -> Json:
+        return {
+            "version": self._version,
+            "sessions": [f"{agent}/{session}" for agent, session in sorted(self._gateway.sessions)],
+            "routes": await self._routes(),
+            "sandbox": [asdict(check) for check in self._sandbox],
+        }
+
+    async def _routes(self) -> list[Json]:
+        configuration = self._gateway.configuration
+        if configuration.settings is None:
+            problem = str(configuration.problem)
+            return [{"provider": "", "endpoint": "", "credential": "", "credentialState": problem}]
+        return [
+            {
+                "provider": provider.name,
+                "endpoint": str(provider.endpoint),
+                "credential": provider.credential,
+                "credentialState": await self._gateway.keys.describe(provider.credential),
+            }
+            for provider in configuration.settings.providers.values()
+        ]
+
+
+def _session(call: Call) -> tuple[AgentName, SessionName]:
+    return parse_agent_name(call.parameters["agent"]), parse_session_name(call.parameters["session"])

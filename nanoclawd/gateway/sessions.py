@@ -1,0 +1,184 @@
+"""Attached sessions: a listener each, its connections, and how fast it may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+
+from nanoclawd import journal
+from nanoclawd.errors import ConfigError, Refused
+from nanoclawd.gateway import limits
+from nanoclawd.gateway.keys import Keys
+from nanoclawd.gateway.proxy import AgentConnection, Exchange
+from nanoclawd.gateway.replies import ErrorReply
+from nanoclawd.gateway.upstream import Pool
+from nanoclawd.ids import AgentName, SessionName, unit_name
+from nanoclawd.settings import Provider, Settings
+
+
+class Session:
+    """One session of an agent: who is behind a listener."""
+
+    def __init__(self, gateway: Gateway, agent: AgentName, name: SessionName) -> None:
+        self.gateway = gateway
+        self.agent = agent
+        self.name = name
+        self.accepting: asyncio.Task[None] | None = (
+            None  #: serves the present listener, and closes it at its end
+        )
+        self.open: dict[AgentConnection, asyncio.Task[None]] = {}
+        self.slots = asyncio.Semaphore(limits.CONNECTIONS)
+        self._tokens = float(limits.REQUESTS_BURST)
+        self._refilled_at = time.monotonic()
+        self._quiet_until = 0.0
+
+    async def check_rate(self) -> None:
+        """Count one request. Raises ErrorReply if there were too many."""
+        now = time.monotonic()
+        gained = (now - self._refilled_at) * limits.REQUESTS_PER_S
+        self._tokens = min(limits.REQUESTS_BURST, self._tokens + gained)
+        self._refilled_at = now
+        if self._tokens < 1:
+            await asyncio.sleep(limits.TOO_FAST_S)
+            raise ErrorReply(
+                429,
+                f"This session asks more than {limits.REQUESTS_PER_S:.0f} times a second.",
+                reason="too-fast",
+                headers=(("retry-after", "1"),),
+            )
+        self._tokens -= 1
+
+    def log(self, exchange: Exchange) -> None:
+        """Write one line about a finished request."""
+        if exchange.reason == "too-fast":
+            if time.monotonic() < self._quiet_until:
+                return
+            self._quiet_until = time.monotonic() + limits.LOG_TOO_FAST_S
+        journal.info(
+            "request",
+            agent=self.agent,
+            session=self.name,
+            provider=exchange.provider,
+            method=exchange.method,
+            path=exchange.path,
+            status=exchange.status,
+            reason=exchange.reason,
+            received_bytes=exchange.received_bytes,
+            sent_bytes=exchange.sent_bytes,
+            took_ms=round((time.monotonic() - exchange.started) * 1000),
+            unit=unit_name(self.agent, self.name),
+        )
+
+
+@dataclass(slots=True)
+class Configuration:
+    """What nanoclaw.toml said last; `problem` if it could not be read, and then nothing is forwarded."""
+
+    settings: Settings | None = None
+    problem: ConfigError | None = None
+
+
+class Gateway:
+    """Everything that the sessions share. Its tasks live in `tasks`."""
+
+    def __init__(self, tasks: asyncio.TaskGroup, tls: ssl.SSLContext) -> None:
+        self.configuration = Configuration()
+        self.keys = Keys()
+        self.pool = Pool(tasks, tls)
+        self.sessions: dict[tuple[AgentName, SessionName], Session] = {}
+        self._tasks = tasks
+
+    def provider(self, name: str) -> Provider:
+        """Return the provider `name`. Raises ErrorReply."""
+        settings, problem = self.configuration.settings, self.configuration.problem
+        if settings is None:
+            raise ErrorReply(503, f"The gateway has no configuration: {problem}.", reason="bad-config")
+        return settings.providers[name]
+
+    def attach(self, agent: AgentName, name: SessionName, listener: socket.socket) -> None:
+        """Serve `listener`, which is ours from now on, in place of the session's older one.
+
+        Raises Refused.
+        """
+        session = self.sessions.get((agent, name))
+        if session is None:
+            if len(self.sessions) >= limits.ATTACHED:
+                listener.close()
+                raise Refused(f"{limits.ATTACHED} sessions are attached", hint="stop some agents")
+            session = self.sessions[agent, name] = Session(self, agent, name)
+        if session.accepting is not None:
+            session.accepting.cancel()
+        listener.setblocking(False)
+        session.accepting = self._tasks.create_task(self._accept(session, listener), name=f"{agent}/{name}")
+
+    def detach(self, agent: AgentName, name: SessionName) -> None:
+        """Close the session's listener and its connections. Harmless if there is none."""
+        session = self.sessions.pop((agent, name), None)
+        if session is None:
+            return
+        if session.accepting is not None:
+            session.accepting.cancel()
+        for task in session.open.values():
+            task.cancel()
+
+    async def drain(self) -> None:
+        """Take no more requests; return when those that run are answered, or DRAIN_S have passed."""
+        for session in self.sessions.values():
+            if session.accepting is not None:
+                session.accepting.cancel()
+        connections = {c: task for session in self.sessions.values() for c, task in session.open.items()}
+        for connection, task in connections.items():
+            connection.is_last = True
+            if not connection.is_busy:
+                task.cancel()
+        if connections:
+            await asyncio.wait(connections.values(), timeout=limits.DRAIN_S)
+        for key in list(self.sessions):
+            self.detach(*key)
+        self.pool.close()
+
+    async def _accept(self, session: Session, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                await session.slots.acquire()
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except asyncio.CancelledError:
+                    session.slots.release()
+                    raise
+                except OSError as exc:  # man 2 accept: out of descriptors or memory passes
+                    session.slots.release()
+                    journal.warning("accept-failed", f"{exc.strerror}, retrying in 1 s", agent=session.agent)
+                    await asyncio.sleep(1)
+                    continue
+                connection = AgentConnection(session)
+                session.open[connection] = self._tasks.create_task(
+                    self._serve(connection, sock), name=f"{session.agent}/{session.name} connection"
+                )
+
+    async def _serve(self, connection: AgentConnection, sock: socket.socket) -> None:
+        session = connection.session
+        try:
+            await connection.serve(sock)
+        finally:
+            del session.open[connection]
+            session.slots.release()
+
+
+def check_listener(descriptor: int) -> socket.socket:
+    """Return `descriptor` as a listening Unix stream socket; else close it and raise Refused."""
+    try:
+        sock = socket.socket(fileno=descriptor)  # asks the kernel for family and type
+    except OSError as exc:
+        os.close(descriptor)
+        raise Refused("the descriptor is no socket", hint="send a listening Unix stream socket") from exc
+    is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not is_listening:
+        sock.close()
+        raise Refused("the descriptor is no listening Unix stream socket", hint="call listen() before")
+    return sock
