@@ -1,7 +1,7 @@
 """Varlink interface files: parse them, check parameters against them.
 
-The .varlink file is the contract; checking each call against it means that no handler sees a missing, unknown
-or wrongly typed field. Source: https://varlink.org/Interface-Definition.
+The .varlink file is the contract; checking each call against it means that no handler sees a missing,
+unknown or wrongly typed field. Source: https://varlink.org/Interface-Definition.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Interface:
     errors: Mapping[str, Type]
 
     def check_parameters(self, method: str, parameters: Json) -> Json:
-        """Return `parameters` with absent nullable fields as None; raise WireError naming the wrong field."""
+        """Return `parameters` with absent nullable fields as None, or raise WireError."""
         return _struct(self, self.methods[method].parameters, parameters, "")
 
     def check_reply(self, method: str, parameters: Json) -> Json:
@@ -142,7 +142,9 @@ def _struct(interface: Interface, expected: Type, value: Any, path: str) -> Json
     for name in value:
         if name not in fields:
             raise WireError(_join(path, str(name)[:64]), "is not a known field")
-    return {name: _check(interface, field, value.get(name), _join(path, name)) for name, field in fields.items()}
+    return {
+        name: _check(interface, field, value.get(name), _join(path, name)) for name, field in fields.items()
+    }
 
 
 def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:

@@ -16,7 +16,7 @@ DeliveryKey = NewType("DeliveryKey", str)  #: the idempotency key of one deliver
 CredentialName = NewType("CredentialName", str)  #: [a-z][a-z0-9_-]{0,63}; part of a file's name
 
 # No dash: Quadlet and systemd look for drop-ins under every dash-truncated prefix of a unit's name, so
-# "a-b" would inherit what is meant for "a". No escape is needed either: %i equals %I (PLATFORM.md §1.7).
+# "a-b" would inherit what is meant for "a". No escape is needed either: %i equals %I.
 AGENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 SESSION_NAME = re.compile(r"[a-z0-9_]{1,48}", re.ASCII)
 CREDENTIAL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)

@@ -1,7 +1,7 @@
 """Structured lines in the journal: an event name and fields, never content.
 
-Fields begin with NANOCLAWD_ (systemd.journal-fields(7) keeps names without prefix for itself). USER_UNIT= makes
-`journalctl --user-unit` show our line among those of the agent's unit.
+Fields begin with NANOCLAWD_ (systemd.journal-fields(7) keeps names without prefix for itself). USER_UNIT=
+makes `journalctl --user-unit` show our line among those of the agent's unit.
 """
 
 from __future__ import annotations
@@ -46,5 +46,9 @@ def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
     if unit is not None:
         extra["USER_UNIT"] = unit
     sd_journal.send(
-        line, PRIORITY=str(priority), SYSLOG_IDENTIFIER=os.path.basename(sys.argv[0]), NANOCLAWD_EVENT=event, **extra
+        line,
+        PRIORITY=str(priority),
+        SYSLOG_IDENTIFIER=os.path.basename(sys.argv[0]),
+        NANOCLAWD_EVENT=event,
+        **extra,
     )

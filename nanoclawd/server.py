@@ -83,7 +83,9 @@ class Method:
     """One row of a service's table: no row, no answer."""
 
     handler: Handler
-    more: bool | None = None  #: True: must be called with "more"; None: may; False: "more" makes no difference
+    more: bool | None = (
+        None  #: True: must be called with "more"; None: may; False: "more" makes no difference
+    )
 
 
 class Service:
@@ -91,7 +93,9 @@ class Service:
 
     def __init__(self, *, version: str, interface: Interface, methods: Mapping[str, Method]) -> None:
         if set(methods) != set(interface.methods):
-            raise ValueError(f"{interface.name}: table and interface differ: {set(methods) ^ set(interface.methods)}")
+            raise ValueError(
+                f"{interface.name}: table and interface differ: {set(methods) ^ set(interface.methods)}"
+            )
         self.version = version
         self.interface = interface
         self.methods = methods

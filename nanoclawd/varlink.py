@@ -1,7 +1,8 @@
-"""Varlink connections over asyncio: framing, limits and descriptors; used by servers and by the router as client.
+"""Varlink connections over asyncio: framing, limits and descriptors; used by servers and by the router as
+client.
 
-Sockets are used directly and not through asyncio's streams: these can neither receive descriptors nor leave an
-inherited socket's path alone on close (PLATFORM.md §3.1). Source: https://varlink.org, systemd's docs/VARLINK.md.
+Sockets are used directly and not through asyncio's streams: these can neither receive descriptors nor leave
+an inherited socket's path alone on close. Source: https://varlink.org, systemd's docs/VARLINK.md.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from nanoclawd import limits, wire
 from nanoclawd.errors import Unavailable
 from nanoclawd.wire import Json, unpack
 
+
 class Connection:
-    """One stream socket that carries NUL-terminated JSON objects. Owns the socket and received descriptors."""
+    """A stream socket with NUL-terminated JSON objects; owns the socket and received descriptors."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -49,7 +51,7 @@ class Connection:
         return wire.decode(message)
 
     async def write(self, message: Json, fd: int | None = None) -> None:
-        """Send one message, and `fd` with it. Raises OSError, or TimeoutError if the reader takes nothing."""
+        """Send one message, and `fd` with it. Raises OSError; TimeoutError if nobody reads."""
         data = wire.encode(message) + b"\0"
         async with self._writing, asyncio.timeout(limits.SEND_S):
             if fd is not None:
@@ -81,7 +83,9 @@ class Connection:
         while True:
             try:
                 data, ancillary, _, _ = self.sock.recvmsg(
-                    65536, socket.CMSG_SPACE(limits.FDS_PER_MESSAGE * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+                    65536,
+                    socket.CMSG_SPACE(limits.FDS_PER_MESSAGE * array.array("i").itemsize),
+                    socket.MSG_CMSG_CLOEXEC,
                 )
             except (BlockingIOError, InterruptedError):
                 await self._readable()
@@ -102,11 +106,16 @@ class Connection:
 
     async def _readable(self) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(self.sock, lambda: ready.done() or ready.set_result(None))
+        self._loop.add_reader(self.sock, _wake, ready)
         try:
             await ready
         finally:
             self._loop.remove_reader(self.sock)
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 async def connect(path: Path) -> Connection:

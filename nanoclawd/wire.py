@@ -86,4 +86,4 @@ def unpack(reply: Json) -> Json:
         parameters = {}
     if "error" in reply:
         raise VarlinkError(str(reply["error"]), parameters)
-    return parameters
+    return dict(parameters)

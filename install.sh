@@ -1,0 +1,236 @@
+#!/bin/bash
+# install.sh - installs NanoClaw for this user from this checkout, and lets the first agent answer.
+#
+#   ./install.sh [--yes] [--no-demo] [--no-image] [--base-directory DIR]
+#   ./install.sh --uninstall [--purge] [--yes]
+#
+#   --yes                 do not ask before packages are installed or data is deleted
+#   --no-demo             do not add the agent "demo" and do not send it a message
+#   --no-image            do not build the agent image
+#   --base-directory DIR  build it without a registry, on what agent-image/make-base DIR made
+#   --uninstall           remove programs, units, generated units and image; keep configuration and data
+#   --purge               ... and remove those too
+#
+# Twice is harmless: what is there is brought up to date. Where there is no systemd user manager (a container, a
+# bare VM), root gets the same in the project's own nested machine, see tests/machine/machine.
+#
+# An API key in ANTHROPIC_API_KEY makes "demo" an agent that thinks; without one it answers with an echo.
+set -euo pipefail
+umask 022
+
+HERE=$(dirname "$(realpath "$0")")
+YES= DEMO=1 IMAGE=1 BASE= UNINSTALL= PURGE=
+ARGS=("$@")
+
+say() { printf '%s\n' "$*"; }
+step() { printf '\n==> %s\n' "$*"; }
+die() {
+  printf 'error: %s\n' "$1" >&2
+  [ -z "${2:-}" ] || printf 'hint: %s\n' "$2" >&2
+  exit 1
+}
+ask() { # QUESTION: true if yes
+  [ -z "$YES" ] || return 0
+  [ -t 0 ] || die "$1 - cannot ask without a terminal" "run it with --yes to agree"
+  local answer
+  read -r -p "$1 [y/N] " answer
+  [[ $answer == [yY]* ]]
+}
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --yes | -y) YES=1 ;;
+    --no-demo) DEMO= ;;
+    --no-image) IMAGE= ;;
+    --base-directory)
+      [ $# -gt 1 ] || die "--base-directory needs a directory"
+      BASE=$(realpath "$2") && shift
+      ;;
+    --uninstall) UNINSTALL=1 ;;
+    --purge) PURGE=1 ;;
+    --help | -h) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" && exit 0 ;;
+    *) die "unknown option '$1'" "'./install.sh --help' shows all" ;;
+  esac
+  shift
+done
+[ -z "$PURGE" ] || [ -n "$UNINSTALL" ] || die "--purge goes with --uninstall"
+
+# --- where there is no user manager: the nested machine ---------------------------------------------
+
+has_user_manager() { [ "$(id -u)" != 0 ] && systemctl --user show-environment > /dev/null 2>&1; }
+
+in_machine() {
+  local machine=$HERE/tests/machine/machine cache=${NANOCLAW_CACHE:-/var/cache/nanoclaw}
+  [ "$(id -u)" = 0 ] || die "no systemd user manager runs for this user" \
+    "log in through PAM (ssh, a console, machinectl shell), or run this as root to try it in a nested machine"
+  [ ! -d /run/systemd/system ] || die "this is root, and NanoClaw is installed for an ordinary user" \
+    "run it as that user"
+  say "There is no systemd user manager here: everything happens in the project's own nested machine."
+  if [ -n "$UNINSTALL" ]; then
+    "$machine" status > /dev/null || { say "It is not running, and nothing of it stays."; exit 0; }
+    "$machine" exec -C /srv/project -- ./install.sh "${ARGS[@]}" --yes
+    "$machine" down
+    exit 0
+  fi
+  step "Base of the agent image (cached in $cache)"
+  mkdir -p "$cache/base"
+  "$HERE/agent-image/make-base" "$cache/base"
+  step "Nested machine"
+  "$machine" up --project "$HERE" --bind-ro "$cache/base:/srv/base"
+  "$machine" exec -C /srv/project -- ./install.sh "${ARGS[@]}" --yes --base-directory /srv/base
+  say
+  say "It goes on running. tests/machine/machine shell   is a shell in it, as the person"
+  say "                    tests/machine/machine down    ends it; nothing of it stays"
+  exit 0
+}
+has_user_manager || in_machine
+
+# --- places -----------------------------------------------------------------------------------------
+
+DATA=${XDG_DATA_HOME:-$HOME/.local/share}
+CONFIG=${XDG_CONFIG_HOME:-$HOME/.config}
+STATE=${XDG_STATE_HOME:-$HOME/.local/state}
+BIN=$HOME/.local/bin
+LIB=$HOME/.local/lib/nanoclaw
+UNITS=$DATA/systemd/user
+PYTHON=/usr/bin/python3 # the distribution's: its packages are the ones that we use
+ENABLED=(nanoclaw.socket nanoclaw-channel.socket nanoclaw-gateway.socket nanoclaw.service)
+completions() { # SHELL: where this user's completions for it lie
+  case $1 in
+    bash) echo "$DATA/bash-completion/completions/nanoclawctl" ;;
+    zsh) echo "$DATA/zsh/site-functions/_nanoclawctl" ;;
+    fish) echo "$DATA/fish/vendor_completions.d/nanoclawctl.fish" ;;
+  esac
+}
+
+remove_programs() {
+  rm -rf "$LIB"
+  rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclawctl} "$UNITS"/nanoclaw{,-gateway}.service \
+    "$UNITS"/nanoclaw{,-channel,-gateway}.socket "$UNITS"/nanoclaw{,-agents}.slice
+  rm -f "$(completions bash)" "$(completions zsh)" "$(completions fish)" "$DATA"/man/man[1-8]/nanoclaw{,ctl,d,-gateway,.toml}.[1-8]
+}
+
+uninstall() {
+  step "Stopping and removing"
+  systemctl --user disable --now "${ENABLED[@]}" 2> /dev/null || true
+  systemctl --user stop 'nanoclaw-*@*.service' nanoclaw-gateway.service nanoclaw-agents.slice 2> /dev/null || true
+  remove_programs
+  rm -rf "$CONFIG/containers/systemd/nanoclaw"
+  systemctl --user daemon-reload
+  systemctl --user reset-failed 'nanoclaw*' 2> /dev/null || true
+  systemctl --user clean --what=fdstore nanoclaw.service 2> /dev/null || true
+  podman image rm -f localhost/nanoclaw-agent:latest localhost/nanoclaw-base:latest > /dev/null 2>&1 || true
+  if [ -n "$PURGE" ] && ask "Delete configuration, credentials, workspaces and messages for ever?"; then
+    # Files of agents belong to subordinate uids.
+    podman unshare rm -rf "$STATE/nanoclaw"
+    rm -rf "$CONFIG/nanoclaw" "$CONFIG"/credstore.encrypted/nanoclaw.* "${XDG_RUNTIME_DIR:?}/nanoclaw"
+    say "Removed, with all data."
+  else
+    say "Removed. Kept: $CONFIG/nanoclaw, $STATE/nanoclaw and the credentials ('--purge' deletes them)."
+  fi
+}
+if [ -n "$UNINSTALL" ]; then
+  uninstall
+  exit 0
+fi
+
+# --- what it needs ----------------------------------------------------------------------------------
+
+missing_modules() { # the Python modules that are not there
+  "$PYTHON" -c 'import importlib.util, sys
+print(*[m for m in sys.argv[1:] if importlib.util.find_spec(m) is None])' jeepney podman systemd aiosqlite tomli_w h11
+}
+
+install_packages() {
+  local module packages=() install
+  command -v podman > /dev/null || packages+=(podman)
+  for module in $(missing_modules); do packages+=("python3-${module/_/-}"); done
+  if command -v apt-get > /dev/null; then
+    command -v newuidmap > /dev/null || packages+=(uidmap)
+    [ -e /usr/lib/systemd/user/dbus.socket ] || packages+=(dbus-user-session)
+    install=(sudo apt-get install -y --no-install-recommends)
+  elif command -v dnf > /dev/null; then
+    install=(sudo dnf install -y)
+  fi
+  [ ${#packages[@]} != 0 ] || return 0
+  [ -n "${install[*]:-}" ] || die "missing: ${packages[*]}" "install them with your package tool, then run this again"
+  ask "Install ${packages[*]} with '${install[*]}'?" || die "these packages are needed: ${packages[*]}"
+  "${install[@]}" "${packages[@]}"
+}
+
+step "Checking what is needed"
+[ -x "$PYTHON" ] || die "there is no $PYTHON" "install python3 (3.11 or newer)"
+if [ "$(loginctl show-user "$(id -un)" -P Linger 2> /dev/null)" != yes ] && ask "Let your services run while you are logged out (loginctl enable-linger)?"; then
+  loginctl enable-linger
+fi
+install_packages
+(cd "$HERE" && "$PYTHON" -m nanoclawd.cli.doctor --floor) || die "this machine lacks what is named above"
+
+# --- programs and units -----------------------------------------------------------------------------
+
+step "Installing programs and units for $(id -un)"
+launcher() { # NAME MODULE
+  printf '#!%s -sP\nimport sys\n\nsys.path.insert(0, "%s")\nfrom %s.__main__ import main\n\nmain()\n' "$PYTHON" "$LIB" "$2" > "$BIN/$1.new"
+  chmod 755 "$BIN/$1.new"
+  mv "$BIN/$1.new" "$BIN/$1"
+}
+mkdir -p "$BIN" "$UNITS" "$(dirname "$LIB")" "$CONFIG/containers/systemd"
+rm -rf "$LIB.new"
+mkdir "$LIB.new"
+(cd "$HERE" && cp -r nanoclawd quadlets agent-image "$LIB.new/")
+find "$LIB.new" -name __pycache__ -prune -exec rm -rf {} +
+"$PYTHON" -m compileall -q -s "$LIB.new" -p "$LIB" "$LIB.new/nanoclawd"
+rm -rf "$LIB" && mv "$LIB.new" "$LIB"
+launcher nanoclawd nanoclawd
+launcher nanoclaw-gateway nanoclawd.gateway
+launcher nanoclawctl nanoclawd.cli
+for unit in "$HERE"/units/*; do
+  sed -e "s|@bindir@|$BIN|g" -e "s|@libdir@|$LIB|g" "$unit" > "$UNITS/$(basename "$unit")"
+done
+for shell in bash zsh fish; do
+  mkdir -p "$(dirname "$(completions $shell)")"
+  "$BIN/nanoclawctl" completion $shell > "$(completions $shell)"
+done
+for page in "$HERE"/packaging/man/*.[1-8]; do
+  install -D -m 644 "$page" "$DATA/man/man${page##*.}/$(basename "$page")"
+done
+systemctl --user daemon-reload
+systemctl --user enable --quiet --now podman.socket
+systemctl --user enable --quiet "${ENABLED[@]}"
+systemctl --user start nanoclaw.socket nanoclaw-channel.socket nanoclaw-gateway.socket
+# A router or gateway of an earlier version makes room; agents go on and do not notice.
+systemctl --user try-restart nanoclaw-gateway.service
+systemctl --user restart nanoclaw.service
+say "nanoclaw.service is $(systemctl --user is-active nanoclaw.service)"
+
+# --- image and first agent --------------------------------------------------------------------------
+
+if [ -n "$IMAGE" ]; then
+  step "Building the agent image"
+  "$BIN/nanoclawctl" image build ${BASE:+--base-directory "$BASE"} || die "the agent image was not built" \
+    "without a registry: 'agent-image/make-base DIR', then this again with --base-directory DIR"
+fi
+if [ -n "$DEMO" ]; then
+  step "The agent \"demo\""
+  provider=echo
+  if [ -n "${ANTHROPIC_API_KEY:-}" ]; then
+    printf %s "$ANTHROPIC_API_KEY" | "$BIN/nanoclawctl" secret set anthropic
+    provider=anthropic
+  fi
+  "$BIN/nanoclawctl" agent show demo > /dev/null 2>&1 || "$BIN/nanoclawctl" agent add demo --provider "$provider"
+  message="Hello from $(id -un)!"
+  say "You:  $message"
+  printf 'demo: '
+  "$BIN/nanoclawctl" send demo "$message" --wait
+fi
+
+step "What to do next"
+case :$PATH: in *:$BIN:*) ;; *) say "  export PATH=\"$BIN:\$PATH\"                 # your shell does not look there yet" ;; esac
+cat << 'END'
+  nanoclawctl chat demo                               # talk to it; Ctrl-D leaves
+  nanoclawctl secret set anthropic                    # the API key: only the gateway ever sees it
+  nanoclawctl agent add andy --provider anthropic     # an agent that thinks
+  nanoclawctl status                                  # systemctl --user status 'nanoclaw*' shows it too
+  nanoclawctl doctor                                  # if something does not work
+  systemctl --user stop nanoclaw-agents.slice         # stops every agent, whatever else hangs
+END

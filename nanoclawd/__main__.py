@@ -1,0 +1,236 @@
+"""nanoclawd: routes messages between chats and agents.
+
+Talks to:   people's programs, over control/io.nanoclaw.Control (trusted: mode 0600); channel adapters, over
+            channel/io.nanoclaw.Channel; runners, over host.sock of each session (untrusted); the gateway;
+            the user's systemd over D-Bus; Podman's REST socket, through a child.
+May touch:  its database and state directory, agents/*.toml, the Quadlet units that it generates.
+Trusts:     nothing that a runner or a chat sends. Opens no file that an agent named; has no network.
+On trouble: a bad agent, unit or message harms only itself; a bug ends the program, systemd restarts it,
+            and what was acknowledged is in the database.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from systemd import daemon
+
+from nanoclawd import journal, limits, paths, sandbox
+from nanoclawd.agent_service import AgentService
+from nanoclawd.channel_service import ChannelService
+from nanoclawd.control import ControlService
+from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.errors import ConfigError, NanoclawError
+from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.outlets import Outlets
+from nanoclawd.queue import leased_turn, session_row
+from nanoclawd.registry import Registry
+from nanoclawd.server import Server
+from nanoclawd.session import Session
+from nanoclawd.sessions import Sessions
+from nanoclawd.settings import read_settings
+from nanoclawd.sockets import forget_listener, take_listeners
+from nanoclawd.systemd import Systemd, connect
+from nanoclawd.version import VERSION
+
+_EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd shows it by name, and does not restart
+
+
+class _Stop(Exception):
+    """SIGTERM came."""
+
+
+def main() -> None:
+    """Run until SIGTERM."""
+    parser = argparse.ArgumentParser(prog="nanoclawd", description="Router of NanoClaw; started by systemd.")
+    parser.add_argument("--version", action="version", version=f"nanoclawd {VERSION}")
+    parser.add_argument(
+        "--create-database",
+        action="store_true",
+        help="create an empty database where one is missing beside existing agents, then exit",
+    )
+    options = parser.parse_args()
+    try:
+        asyncio.run(_create_database() if options.create_database else _run())
+    except* _Stop:
+        pass
+    except* NanoclawError as group:
+        for exc in group.exceptions:
+            text = str(exc)
+            journal.error("exit", text)
+            daemon.notify(f"STATUS={text}")
+        sys.exit(_EXIT_CONFIG if group.subgroup(ConfigError) else 1)
+
+
+async def _create_database() -> None:
+    database = await Database.open(paths.state() / "nanoclaw.db", create=True)
+    await database.close()
+
+
+async def _run() -> None:
+    listeners = take_listeners()
+    control, channel = listeners.pop("control", None), listeners.pop("channel", None)
+    if control is None or channel is None:
+        raise ConfigError(
+            "no sockets were passed in",
+            hint="nanoclawd is started by systemd: 'systemctl --user start nanoclaw'",
+        )
+    settings = read_settings()
+    db = await Database.open(paths.state() / "nanoclaw.db")
+    try:
+        async with connect() as systemd, asyncio.TaskGroup() as tasks:
+            tasks.create_task(db.run(), name="database")
+            tasks.create_task(systemd.watch(), name="units")
+            await systemd.watching.wait()
+            registry = Registry(version=VERSION, db=db, systemd=systemd, settings=settings)
+            outlets, gateway = Outlets(db), GatewayLink()
+            sessions = Sessions(
+                db=db,
+                systemd=systemd,
+                registry=registry,
+                outlets=outlets,
+                gateway=gateway,
+                tasks=tasks,
+                slots=settings.max_sessions,
+            )
+            agent_service = AgentService(
+                version=VERSION, db=db, registry=registry, sessions=sessions, outlets=outlets
+            )
+            sessions.service = agent_service.service
+            checks = sandbox.check_router()
+            sandbox.report(checks)
+            control_service = ControlService(
+                version=VERSION,
+                db=db,
+                systemd=systemd,
+                registry=registry,
+                sessions=sessions,
+                outlets=outlets,
+                gateway=gateway,
+                sandbox=checks,
+            )
+            channel_service = ChannelService(
+                version=VERSION, db=db, registry=registry, sessions=sessions, outlets=outlets
+            )
+            await registry.load()
+            await _recover(db, systemd, sessions, listeners)
+            await control_service.start_waiting()
+            tasks.create_task(outlets.run(), name="outlets")
+            tasks.create_task(gateway.run(), name="gateway")
+            tasks.create_task(Server(control_service.service, control).run(), name="control")
+            tasks.create_task(Server(channel_service.service, channel).run(), name="channel")
+            tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
+            _handle_signals(tasks, lambda: _reload(registry, control_service))
+            # What was made while starting lives for ever: the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
+            daemon.notify(f"READY=1\nSTATUS={len(registry.names())} agents")
+            journal.info("started", version=VERSION, agents=len(registry.names()))
+    finally:
+        await db.close()
+
+
+async def _recover(
+    db: Database, systemd: Systemd, sessions: Sessions, listeners: dict[str, socket.socket]
+) -> None:
+    """Take up what the previous router left: containers that run keep their turns, others lose them."""
+    running = {
+        unit.name
+        for unit in await systemd.list_units(["nanoclaw-*@*.service"])
+        if unit.active_state in ("active", "activating", "reloading")
+    }
+    adopted: list[Session] = []
+
+    async def recover(tx: Transaction) -> list[Row]:
+        await tx.all("release_deliveries")
+        await tx.all("extend_leases", expires=now_ms() + int(limits.LEASE_S * 1000))
+        rows = await tx.all("list_sessions", agent=None)
+        for row in rows:
+            session = Session(session_row(row))
+            agent, name = session.row.agent, session.row.name
+            host = listeners.get(f"host.{agent}.{name}")
+            gateway = listeners.get(f"gateway.{agent}.{name}")
+            if session.unit in running and host is not None and gateway is not None:
+                session.host, session.gateway = host, gateway
+                session.turn = await leased_turn(tx, session.row)
+                adopted.append(session)
+                continue
+            lost = await tx.one("leased_message", session=session.row.id)
+            if lost is not None:
+                reason = "the router and the agent's container ended together"
+                await tx.all("requeue_message", id=lost["id"], not_before=0, reason=reason)
+        return rows
+
+    await db.write(recover)
+    kept = {name for session in adopted for name in _listener_names(session)}
+    for name, listener in listeners.items():
+        if name not in kept:
+            forget_listener(name)
+            listener.close()
+    known = {session.unit for session in adopted}
+    for unit in running - known:
+        # Nobody can reach its listeners any more, so it cannot work; its message goes to a new one.
+        journal.warning("orphan-container", "stopping it", unit=unit)
+        await systemd.stop_unit(unit)
+    for session in adopted:
+        journal.info(
+            "session-adopted", unit=session.unit, message=session.turn.message if session.turn else None
+        )
+        sessions.adopt(session)
+
+
+def _listener_names(session: Session) -> tuple[str, str]:
+    agent, name = session.row.agent, session.row.name
+    return f"host.{agent}.{name}", f"gateway.{agent}.{name}"
+
+
+def _handle_signals(tasks: asyncio.TaskGroup, reload: Callable[[], object]) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def stop() -> None:
+        daemon.notify("STOPPING=1")
+        journal.info("stopping")
+        raise _Stop
+
+    loop.add_signal_handler(signal.SIGTERM, lambda: tasks.create_task(stop(), name="stop"))
+    loop.add_signal_handler(signal.SIGINT, lambda: tasks.create_task(stop(), name="stop"))
+    loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload(), name="reload"))  # type: ignore[arg-type]
+
+
+async def _reload(registry: Registry, control: ControlService) -> None:
+    # Type=notify-reload: systemd.service(5); systemctl waits for the READY=1 that follows.
+    daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+    status = ""
+    try:
+        registry.settings = read_settings()
+        problems = await registry.load()
+        await control.start_waiting()
+        status = f"{len(registry.names())} agents" + (f", {len(problems)} broken" if problems else "")
+    except NanoclawError as exc:
+        status = f"reload failed, going on as before: {exc.message}"
+        journal.error("reload-failed", f"{exc}, going on as before")
+    daemon.notify(f"READY=1\nSTATUS={status}")
+
+
+async def _keep_watchdog(db: Database, systemd: Systemd) -> None:
+    """Tell systemd that we live, as long as the database and the bus answer."""
+    interval_us = int(os.environ.get("WATCHDOG_USEC", "0"))
+    if not interval_us:
+        return
+    while True:
+        await db.read("count_queued", session=0)
+        await systemd.ping()
+        daemon.notify("WATCHDOG=1")
+        await asyncio.sleep(interval_us / 3e6)
+
+
+if __name__ == "__main__":
+    main()

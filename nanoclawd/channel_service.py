@@ -1,0 +1,170 @@
+"""io.nanoclaw.Channel: what a channel adapter may ask of the router."""
+
+from __future__ import annotations
+
+import difflib
+
+from nanoclawd import journal, limits, paths, queue
+from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.errors import NotFound, Refused
+from nanoclawd.idl import read_interface
+from nanoclawd.ids import AgentName, MessageId
+from nanoclawd.outlets import Outlet, Outlets
+from nanoclawd.queue import Event, SessionRow, session_row
+from nanoclawd.registry import Registry
+from nanoclawd.server import Call, Method, Service
+from nanoclawd.sessions import Sessions
+from nanoclawd.wire import Json
+
+INTERFACE = "io.nanoclaw.Channel"
+
+
+class ChannelService:
+    def __init__(
+        self, *, version: str, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets
+    ) -> None:
+        self._db = db
+        self._registry = registry
+        self._sessions = sessions
+        self._outlets = outlets
+        self.service = Service(
+            version=version,
+            interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
+            methods={
+                "Deliver": Method(handler=self._deliver),
+                "Attach": Method(handler=self._attach, more=True),
+                "ReportSent": Method(handler=self._report_sent),
+                "ReportFailed": Method(handler=self._report_failed),
+                "StopTurn": Method(handler=self._stop_turn),
+            },
+        )
+
+    async def _deliver(self, call: Call) -> Json:
+        parameters = call.parameters
+        for name in ("channel", "chat", "event", "sender"):
+            _check_name(name, parameters[name], empty=False)
+        _check_name("thread", parameters["thread"])
+        size = len(parameters["text"].encode())
+        if size > limits.TEXT_BYTES:
+            raise Refused(
+                f"the message is {size} bytes long, and {limits.TEXT_BYTES} is the limit",
+                hint="put long material into a file in the agent's workspace",
+            )
+        if not parameters["text"].strip():
+            raise Refused("the message is empty")
+        if parameters["revision"] < 0:
+            raise Refused("revision: must not be negative")
+        event = Event(**{name: parameters[name] for name in Event.__dataclass_fields__})
+        agent = self._find_agent(parameters["agent"], event)
+        message, session = await self._enqueue(agent, event)
+        if session is not None:
+            journal.info(
+                "message-queued",
+                message=message,
+                agent=agent,
+                channel=event.channel,
+                unit=None,
+                size_bytes=size,
+            )
+            self._sessions.wake(session)
+        return {"message": message, "duplicate": session is None}
+
+    async def _enqueue(self, agent: AgentName, event: Event) -> tuple[MessageId, SessionRow | None]:
+        # A session that lives already gets its turn in the same commit.
+        place = {"agent": agent, "channel": event.channel, "chat": event.chat, "thread": event.thread}
+        known = await self._db.read("find_session", **place)
+        row = session_row(known[0]) if known else None
+        return await self._sessions.write(row, lambda tx: queue.enqueue(tx, agent, event))
+
+    def _find_agent(self, name: str | None, event: Event) -> AgentName:
+        if name is None:
+            raise Refused(
+                f"chat '{event.chat}' of channel '{event.channel}' belongs to no agent",
+                hint="name the agent",
+            )
+        known = self._registry.names()
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = "'nanoclawctl agent list' shows all"
+            raise NotFound(
+                f"no agent named '{name[:64]}'",
+                hint=f"{hint}; did you mean '{similar[0]}'?" if similar else hint,
+            )
+        agent = AgentName(name)
+        self._registry.config(agent)  # a broken one is refused now, while somebody is there to read why
+        return agent
+
+    async def _attach(self, call: Call) -> Json:
+        for name in ("channel", "chat", "event"):
+            if call.parameters[name] is not None:
+                _check_name(name, call.parameters[name], empty=False)
+        outlet = Outlet(call.parameters["channel"], call.parameters["chat"], call.parameters["event"])
+        self._outlets.attach(outlet)
+        try:
+            while (item := await self._outlets.next(outlet)) is not None:
+                await call.send(item)
+        finally:
+            await self._outlets.detach(outlet)
+        raise Refused("too much was waiting for this adapter", hint="attach again")
+
+    async def _report_sent(self, call: Call) -> Json:
+        channel, key, receipt = (call.parameters[name] for name in ("channel", "key", "receipt"))
+        _check_name("receipt", receipt)
+        row = await self._db.write(
+            lambda tx: queue.end_delivery(tx, channel, key, sent=True, receipt=receipt)
+        )
+        self._outlets.reported(key)
+        if row is not None:
+            journal.info(
+                "delivery-sent",
+                message=row["message"],
+                key=key,
+                agent=row["agent"],
+                channel=channel,
+                attempt=row["attempts"],
+                size_bytes=len(row["body"].encode()),
+            )
+        return {}
+
+    async def _report_failed(self, call: Call) -> Json:
+        parameters = call.parameters
+        channel, key = parameters["channel"], parameters["key"]
+        reason = " ".join(parameters["reason"].split())[:500]
+
+        async def fail(tx: Transaction) -> tuple[Row | None, int | None]:
+            row = await tx.one("find_delivery", channel=channel, key=key)
+            if row is None or not parameters["retryable"] or row["attempts"] >= limits.DELIVERY_ATTEMPTS:
+                return await queue.end_delivery(tx, channel, key, sent=False, reason=reason), None
+            after_s = max(0.0, min(parameters["retryAfterSeconds"] or 0.0, limits.BACKOFF_MAX_S))
+            not_before = now_ms() + max(queue.backoff_ms(max(1, row["attempts"])), int(after_s * 1000))
+            await tx.all("release_delivery", key=key, not_before=not_before, reason=reason)
+            return row, not_before
+
+        row, not_before = await self._db.write(fail)
+        self._outlets.reported(key)
+        if not_before is not None:
+            wait_s = (not_before - now_ms()) / 1000
+            journal.warning(
+                "delivery-failed", f"{reason}, retrying in {wait_s:.0f} s", key=key, channel=channel
+            )
+            self._outlets.retry_at(channel, not_before)
+        elif row is not None:
+            journal.error("delivery-dead", reason, key=key, channel=channel, message=row["message"])
+        return {}
+
+    async def _stop_turn(self, call: Call) -> Json:
+        parameters = call.parameters
+        stopped = False
+        for row in await self._db.read("list_sessions", agent=None):
+            if all(row[name] == parameters[name] for name in ("channel", "chat", "thread")):
+                stopped |= await self._sessions.stop_turn(session_row(row))
+        return {"stopped": stopped}
+
+
+def _check_name(name: str, value: str, *, empty: bool = True) -> None:
+    if len(value.encode()) > limits.NAME_BYTES:
+        raise Refused(f"{name}: is longer than {limits.NAME_BYTES} bytes")
+    if not value and not empty:
+        raise Refused(f"{name}: must not be empty")
+    if not value.isprintable():
+        raise Refused(f"{name}: holds a control character")

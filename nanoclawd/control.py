@@ -1,0 +1,307 @@
+"""io.nanoclaw.Control: what a person may ask of the router."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nanoclawd import images, journal, limits, paths, quadlet, queue
+from nanoclawd.agents import AgentConfig, Mount
+from nanoclawd.db import Database, Row, Transaction
+from nanoclawd.errors import NanoclawError, Refused
+from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.idl import read_interface
+from nanoclawd.ids import unit_name
+from nanoclawd.outlets import Outlets
+from nanoclawd.queue import session_row
+from nanoclawd.registry import Agent, Registry, config_file
+from nanoclawd.sandbox import Check
+from nanoclawd.server import Call, Method, Service
+from nanoclawd.session import SessionState
+from nanoclawd.sessions import Sessions
+from nanoclawd.subids import host_uid
+from nanoclawd.systemd import Systemd
+from nanoclawd.wire import Json
+
+INTERFACE = "io.nanoclaw.Control"
+UNITS = ("nanoclaw.service", "nanoclaw.socket", "nanoclaw-channel.socket", "nanoclaw-gateway.service")
+#: Parameters of AddAgent() and SetAgent() by the key of the agent's file.
+_KEYS = {
+    "description": "description",
+    "provider": "provider",
+    "model": "model",
+    "image": "image",
+    "idleSeconds": "idle_seconds",
+    "memoryMax": "memory_max",
+    "tasksMax": "tasks_max",
+    "cpuQuota": "cpu_quota",
+}
+
+
+class ControlService:
+    def __init__(
+        self,
+        *,
+        version: str,
+        db: Database,
+        systemd: Systemd,
+        registry: Registry,
+        sessions: Sessions,
+        outlets: Outlets,
+        gateway: GatewayLink,
+        sandbox: list[Check],
+    ) -> None:
+        self._version = version
+        self._db = db
+        self._systemd = systemd
+        self._registry = registry
+        self._sessions = sessions
+        self._outlets = outlets
+        self._gateway = gateway
+        self._sandbox = sandbox
+        self._started_at = time.time()
+        self.service = Service(
+            version=version,
+            interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
+            methods={
+                "Status": Method(handler=self._status),
+                "AddAgent": Method(handler=self._add_agent),
+                "SetAgent": Method(handler=self._set_agent),
+                "ListAgents": Method(handler=self._list_agents),
+                "ShowAgent": Method(handler=self._show_agent),
+                "RemoveAgent": Method(handler=self._remove_agent),
+                "StartAgent": Method(handler=self._start_agent),
+                "StopAgent": Method(handler=self._stop_agent),
+                "RestartAgent": Method(handler=self._restart_agent),
+                "ListSessions": Method(handler=self._list_sessions),
+                "BuildImage": Method(handler=self._build_image),
+                "Reload": Method(handler=self._reload),
+            },
+        )
+
+    # --- the whole ---------------------------------------------------------------------------------
+
+    async def _status(self, call: Call) -> Json:
+        problem, gateway = "", None
+        try:
+            gateway = await self._gateway.status()
+        except NanoclawError as exc:
+            problem = exc.message
+        counts = Counter(
+            {(r["queue"], r["state"]): r["number"] for r in await self._db.read("count_states")}
+        )
+        return {
+            "version": self._version,
+            "pid": os.getpid(),
+            "startedAt": self._started_at,
+            "units": await self._units(),
+            "agents": len(self._registry.names()),
+            "sessions": await self._describe_sessions(None),
+            "queue": {state: counts["inbox", state] for state in queue.MessageState}
+            | {
+                "deliveriesPending": counts["outbox", "pending"] + counts["outbox", "leased"],
+                "deliveriesSent": counts["outbox", "sent"],
+                "deliveriesDead": counts["outbox", "dead"],
+            },
+            "sandbox": [
+                {"name": check.name, "active": check.active, "detail": check.detail}
+                for check in self._sandbox
+            ],
+            "gateway": gateway,
+            "gatewayProblem": problem,
+        }
+
+    async def _units(self) -> list[Json]:
+        units = []
+        for unit in sorted(
+            await self._systemd.list_units([*UNITS, "nanoclaw-*@*.service"]), key=lambda u: u.name
+        ):
+            memory = None
+            if unit.name.endswith(".service") and unit.active_state == "active":
+                memory = await self._systemd.unit_property(unit.name, "Service", "MemoryCurrent")
+            units.append(
+                {
+                    "name": unit.name,
+                    "activeState": unit.active_state,
+                    "subState": unit.sub_state,
+                    # UINT64_MAX: systemd does not know, e.g. without the memory controller.
+                    "memoryBytes": memory if memory is not None and memory < 1 << 63 else None,
+                }
+            )
+        return units
+
+    async def _reload(self, call: Call) -> Json:
+        problems = await self._registry.load()
+        await self.start_waiting()
+        return {"agents": len(self._registry.names()), "problems": problems}
+
+    async def start_waiting(self) -> None:
+        """Wake every session that has work and an agent that may run."""
+        for row in await self._db.read("find_work"):
+            self._sessions.wake(session_row(row))
+
+    # --- agents ------------------------------------------------------------------------------------
+
+    async def _add_agent(self, call: Call) -> Json:
+        parameters = call.parameters
+        agent = await self._registry.add(parameters["name"], _values(parameters), parameters["instructions"])
+        return await self._describe(agent)
+
+    async def _set_agent(self, call: Call) -> Json:
+        parameters = call.parameters
+        values = _values(parameters)
+        if not values and parameters["instructions"] is None:
+            raise Refused("nothing to change was given")
+        agent = await self._registry.change(parameters["name"], values, parameters["instructions"])
+        await self.start_waiting()  # what was broken may run now
+        return await self._describe(agent)
+
+    async def _list_agents(self, call: Call) -> Json:
+        replies = []
+        for name in self._registry.names():
+            agent = self._registry.get(name)
+            replies.append({"name": name, **await self._describe(agent)})
+        return await _send_list(call, replies, {"name": None, "configuration": None, "runtime": None})
+
+    async def _show_agent(self, call: Call) -> Json:
+        agent = self._registry.get(call.parameters["name"])
+        return {
+            **await self._describe(agent),
+            "instructions": self._registry.instructions(agent.name),
+            "file": str(config_file(agent.name)),
+            "workspace": str(paths.workspace(agent.name)),
+            "unitFile": str(quadlet.unit_file(agent.name, agent.index)),
+            "dropInDirectory": str(quadlet.drop_in_directory(agent.name)),
+        }
+
+    async def _remove_agent(self, call: Call) -> Json:
+        agent = await self._registry.hold(call.parameters["name"], True)
+        await self._sessions.stop_containers(agent.name)
+
+        async def bury(tx: Transaction) -> list[Row]:
+            deliveries = []
+            for row in await tx.all("list_sessions", agent=agent.name):
+                session = session_row(row)
+                while (message := await tx.one("next_message", session=session.id)) is not None:
+                    await queue.bury_message(tx, session, message, f"agent '{agent.name}' was removed")
+                    deliveries += await self._outlets.claim(tx, session, message["event"])
+            return deliveries
+
+        self._outlets.publish(await self._db.write(bury))
+        trash = await self._registry.remove(agent.name)
+        return {"trash": str(trash) if trash else None}
+
+    async def _start_agent(self, call: Call) -> Json:
+        agent = await self._registry.hold(call.parameters["name"], False)
+        self._registry.config(agent.name)  # broken: say so, it will not run
+        journal.info("agent-started", agent=agent.name)
+        await self.start_waiting()
+        return {}
+
+    async def _stop_agent(self, call: Call) -> Json:
+        agent = await self._registry.hold(call.parameters["name"], True)
+        journal.info("agent-stopped", agent=agent.name)
+        await self._sessions.stop_containers(agent.name)
+        return {}
+
+    async def _restart_agent(self, call: Call) -> Json:
+        agent = self._registry.get(call.parameters["name"])
+        await self._sessions.stop_containers(agent.name)
+        await self.start_waiting()
+        return {}
+
+    async def _describe(self, agent: Agent) -> Json:
+        rows = await self._db.read("list_sessions", agent=agent.name)
+        running = [s for s in self._sessions.live() if s.row.agent == agent.name and _has_container(s.state)]
+        return {
+            "configuration": None if agent.config is None else _configuration(agent.config),
+            "runtime": {
+                "state": agent.state,
+                "problem": f"{agent.problem} ({agent.hint})" if agent.hint else agent.problem,
+                "unitTemplate": f"nanoclaw-{agent.name}@.service",
+                "hostUid": host_uid(quadlet.container_uid(agent.index, os.getuid())),
+                "sessions": len(rows),
+                "running": len(running),
+                "queued": sum(row["queued"] for row in rows),
+            },
+        }
+
+    # --- sessions and images -----------------------------------------------------------------------
+
+    async def _list_sessions(self, call: Call) -> Json:
+        if call.parameters["agent"] is not None:
+            self._registry.get(call.parameters["agent"])
+        sessions = await self._describe_sessions(call.parameters["agent"])
+        return await _send_list(call, [{"session": session} for session in sessions], {"session": None})
+
+    async def _describe_sessions(self, agent: str | None) -> list[Json]:
+        described = []
+        for row in await self._db.read("list_sessions", agent=agent):
+            session = session_row(row)
+            live = self._sessions.find(session)
+            described.append(
+                {
+                    "agent": session.agent,
+                    "session": session.name,
+                    "unit": unit_name(session.agent, session.name),
+                    "channel": session.channel,
+                    "chat": session.chat,
+                    "thread": session.thread,
+                    "state": live.state if live else SessionState.IDLE,
+                    "queued": row["queued"],
+                    "message": row["message"],
+                }
+            )
+        return described
+
+    async def _build_image(self, call: Call) -> Json:
+        parameters = call.parameters
+
+        async def report(line: str) -> None:
+            if call.more:
+                await call.send({"line": line[: limits.ACTIVITY_BYTES], "imageId": None})
+
+        directory = parameters["baseDirectory"]
+        image_id = await images.build_image(
+            parameters["image"],
+            base=parameters["base"],
+            base_directory=Path(directory) if directory is not None else None,
+            progress=report,
+        )
+        journal.info("image-built", image=parameters["image"], image_id=image_id)
+        return {"line": None, "imageId": image_id}
+
+
+async def _send_list(call: Call, replies: list[Json], empty: Json) -> Json:
+    """Send all but the last reply, and return that: it is the one without "continues"."""
+    if not call.more:
+        return replies[0] if replies else empty
+    for reply in replies[:-1]:
+        await call.send(reply)
+    return replies[-1] if replies else empty
+
+
+def _values(parameters: Json) -> dict[str, Any]:
+    """Return the keys of an agent's file that a call sets."""
+    values = {key: parameters[name] for name, key in _KEYS.items() if parameters[name] is not None}
+    if parameters["mounts"] is not None:
+        values["mounts"] = tuple(
+            Mount(source=m["source"], target=m["target"], read_only=m["readOnly"])
+            for m in parameters["mounts"]
+        )
+    return values
+
+
+def _configuration(config: AgentConfig) -> Json:
+    return {
+        "name": config.name,
+        **{name: getattr(config, key) for name, key in _KEYS.items()},
+        "mounts": [{"source": m.source, "target": m.target, "readOnly": m.read_only} for m in config.mounts],
+    }
+
+
+def _has_container(state: SessionState) -> bool:
+    return state not in (SessionState.IDLE, SessionState.QUEUED)

@@ -1,0 +1,232 @@
+"""The router's SQLite database: opened and checked, one writer, writes grouped into durable commits."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiosqlite
+
+from nanoclawd import journal, limits, paths
+from nanoclawd.errors import ConfigError, Refused, Unavailable
+
+T = TypeVar("T")
+Row = sqlite3.Row
+
+APPLICATION_ID = 0x4E434C57  # "NCLW", in the file's header: sqlite.org/pragma.html#pragma_application_id
+FULL = 2  # PRAGMA synchronous
+
+
+def now_ms() -> int:
+    """Return the time as the database has it."""
+    return time.time_ns() // 1_000_000
+
+
+def read_queries(text: str) -> dict[str, str]:
+    """Return the statements of a queries.sql by their names."""
+    parts = re.split(r"(?m)^-- (\w+) --$", text)
+    return {name: sql.strip() for name, sql in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+class Transaction:
+    """What a write sees: named statements, run at once and in order on the one writing connection."""
+
+    def __init__(self, connection: aiosqlite.Connection, queries: dict[str, str]) -> None:
+        self._connection = connection
+        self._queries = queries
+
+    async def all(self, query: str, **parameters: Any) -> list[Row]:
+        """Run a statement of queries.sql and return its rows."""
+        return list(await self._connection.execute_fetchall(self._queries[query], parameters))
+
+    async def one(self, query: str, **parameters: Any) -> Row | None:
+        """The same for a statement that gives one row or none."""
+        rows = await self.all(query, **parameters)
+        return rows[0] if rows else None
+
+
+Operation = Callable[[Transaction], Awaitable[T]]
+
+
+@dataclass(slots=True)
+class _Write:
+    operation: Operation[Any]
+    done: asyncio.Future[Any]
+
+
+class Database:
+    """Opens with open(); run() must run as a task while write() is used."""
+
+    def __init__(self, writer: aiosqlite.Connection, reader: aiosqlite.Connection, lock_fd: int) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._lock_fd = lock_fd
+        self._queries = read_queries((paths.SQL / "queries.sql").read_text())
+        self._waiting: asyncio.Queue[_Write] = asyncio.Queue(maxsize=4 * limits.WRITES_PER_COMMIT)
+        self.commits = 0  #: for benchmarks
+
+    @classmethod
+    async def open(cls, path: Path, *, create: bool = False) -> Database:
+        """Open the database, migrate it if it is older.
+
+        Raises ConfigError if it is missing beside an existing installation, damaged or too new; Refused if
+        another process has it.
+        """
+        lock_fd = _lock(path)
+        if not path.exists() and not create and any(path.parent.glob("agents/*")):
+            raise ConfigError(
+                f"the database '{path}' is missing, though there are agents beside it",
+                hint="put a backup (nanoclaw.db.backup-*) back in its place, or accept the loss of all"
+                " queued messages with 'nanoclawd --create-database'",
+            )
+        try:
+            writer = await _connect(path)
+            await _migrate(writer, path)
+            reader = await _connect(path)
+        except sqlite3.DatabaseError as exc:
+            raise ConfigError(
+                f"the database '{path}' cannot be opened: {exc}",
+                hint="put a backup (nanoclaw.db.backup-*) in its place; 'sqlite3 FILE .recover' may help",
+            ) from exc
+        return cls(writer, reader, lock_fd)
+
+    async def close(self) -> None:
+        """Close both connections; what waits is not written."""
+        await self._reader.close()
+        await self._writer.close()
+        os.close(self._lock_fd)
+
+    async def read(self, query: str, **parameters: Any) -> list[Row]:
+        """Run a statement of queries.sql that changes nothing; it sees all that was committed."""
+        return list(await self._reader.execute_fetchall(self._queries[query], parameters))
+
+    async def write(self, operation: Operation[T]) -> T:
+        """Run `operation` in a transaction and return its result once that is on disk.
+
+        Several operations may share a commit; each is rolled back alone if it raises, and gets its own
+        exception. A caller that is cancelled does not undo it. Raises Unavailable if the disk is full or
+        failing.
+        """
+        write = _Write(operation, asyncio.get_running_loop().create_future())
+        await self._waiting.put(write)
+        return await write.done  # type: ignore[no-any-return]  # the future's type is that of the operation
+
+    async def run(self) -> None:
+        """Write until cancelled. No other task uses the writing connection, so none steps in."""
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < limits.WRITES_PER_COMMIT and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            await self._commit(batch)
+
+    async def _commit(self, batch: list[_Write]) -> None:
+        outcomes: list[tuple[_Write, Any, BaseException | None]] = []
+        transaction = Transaction(self._writer, self._queries)
+        try:
+            await self._writer.execute_fetchall("BEGIN IMMEDIATE")
+            for write in batch:
+                await self._writer.execute_fetchall("SAVEPOINT write")
+                try:
+                    outcomes.append((write, await write.operation(transaction), None))
+                except sqlite3.OperationalError:
+                    raise  # the disk, not this operation
+                except Exception as exc:  # handed to whoever asked for it
+                    outcomes.append((write, None, exc))
+                    await self._writer.execute_fetchall("ROLLBACK TO write")
+                await self._writer.execute_fetchall("RELEASE write")
+            await self._writer.execute_fetchall("COMMIT")
+            self.commits += 1
+        except sqlite3.OperationalError as exc:
+            if self._writer.in_transaction:
+                await self._writer.execute_fetchall("ROLLBACK")
+            journal.error(
+                "database-write-failed", f"{exc}; nothing of it was acknowledged", writes=len(batch)
+            )
+            failure = Unavailable(
+                f"the database cannot be written: {exc}", hint="is the disk full? see 'df -h ~'"
+            )
+            outcomes = [(write, None, failure) for write in batch]
+        for write, result, error in outcomes:
+            if write.done.done():  # whoever asked was cancelled; it is written all the same
+                continue
+            if error is None:
+                write.done.set_result(result)
+            else:
+                write.done.set_exception(error)
+
+
+def _lock(path: Path) -> int:
+    """Take the lock beside the database, for as long as the descriptor is open."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise Refused(
+            f"another nanoclawd (pid {owner}) has the database '{path}'",
+            hint="there is one for each user: see 'systemctl --user status nanoclaw'",
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+async def _connect(path: Path) -> aiosqlite.Connection:
+    connection = await aiosqlite.connect(path, isolation_level=None)  # we say BEGIN ourselves
+    connection.row_factory = sqlite3.Row
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000"):
+        await connection.execute_fetchall(f"PRAGMA {pragma}")
+    # An acknowledged message must survive a power cut; SQLite builds may be compiled with other defaults.
+    for pragma, wanted in (("synchronous", FULL), ("journal_mode", "wal"), ("foreign_keys", 1)):
+        (row,) = await connection.execute_fetchall(f"PRAGMA {pragma}")
+        if row[0] != wanted:
+            raise ConfigError(f"SQLite took {pragma} = {row[0]!r} for '{path}', not {wanted!r}")
+    return connection
+
+
+async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
+    """Bring the schema to the newest version: each migration and its record in one transaction."""
+    (version,) = (await _pragma(connection, "user_version"),)
+    application = await _pragma(connection, "application_id")
+    if version and application != APPLICATION_ID:
+        raise ConfigError(f"'{path}' is a database of another program", hint="move it away")
+    migrations = sorted((paths.SQL / "migrations").glob("[0-9]*.sql"))
+    if version > len(migrations):
+        raise ConfigError(
+            f"the database '{path}' has version {version}, and this nanoclawd knows {len(migrations)}",
+            hint=f"install the newer nanoclawd again, or put '{path}.backup-{len(migrations)}' back",
+        )
+    if 0 < version < len(migrations):
+        await _backup(connection, path.with_name(f"{path.name}.backup-{version}"))
+    for number, file in enumerate(migrations[version:], start=version + 1):
+        # executescript() commits what is open first, so the transaction is part of the script.
+        await connection.executescript(
+            f"BEGIN IMMEDIATE;\n{file.read_text()}\n"
+            f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {number};\nCOMMIT;"
+        )
+        journal.info("database-migrated", version=number)
+
+
+async def _pragma(connection: aiosqlite.Connection, name: str) -> int:
+    (row,) = await connection.execute_fetchall(f"PRAGMA {name}")
+    return int(row[0])
+
+
+async def _backup(connection: aiosqlite.Connection, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    async with aiosqlite.connect(target) as copy:
+        await connection.backup(copy)
+    fd = os.open(target, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    journal.info("database-backed-up", file=str(target))

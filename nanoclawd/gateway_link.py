@@ -1,0 +1,97 @@
+"""The router's side of io.nanoclaw.Gateway: hands over session listeners, again after a restart of the
+gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from nanoclawd import journal, paths, varlink
+from nanoclawd.errors import Unavailable
+from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.wire import Json, VarlinkError
+
+_RETRY_S = 2.0
+Key = tuple[AgentName, SessionName]
+
+
+class GatewayLink:
+    """Keeps the gateway supplied with the listeners of live sessions; run() must run as a task."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[Key, socket.socket] = {}
+        self._changed = asyncio.Event()
+
+    def attach(self, agent: AgentName, session: SessionName, listener: socket.socket) -> None:
+        """Have the gateway serve `listener`, which stays ours. Does not wait: the backlog holds who is
+        faster.
+        """
+        self._wanted[agent, session] = listener
+        self._changed.set()
+
+    def detach(self, agent: AgentName, session: SessionName) -> None:
+        """Have the gateway close its copy. Harmless if it has none."""
+        self._wanted.pop((agent, session), None)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Connect when there is something to hand over; when the gateway goes away, do it again."""
+        while True:
+            await self._changed.wait()
+            if not self._wanted:
+                self._changed.clear()
+                continue
+            try:
+                connection = await varlink.connect(paths.gateway_socket())
+                try:
+                    await self._keep_supplied(connection)
+                finally:
+                    connection.close()
+            except (Unavailable, VarlinkError) as exc:
+                journal.warning("gateway-away", f"{exc}, retrying in {_RETRY_S:.0f} s")
+                await asyncio.sleep(_RETRY_S)
+            self._changed.set()
+
+    async def _keep_supplied(self, connection: varlink.Connection) -> None:
+        """Make the gateway's set equal to ours, until it hangs up."""
+        has: dict[Key, socket.socket] = {}
+        while True:
+            self._changed.clear()
+            for key in has.keys() - self._wanted.keys():
+                del has[key]
+                await varlink.call(connection, "io.nanoclaw.Gateway.Detach", _names(key))
+            for key, listener in list(self._wanted.items()):
+                if has.get(key) is not listener:
+                    await varlink.call(
+                        connection, "io.nanoclaw.Gateway.Attach", _names(key), fd=listener.fileno()
+                    )
+                    has[key] = listener
+            if not self._changed.is_set() and await self._gone_before_change(connection):
+                return
+
+    async def _gone_before_change(self, connection: varlink.Connection) -> bool:
+        gone = asyncio.ensure_future(connection.wait_gone())
+        changed = asyncio.ensure_future(self._changed.wait())
+        try:
+            await asyncio.wait((gone, changed), return_when=asyncio.FIRST_COMPLETED)
+            return gone.done()
+        finally:
+            for task in (gone, changed):
+                task.cancel()
+            await asyncio.gather(gone, changed, return_exceptions=True)
+
+    async def status(self) -> Json:
+        """Return what the gateway says of itself; starts it if need be. Raises Unavailable."""
+        connection = await varlink.connect(paths.gateway_socket())
+        try:
+            async with asyncio.timeout(5):
+                return await varlink.call(connection, "io.nanoclaw.Gateway.Status", {})
+        except (TimeoutError, VarlinkError) as exc:
+            raise Unavailable(f"the gateway does not answer: {exc}") from exc
+        finally:
+            connection.close()
+
+
+def _names(key: Key) -> Json:
+    return {"agent": key[0], "session": key[1]}

@@ -1,0 +1,271 @@
+"""The agents that there are: files of the person, units that follow, rows that remember the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nanoclawd import agents, files, journal, limits, mounts, paths, quadlet
+from nanoclawd.agents import AgentConfig
+from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
+from nanoclawd.ids import AgentName, parse_agent_name
+from nanoclawd.quadlet import UnitSpec
+from nanoclawd.settings import Settings
+from nanoclawd.systemd import Systemd
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agent:
+    """One agent as it is at this moment."""
+
+    name: AgentName
+    config: AgentConfig | None  #: None if its file is broken
+    index: int  #: of its uid; -1 while it has none
+    held: bool = False
+    problem: str = ""  #: why it cannot run; empty if it can
+    hint: str = ""
+
+    @property
+    def state(self) -> str:
+        return "broken" if self.problem else "held" if self.held else "ready"
+
+
+class Registry:
+    """All agents by name. Changes go one at a time: file, then unit, then one reload; or all as before."""
+
+    def __init__(self, *, version: str, db: Database, systemd: Systemd, settings: Settings) -> None:
+        self._version = version
+        self._db = db
+        self._systemd = systemd
+        self._agents: dict[AgentName, Agent] = {}
+        self._changing = asyncio.Lock()
+        self.settings = settings
+
+    # --- looking -----------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        return sorted(self._agents)
+
+    def get(self, name: str) -> Agent:
+        """Return the agent. Raises NotFound."""
+        agent = self._agents.get(AgentName(name))
+        if agent is None:
+            raise NotFound(f"no agent named '{name[:64]}'", hint="'nanoclawctl agent list' shows all")
+        return agent
+
+    def config(self, name: str) -> AgentConfig:
+        """Return the configuration of an agent that can run. Raises NotFound, ConfigError."""
+        agent = self.get(name)
+        if agent.config is None or agent.problem:
+            raise ConfigError(agent.problem, hint=agent.hint)
+        return agent.config
+
+    def instructions(self, name: AgentName) -> str:
+        """Return the text of NAME.md, read anew: a person may have changed it. Raises ConfigError."""
+        return agents.read_instructions(config_file(name))
+
+    def may_run(self, name: AgentName) -> bool:
+        agent = self._agents.get(name)
+        return agent is not None and agent.state == "ready"
+
+    # --- changing ----------------------------------------------------------------------------------
+
+    async def load(self) -> list[str]:
+        """Read all files again and make the units follow; returns what is wrong, one line a problem.
+
+        A broken file stops only its own agent, which keeps its unit; a unit without a file goes.
+        """
+        async with self._changing:
+            found = await asyncio.to_thread(agents.read_agents, paths.agents())
+            rows = await self._db.write(lambda tx: _ensure_rows(tx, found))
+            loaded: dict[AgentName, Agent] = {}
+            specs: list[UnitSpec] = []
+            for name, config in found.items():
+                row = rows[name]
+                agent = Agent(name=name, config=None, index=row["uid_index"], held=bool(row["held"]))
+                try:
+                    if isinstance(config, ConfigError):
+                        raise config
+                    agent = replace(agent, config=config)
+                    specs.append(self._spec(agent))
+                except NanoclawError as exc:
+                    agent = _broken(agent, exc)
+                loaded[name] = agent
+            await self._follow(loaded, specs)
+            self._agents = loaded
+        problems = [agent.problem for agent in loaded.values() if agent.problem]
+        for agent in loaded.values():
+            if agent.problem:
+                journal.error("agent-broken", agent.problem, agent=agent.name)
+        return problems
+
+    async def _follow(self, loaded: dict[AgentName, Agent], specs: list[UnitSpec]) -> None:
+        """Install what is stale, remove what has no file, reload systemd once if anything changed."""
+        stale = await asyncio.to_thread(quadlet.stale_units, specs)
+        failures: Mapping[AgentName, NanoclawError | None] = {}
+        if stale:
+            failures = await quadlet.install_units(stale)
+            journal.info("units-written", units=len(stale), version=self._version)
+        for name, failure in failures.items():
+            if failure is not None:
+                loaded[name] = _broken(loaded[name], failure)
+        orphans = [name for name, _ in quadlet.installed_units() if name not in loaded]
+        removed = await asyncio.to_thread(quadlet.remove_units, orphans) if orphans else []
+        if stale or removed:
+            await self._systemd.reload()
+        for spec in stale:
+            if failures.get(spec.agent) is None:
+                await asyncio.to_thread(ensure_directories, spec.agent)
+
+    async def add(self, name: str, values: Mapping[str, Any], instructions: str | None) -> Agent:
+        """Add an agent; on any failure nothing of it stays. Raises Refused, ConfigError, Failed."""
+        agent_name = parse_agent_name(name)
+        async with self._changing:
+            if agent_name in self._agents or config_file(agent_name).exists():
+                raise Refused(
+                    f"there is an agent named '{agent_name}'",
+                    hint=f"'nanoclawctl agent set {agent_name}' changes it",
+                )
+            if len(self._agents) >= limits.AGENTS:
+                raise Refused(f"there are {limits.AGENTS} agents already, which is the limit")
+            row = (await self._db.write(lambda tx: _ensure_rows(tx, [agent_name])))[agent_name]
+            path = config_file(agent_name)
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                agents.write_agent(path, AgentConfig(name=agent_name, **values))
+                if instructions is not None:
+                    agents.write_instructions(path, instructions)
+                agent = await self._install(
+                    Agent(name=agent_name, config=agents.read_agent(path), index=row["uid_index"])
+                )
+            except BaseException:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".md").unlink(missing_ok=True)
+                await self._db.write(lambda tx: tx.all("remove_agent", name=agent_name))
+                raise
+            self._agents[agent_name] = agent
+        journal.info("agent-added", agent=agent_name)
+        return agent
+
+    async def change(self, name: str, values: Mapping[str, Any], instructions: str | None) -> Agent:
+        """Change keys of an agent's file; on any failure file and unit are as before."""
+        async with self._changing:
+            before = self.get(name)
+            path = config_file(before.name)
+            old = {file: _read_or_none(file) for file in (path, path.with_suffix(".md"))}
+            try:
+                agents.change_agent(path, values)
+                if instructions is not None:
+                    agents.write_instructions(path, instructions)
+                agent = await self._install(
+                    replace(before, config=agents.read_agent(path), problem="", hint="")
+                )
+            except BaseException:
+                for file, text in old.items():
+                    if text is None:
+                        file.unlink(missing_ok=True)
+                    else:
+                        files.write_text(file, text)
+                raise
+            self._agents[before.name] = agent
+        journal.info("agent-changed", agent=agent.name, keys=",".join(values))
+        return agent
+
+    async def remove(self, name: str) -> Path | None:
+        """Remove an agent whose containers are stopped; returns where its files went."""
+        async with self._changing:
+            agent = self.get(name)
+            path = config_file(agent.name)
+            path.unlink(missing_ok=True)
+            path.with_suffix(".md").unlink(missing_ok=True)
+            await asyncio.to_thread(quadlet.remove_units, [agent.name])
+            await self._systemd.reload()
+            await self._db.write(lambda tx: _remove_rows(tx, agent.name))
+            del self._agents[agent.name]
+            trash = await asyncio.to_thread(_move_to_trash, agent.name)
+        journal.info("agent-removed", agent=agent.name)
+        return trash
+
+    async def hold(self, name: str, held: bool) -> Agent:
+        """Note whether the person has stopped the agent; it survives a restart."""
+        async with self._changing:
+            agent = self.get(name)
+            await self._db.write(lambda tx: tx.all("hold_agent", name=agent.name, held=int(held)))
+            self._agents[agent.name] = replace(self._agents[agent.name], held=held)
+        return self._agents[agent.name]
+
+    async def _install(self, agent: Agent) -> Agent:
+        """Make the unit follow one agent's configuration. Raises what is wrong with it."""
+        spec = self._spec(agent)
+        if quadlet.stale_units([spec]):
+            failure = (await quadlet.install_units([spec]))[agent.name]
+            if failure is not None:
+                raise failure
+            await self._systemd.reload()
+        await asyncio.to_thread(ensure_directories, agent.name)
+        return agent
+
+    def _spec(self, agent: Agent) -> UnitSpec:
+        assert agent.config is not None
+        allowed = [
+            mounts.AllowedMount(path=rule.path, read_only=rule.read_only) for rule in self.settings.mounts
+        ]
+        return UnitSpec(
+            config=agent.config,
+            index=agent.index,
+            mounts=mounts.resolve_mounts(agent.config.mounts, allowed),
+            version=self._version,
+        )
+
+
+def config_file(name: AgentName) -> Path:
+    return paths.agents() / f"{name}.toml"
+
+
+def ensure_directories(name: AgentName) -> None:
+    """Make the agent's workspace: its own uid writes there as a member of the person's group."""
+    workspace = paths.workspace(name)
+    workspace.mkdir(mode=0o770, parents=True, exist_ok=True)
+    workspace.chmod(0o2770)
+    (paths.agent_state(name) / "sessions").mkdir(mode=0o700, exist_ok=True)
+
+
+def _broken(agent: Agent, exc: NanoclawError) -> Agent:
+    return replace(agent, problem=exc.message, hint=exc.hint)
+
+
+def _read_or_none(path: Path) -> str | None:
+    try:
+        return files.read_text(path)
+    except NotFound:
+        return None
+
+
+def _move_to_trash(name: AgentName) -> Path | None:
+    """Move the agent's files out of the way; nothing in them is opened. A name may be used again later."""
+    if not paths.agent_state(name).exists():
+        return None
+    trash = paths.state() / "trash"
+    trash.mkdir(mode=0o700, exist_ok=True)
+    target = trash / f"{name}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"
+    paths.agent_state(name).rename(target)
+    return target
+
+
+async def _ensure_rows(tx: Transaction, names: Iterable[AgentName]) -> dict[AgentName, Row]:
+    rows = {AgentName(row["name"]): row for row in await tx.all("list_agents")}
+    for name in names:
+        if name not in rows:
+            (rows[name],) = await tx.all("add_agent", name=name, now=now_ms())
+    return rows
+
+
+async def _remove_rows(tx: Transaction, name: AgentName) -> None:
+    await tx.all("remove_agent", name=name)
+    await tx.all("remove_sessions", agent=name)

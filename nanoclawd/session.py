@@ -1,0 +1,133 @@
+"""One live session: its container's state, its runner's stream of work, the turn it has leased."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from nanoclawd import limits
+from nanoclawd.ids import TurnId, unit_name
+from nanoclawd.queue import SessionRow, Turn
+from nanoclawd.wire import Json
+
+
+class SessionState(StrEnum):
+    IDLE = "idle"  #: no container
+    QUEUED = "queued"  #: waits for a slot, or for the time of the next attempt
+    STARTING = "starting"  #: systemd starts the unit
+    READY = "ready"  #: the runner waits for work
+    WORKING = "working"  #: the runner has a turn
+    STOPPING = "stopping"  #: the runner said good-bye, or is being stopped
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """The state that is not in the database. Only one task runs its life, see Sessions."""
+
+    row: SessionRow
+    state: SessionState = SessionState.QUEUED
+    host: socket.socket | None = None  #: listener of the agent interface
+    gateway: socket.socket | None = None  #: listener of the gateway, which has a copy
+    stream: asyncio.Queue[Json | None] | None = None  #: to the runner's Work() call; None ends it
+    turn: Turn | None = None
+    taking: bool = False  #: a write is under way that may lease a turn
+    hello: bool = False  #: the runner of this life has introduced itself
+    worked: bool = False  #: this life has taken a turn
+    left: bool = False  #: the runner said good-bye
+    stopped_by_person: bool = False
+    alive: bool = False  #: systemd has said that the unit runs
+    result: str = ""  #: systemd's Result= of the unit
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  #: the unit is inactive
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)  #: there may be something to do
+    lease: asyncio.TimerHandle | None = None
+    retry: asyncio.TimerHandle | None = None
+    stopping: asyncio.TimerHandle | None = None
+
+    @property
+    def unit(self) -> str:
+        return unit_name(self.row.agent, self.row.name)
+
+    def can_take(self) -> bool:
+        """Whether a turn may be leased for the runner at this moment."""
+        return (
+            self.stream is not None
+            and self.turn is None
+            and not self.taking
+            and self.state in (SessionState.STARTING, SessionState.READY)
+            and not self.left
+        )
+
+    def find_turn(self, turn: str) -> Turn | None:
+        """Return the turn if it is the one that runs."""
+        return self.turn if self.turn is not None and self.turn.id == TurnId(turn) else None
+
+    def push(self, work: Json) -> None:
+        """Queue work for the runner; one that reads nothing loses its stream, and gets all again when it is
+        back.
+        """
+        if self.stream is None:
+            return
+        try:
+            self.stream.put_nowait(work)
+        except asyncio.QueueFull:
+            self.end_stream()
+
+    def open_stream(self, size: int) -> asyncio.Queue[Json | None]:
+        """Return a new stream to the runner."""
+        self.stream = asyncio.Queue(size)
+        return self.stream
+
+    def end_stream(self) -> None:
+        if self.stream is not None:
+            while not self.stream.empty():
+                self.stream.get_nowait()
+            self.stream.put_nowait(None)
+            self.stream = None
+
+    def begin_life(self) -> None:
+        """Forget the previous container."""
+        self.state = SessionState.STARTING
+        self.hello = self.worked = self.left = self.stopped_by_person = self.alive = False
+        self.result = ""
+        self.gone.clear()
+
+    def cancel_timers(self) -> None:
+        for timer in (self.lease, self.retry, self.stopping):
+            if timer is not None:
+                timer.cancel()
+        self.lease = self.retry = self.stopping = None
+
+    def describe_end(self) -> str:
+        """Say in one line why the container is gone."""
+        match self.result:
+            case "oom-kill":
+                return "its container used more memory than it may"
+            case "timeout":
+                return f"its container did not get ready within {limits.HELLO_S:.0f} s"
+            case "start-limit-hit":
+                return "its container failed too often in a short time"
+            case "" | "success":
+                return "its container ended"
+        return f"its container failed ({self.result})"
+
+
+def describe_turn(turn: Turn) -> Json:
+    """Return what the runner gets (type Turn of io.nanoclaw.Agent)."""
+    return {
+        "turn": {
+            "id": turn.id,
+            "attempt": turn.attempt,
+            "messages": [
+                {
+                    "id": turn.message,
+                    "sender": turn.sender,
+                    "receivedAt": turn.received_at / 1000,
+                    "text": turn.text,
+                }
+            ],
+            "alreadySent": [{"key": key, "text": text} for key, text in turn.already_sent],
+        },
+        "stop": None,
+    }

@@ -1,0 +1,84 @@
+"""Listening Unix sockets: taken from systemd, bound for a session, kept in systemd's fd store."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from systemd import daemon
+
+from nanoclawd import journal, limits
+from nanoclawd.errors import Unavailable
+
+#: container-selinux lets every confined container connect to sockets of this label; the label
+#: comes from whoever creates a socket, and systemd cannot set it for us.
+_SELINUX_LABEL = b"unconfined_u:unconfined_r:spc_t:s0"
+
+
+def take_listeners() -> dict[str, socket.socket]:
+    """Return what systemd passed in, by name: socket units' listeners and what we left in the fd store."""
+    listeners: dict[str, socket.socket] = {}
+    for fd, name in daemon.listen_fds_with_names().items():
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        os.set_inheritable(fd, False)
+        listeners[name] = sock
+    return listeners
+
+
+def bind_listener(path: Path) -> socket.socket:
+    """Return a new listener at `path` that any uid may connect to: the directory above it keeps others out.
+
+    A stale socket there is replaced. Raises Unavailable.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        with _labelled():
+            listener = socket.socket(
+                socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            )
+        # Bound through the directory's descriptor, so that sun_path is short however long the directory's
+        # path is.
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+        finally:
+            os.close(directory)
+        path.chmod(0o666)
+        listener.listen(limits.LISTEN_BACKLOG)
+    except OSError as exc:
+        raise Unavailable(f"cannot listen on '{path}': {exc.strerror}") from exc
+    return listener
+
+
+def store_listener(name: str, listener: socket.socket) -> None:
+    """Leave a copy with systemd, so that it outlives us: who connects meanwhile waits in its backlog."""
+    daemon.notify(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fds=[listener.fileno()])
+
+
+def forget_listener(name: str) -> None:
+    """Have systemd close its copy."""
+    daemon.notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+@contextmanager
+def _labelled() -> Iterator[None]:
+    """Create sockets with the SELinux label that containers may connect to, where there is SELinux."""
+    attribute = Path("/proc/thread-self/attr/sockcreate")
+    if not Path("/sys/fs/selinux/enforce").exists():
+        yield
+        return
+    try:
+        attribute.write_bytes(_SELINUX_LABEL)
+    except OSError as exc:
+        journal.warning(
+            "selinux-label-refused", f"{exc.strerror}; agents may be unable to connect", label=_SELINUX_LABEL
+        )
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # then it was not set either
+            attribute.write_bytes(b"")

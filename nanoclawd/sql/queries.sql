@@ -1,0 +1,154 @@
+-- Every statement of the router, by name. Parameters are named; times are milliseconds since 1970, UTC.
+
+-- find_delivered --
+-- The message that an earlier delivery of the same event made.
+SELECT id FROM inbox
+ WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND revision = :revision;
+
+-- find_session --
+SELECT * FROM session WHERE agent = :agent AND channel = :channel AND chat = :chat AND thread = :thread;
+
+-- add_session --
+-- Sessions are named after their channel, and numbered.
+INSERT INTO session (agent, name, channel, chat, thread, created_at)
+SELECT :agent, :prefix || '_' || (1 + coalesce(max(id), 0)), :channel, :chat, :thread, :now FROM session
+RETURNING *;
+
+-- list_sessions --
+SELECT session.*, count(inbox.seq) FILTER (WHERE inbox.state = 'queued') AS queued,
+       max(inbox.id) FILTER (WHERE inbox.state = 'leased') AS message
+  FROM session LEFT JOIN inbox ON inbox.session = session.id AND inbox.state IN ('queued', 'leased')
+ WHERE :agent IS NULL OR agent = :agent
+ GROUP BY session.id ORDER BY session.id;
+
+-- count_queued --
+SELECT count(*) FILTER (WHERE session = :session) AS in_session, count(*) AS total FROM inbox WHERE state = 'queued';
+
+-- enqueue --
+INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at)
+VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now);
+
+-- find_work --
+-- Sessions with something to do: their oldest open message, and when it may be tried.
+SELECT session.*, inbox.seq AS seq, inbox.not_before AS not_before, inbox.state AS state
+  FROM session JOIN inbox ON inbox.seq =
+       (SELECT min(seq) FROM inbox WHERE session = session.id AND state IN ('queued', 'leased'))
+ ORDER BY inbox.seq;
+
+-- next_message --
+-- The oldest open message of a session; no row means nothing to do.
+SELECT * FROM inbox WHERE session = :session AND state IN ('queued', 'leased') ORDER BY seq LIMIT 1;
+
+-- claim_message --
+-- Lease the oldest open message of a session if it is due; the attempt counts from here, so that a message that
+-- kills us still becomes a dead letter.
+UPDATE inbox SET state = 'leased', turn = :turn, attempts = attempts + 1, lease_expires_at = :expires
+ WHERE seq = (SELECT min(seq) FROM inbox WHERE session = :session AND state IN ('queued', 'leased'))
+   AND state = 'queued' AND not_before <= :now
+RETURNING *;
+
+-- leased_message --
+SELECT * FROM inbox WHERE session = :session AND state = 'leased' ORDER BY seq LIMIT 1;
+
+-- renew_lease --
+UPDATE inbox SET lease_expires_at = :expires WHERE session = :session AND turn = :turn AND state = 'leased'
+RETURNING id;
+
+-- finish_message --
+UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = :reason
+ WHERE id = :id AND state IN ('queued', 'leased') RETURNING id;
+
+-- requeue_message --
+UPDATE inbox SET state = 'queued', lease_expires_at = NULL, not_before = :not_before, reason = :reason
+ WHERE id = :id AND state IN ('queued', 'leased');
+
+-- count_attempt --
+-- A start of the container that failed counts like a claim.
+UPDATE inbox SET attempts = attempts + 1 WHERE id = :id RETURNING attempts;
+
+-- uncount_attempt --
+-- The turn was broken off by us and not by the message.
+UPDATE inbox SET attempts = max(0, attempts - 1) WHERE id = :id;
+
+-- finish_queued --
+-- Everything of one session that waits, e.g. when the person stops it.
+UPDATE inbox SET state = :state, ended_at = :now, reason = :reason
+ WHERE session = :session AND state = 'queued' RETURNING *;
+
+-- open_messages_of_agent --
+SELECT inbox.* FROM inbox JOIN session ON session.id = inbox.session
+ WHERE session.agent = :agent AND state IN ('queued', 'leased') ORDER BY seq;
+
+-- extend_leases --
+-- After a restart of the router: its runners get a full lease to come back in.
+UPDATE inbox SET lease_expires_at = :expires WHERE state = 'leased';
+
+-- publish --
+-- The same key again changes nothing.
+INSERT INTO outbox (key, message, agent, channel, chat, thread, kind, body, in_reply_to, created_at)
+VALUES (:key, :message, :agent, :channel, :chat, :thread, :kind, :body, :in_reply_to, :now)
+ON CONFLICT (key) DO NOTHING;
+
+-- already_sent --
+-- What earlier attempts at a message sent in mid-turn.
+SELECT key, body FROM outbox WHERE message = :message AND kind = 'message' ORDER BY seq;
+
+-- count_sends --
+SELECT count(*) AS sends FROM outbox WHERE message = :message;
+
+-- claim_deliveries --
+-- Lease what is due for a chat, oldest first; an older one that must wait holds back the younger ones of its chat.
+UPDATE outbox SET state = 'leased', attempts = attempts + 1
+ WHERE seq IN (SELECT seq FROM outbox AS due
+                WHERE due.channel = :channel AND (:chat IS NULL OR due.chat = :chat)
+                  AND (:event IS NULL OR due.in_reply_to = :event)
+                  AND due.state = 'pending' AND due.not_before <= :now
+                  AND NOT EXISTS (SELECT 1 FROM outbox AS older
+                                   WHERE older.channel = due.channel AND older.chat = due.chat
+                                     AND older.thread = due.thread AND older.seq < due.seq
+                                     AND older.state = 'pending' AND older.not_before > :now)
+                ORDER BY seq LIMIT :limit)
+RETURNING *;
+
+-- release_delivery --
+UPDATE outbox SET state = 'pending', not_before = :not_before, reason = :reason
+ WHERE key = :key AND state = 'leased' RETURNING seq;
+
+-- release_deliveries --
+-- After a restart: nobody holds one any more.
+UPDATE outbox SET state = 'pending' WHERE state = 'leased';
+
+-- end_delivery --
+UPDATE outbox SET state = :state, ended_at = :now, receipt = :receipt, reason = :reason
+ WHERE channel = :channel AND key = :key AND state IN ('pending', 'leased') RETURNING *;
+
+-- find_delivery --
+SELECT * FROM outbox WHERE channel = :channel AND key = :key;
+
+-- next_retry --
+-- When the next delivery of a channel may be tried again.
+SELECT min(not_before) AS not_before FROM outbox WHERE state = 'pending' AND channel = :channel AND not_before > :now;
+
+-- count_states --
+SELECT 'inbox' AS queue, state, count(*) AS number FROM inbox GROUP BY state
+UNION ALL SELECT 'outbox', state, count(*) FROM outbox GROUP BY state;
+
+-- list_agents --
+SELECT * FROM agent ORDER BY name;
+
+-- add_agent --
+-- The lowest index that is free.
+INSERT INTO agent (name, uid_index, created_at)
+SELECT :name, coalesce((SELECT min(candidate) FROM (SELECT 0 AS candidate UNION ALL SELECT uid_index + 1 FROM agent)
+                         WHERE candidate NOT IN (SELECT uid_index FROM agent)), 0), :now
+RETURNING *;
+
+-- remove_agent --
+DELETE FROM agent WHERE name = :name;
+
+-- remove_sessions --
+-- Sessions of a removed agent stay as long as messages name them; those without any go.
+DELETE FROM session WHERE agent = :agent AND id NOT IN (SELECT session FROM inbox);
+
+-- hold_agent --
+UPDATE agent SET held = :held WHERE name = :name RETURNING name;
