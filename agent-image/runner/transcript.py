@@ -31,7 +31,7 @@ class Transcript:
         self._end: str | None = None
         self._replies: list[str] = []
         size = self._read(path)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # open as long as the process lives
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # until close()
         self._file.truncate(size)  # a line that a crash cut off; the next one must not be glued to it
 
     @property
@@ -62,6 +62,9 @@ class Transcript:
         """Record how the turn ended. "forgotten": the API would refuse later turns with it too."""
         self._append({"end": outcome, "replies": list(replies)})
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, separators=(",", ":"), default=self._as_json)
@@ -111,26 +114,24 @@ def blocks(message: Message) -> list[dict[str, Any]]:
 
 
 def repair(messages: Sequence[Message]) -> list[Message]:
-    """Return a conversation that the API takes: tool_use and tool_result blocks in pairs.
+    """Return a conversation that the API takes: tool_use and tool_result blocks in pairs, nothing blank.
 
     A turn may end, and a container may be killed, at any moment: between a tool's call and its result too.
     """
     whole: list[Message] = []
     asked: dict[str, None] = {}  # the ids of the tool_use blocks of the message before, in order
     for message in messages:
-        content = blocks(message)
+        # The API refuses text of spaces alone, even what it wrote itself.
+        content = [block for block in blocks(message) if block["type"] != "text" or block["text"].strip()]
         if message["role"] == "assistant":
             if asked:
                 whole.append({"role": "user", "content": _missing(asked)})
-            content = [
-                b for b in content if b["type"] != "text" or b["text"].strip()
-            ]  # the API refuses its own
             asked = {block["id"]: None for block in content if block["type"] == "tool_use"}
         else:
             content = [b for b in content if b["type"] != "tool_result" or b["tool_use_id"] in asked]
             for block in content:
                 if block["type"] == "tool_result":
-                    asked.pop(block["tool_use_id"])
+                    asked.pop(block["tool_use_id"], None)
             content = _missing(asked) + content
             asked = {}
         if content:

@@ -73,8 +73,8 @@ class Conversation:
         if running is None:
             return  # not begun, or over: _run() looks at chat.stopping
         loop, task = running
-        # The SDK kills the shell alone, and its commands would go on. They are found before it dies, for then
-        # they are no longer its children, and killed after the cancel, or the model would be told of it.
+        # The SDK kills the shell alone, and its commands would go on. They are found before it dies, since
+        # after that they are no longer its children; and killed after the cancel, or the model heard of it.
         commands = open_descendants()
         with contextlib.suppress(RuntimeError):  # closed meanwhile
             loop.call_soon_threadsafe(task.cancel)
