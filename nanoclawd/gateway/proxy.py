@@ -123,6 +123,9 @@ class AgentConnection:
         assert isinstance(event, h11.Request)
         if event.http_version != b"1.1":
             raise ErrorReply(505, "Only HTTP/1.1 is spoken here.", reason="http-version")
+        # h11 counts only while it waits for more; what came in one read may be longer.
+        if sum(len(name) + len(value) + 4 for name, value in event.headers) > limits.HEADER_BYTES:
+            raise ErrorReply(431, "The request's headers are too long.", reason="malformed")
         return event
 
     async def _event(self) -> h11.Event:

@@ -1,0 +1,579 @@
+"""Requests on their way: what passes, how soon, and how it looks when something breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from nanoclawd import credentials
+from nanoclawd.errors import ConfigError
+from nanoclawd.gateway import limits
+from nanoclawd.gateway.sessions import Configuration
+from nanoclawd.ids import CredentialName
+from tests.unit.gateway.harness import (
+    AGENT,
+    KEY,
+    OK,
+    POST,
+    SESSION,
+    Reply,
+    bench,
+    listen,
+    post,
+    read_chunk,
+    read_head,
+    read_reply,
+    read_request,
+)
+
+Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def answer(data: bytes, *, wait_body: bool = True):  # type: ignore[no-untyped-def]  # a handler
+    async def handler(reader: Reader, writer: Writer) -> None:
+        while True:
+            await (read_request(reader) if wait_body else read_head(reader))
+            writer.write(data)
+            await writer.drain()
+
+    return handler
+
+
+def ask(directory: Path, request: bytes, reply: bytes = OK) -> Reply:
+    async def main() -> Reply:
+        async with bench(directory, answer(reply)) as table:
+            return await table.ask(request)
+
+    return asyncio.run(main())
+
+
+def test_request_gets_the_key_and_its_own_headers(directory: Path) -> None:
+    seen = []
+
+    async def handler(reader: Reader, writer: Writer) -> None:
+        seen.append(await read_request(reader))
+        writer.write(OK)
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(
+                post(
+                    b'{"model": "m"}',
+                    path=b"/anthropic/v1/messages?beta=true",
+                    headers=b"X-Api-Key: agent\r\nAuthorization: Bearer agent\r\nCookie: a=b\r\n"
+                    b"Anthropic-Version: 2023-06-01\r\n",
+                )
+            )
+
+    reply = asyncio.run(main())
+
+    line, headers, body = seen[0]
+    assert line == "POST /v1/messages?beta=true HTTP/1.1"
+    assert body == b'{"model": "m"}'
+    assert [name for name, _ in headers] == [b"host", b"anthropic-version", b"x-api-key", b"content-length"]
+    assert (b"x-api-key", KEY) in headers
+    assert (reply.status, reply.body) == (200, b"{}")
+
+
+def test_chunked_body_passes(directory: Path) -> None:
+    seen = []
+
+    async def handler(reader: Reader, writer: Writer) -> None:
+        seen.append(await read_request(reader))
+        writer.write(OK)
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            request = (
+                POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: x\r\n\r\n"
+            )
+            return await table.ask(request)
+
+    assert asyncio.run(main()).status == 200
+    assert seen[0][2] == b"abcde"
+
+
+def test_body_passes_while_it_comes(directory: Path) -> None:
+    async def main() -> None:
+        first = asyncio.Event()
+
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_head(reader)
+            assert await reader.readexactly(1) == b"a"
+            first.set()
+            assert await reader.readexactly(1) == b"b"
+            writer.write(OK)
+
+        async with bench(directory, handler) as table:
+            reader, writer = await table.connect()
+            writer.write(POST + b"Content-Length: 2\r\n\r\na")
+            await first.wait()
+            writer.write(b"b")
+            assert (await read_reply(reader)).status == 200
+
+    asyncio.run(main())
+
+
+def test_event_arrives_before_the_next_one_is_sent(directory: Path) -> None:
+    async def main() -> None:
+        go_on = asyncio.Event()
+
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(STREAM + b"a\r\nevent: 1\n\n\r\n")
+            await go_on.wait()
+            writer.write(b"a\r\nevent: 2\n\n\r\n0\r\n\r\n")
+
+        async with bench(directory, handler) as table:
+            reader, writer = await table.connect()
+            writer.write(post())
+            _, headers = await read_head(reader)
+            assert (b"transfer-encoding", b"chunked") in headers
+            assert await read_chunk(reader) == b"event: 1\n\n"
+            go_on.set()
+            assert await read_chunk(reader) == b"event: 2\n\n"
+            assert await read_chunk(reader) == b""
+
+    asyncio.run(main())
+
+
+def test_second_request_needs_no_second_connection(directory: Path) -> None:
+    async def main() -> int:
+        async with bench(directory, answer(OK)) as table:
+            await table.ask(post())
+            reader, writer = await table.connect()
+            for _ in range(3):
+                writer.write(post())
+                assert (await read_reply(reader)).status == 200
+            return len(table.connections)
+
+    assert asyncio.run(main()) == 1
+
+
+def test_pipelined_requests_are_answered_in_order(directory: Path) -> None:
+    async def main() -> list[bytes]:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            while True:
+                body = (await read_request(reader))[2]
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+        async with bench(directory, handler) as table:
+            reader, writer = await table.connect()
+            writer.write(post(b"1") + post(b"2") + post(b"3"))
+            return [(await read_reply(reader)).body for _ in range(3)]
+
+    assert asyncio.run(main()) == [b"1", b"2", b"3"]
+
+
+def test_connection_that_the_endpoint_closed_is_not_used_again(directory: Path) -> None:
+    async def main() -> int:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(OK)  # and hang up, without having said so
+
+        async with bench(directory, handler) as table:
+            for _ in range(3):
+                assert (await table.ask(post())).status == 200
+                # The endpoint's end of the connection is closed; let the gateway see it.
+                await asyncio.wait([task for task in table.connections if task])
+                idle = [task for task in asyncio.all_tasks() if task.get_name() == "idle-upstream"]
+                if idle:
+                    await asyncio.wait(idle)
+            return len(table.connections)
+
+    assert asyncio.run(main()) == 3
+
+
+def test_request_is_never_sent_twice(directory: Path) -> None:
+    received = []
+
+    async def handler(reader: Reader, writer: Writer) -> None:
+        received.append(await read_request(reader))
+        if len(received) == 1:
+            writer.write(OK)
+            received.append(await read_request(reader))  # and hang up without an answer
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            await table.ask(post())
+            return await table.ask(post())
+
+    reply = asyncio.run(main())
+
+    assert len(received) == 2
+    assert (reply.status, reply.error["type"]) == (502, "api_error")
+
+
+@pytest.mark.parametrize("status", [b"429 Too Many Requests", b"529 Overloaded", b"400 Bad Request"])
+def test_error_of_the_endpoint_passes_as_it_is(directory: Path, status: bytes) -> None:
+    sent = b"HTTP/1.1 %s\r\nRetry-After: 7\r\nContent-Length: 12\r\n\r\n" % status + b'{"error": 1}'
+
+    reply = ask(directory, post(), sent)
+
+    assert reply.status == int(status[:3])
+    assert reply.header(b"retry-after") == b"7"
+    assert reply.body == b'{"error": 1}'
+
+
+def test_redirect_is_not_followed(directory: Path) -> None:
+    reply = ask(
+        directory, post(), b"HTTP/1.1 307 Go\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    )
+
+    assert reply.status == 502
+    assert "redirects" in reply.error["message"]
+    assert reply.header(b"location") is None
+
+
+def test_key_does_not_come_back_in_headers(directory: Path) -> None:
+    echo = b"HTTP/1.1 200 OK\r\nX-Echo: key=" + KEY + b"\r\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\n{}"
+
+    reply = ask(directory, post(), echo)
+
+    assert [name for name, _ in reply.headers] == [b"content-length"]
+
+
+def test_informational_answers_are_skipped(directory: Path) -> None:
+    assert ask(directory, post(), b"HTTP/1.1 103 Hints\r\nLink: </x>\r\n\r\n" + OK).status == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        STREAM + b"5\r\nhello\r\n",
+        STREAM + b"5\r\nhello\r\nnonsense\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello",
+    ],
+)
+def test_stream_that_breaks_off_has_no_end(directory: Path, data: bytes) -> None:
+    async def main() -> None:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(data)
+
+        async with bench(directory, handler) as table:
+            reader, writer = await table.connect()
+            writer.write(post())
+            with pytest.raises(asyncio.IncompleteReadError):
+                await read_reply(reader)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [(b"", 502), (b"SSH-2.0-x\r\n\r\n", 502), (b"HTTP/1.1 200", 502), (b"HTTP/1.1 101 Up\r\n\r\n", 502)],
+)
+def test_endpoint_without_an_answer(directory: Path, data: bytes, status: int) -> None:
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        writer.write(data)
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(post())
+
+    assert asyncio.run(main()).status == status
+
+
+def test_refused_connection(directory: Path) -> None:
+    async def main() -> Reply:
+        async with bench(directory, None) as table:
+            return await table.ask(post())
+
+    reply = asyncio.run(main())
+
+    assert (reply.status, reply.error["type"]) == (502, "api_error")
+    assert "127.0.0.1" in reply.error["message"]
+
+
+def test_unknown_host(directory: Path) -> None:
+    async def main() -> Reply:
+        settings = '[providers.anthropic]\nendpoint = "https://nowhere.invalid"\n'
+        async with bench(directory, None, settings=settings) as table:
+            return await table.ask(post())
+
+    reply = asyncio.run(main())
+
+    assert reply.status == 502
+    assert "nowhere.invalid" in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "data"),
+    [("ANSWER_S", b""), ("ANSWER_S", b"HTTP/1.1 100 Continue\r\n\r\n"), ("ANSWER_S", b"HTTP")],
+)
+def test_silent_endpoint(directory: Path, monkeypatch: pytest.MonkeyPatch, limit: str, data: bytes) -> None:
+    monkeypatch.setattr(limits, limit, 0.05)
+
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        writer.write(data)
+        await reader.read()
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(post())
+
+    reply = asyncio.run(main())
+
+    assert (reply.status, reply.error["type"]) == (504, "timeout_error")
+
+
+def test_endpoint_may_answer_before_it_has_read_all(directory: Path) -> None:
+    early = b"HTTP/1.1 413 Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+
+    async def main() -> Reply:
+        async with bench(directory, answer(early, wait_body=False)) as table:
+            reader, writer = await table.connect()
+            writer.write(POST + b"Content-Length: 1000\r\n\r\nx")
+            return await read_reply(reader)
+
+    assert asyncio.run(main()).status == 413
+
+
+def test_agent_that_hangs_up_ends_the_request(directory: Path) -> None:
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(STREAM + b"5\r\nhello\r\n")
+            await reader.read()
+            gone.set()
+
+        async with bench(directory, handler) as table:
+            reader, writer = await table.connect()
+            writer.write(post())
+            await reader.readuntil(b"hello")
+            writer.close()
+            await gone.wait()
+
+    asyncio.run(main())
+
+
+def test_agent_that_does_not_read_stops_its_endpoint(directory: Path) -> None:
+    async def main() -> tuple[int, int]:
+        size = 64 << 20
+        sent = 0
+        stalled = asyncio.Event()
+
+        async def handler(reader: Reader, writer: Writer) -> None:
+            nonlocal sent
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            while sent < size:
+                writer.write(b"x" * 65536)
+                sent += 65536
+                try:
+                    async with asyncio.timeout(0.5):
+                        await writer.drain()
+                except TimeoutError:
+                    stalled.set()
+                    await writer.drain()
+
+        async with bench(directory, handler) as table:
+            reader, writer = await table.connect()
+            writer.write(post())
+            await stalled.wait()
+            at_stall = sent
+            other = await table.ask(post(path=b"/anthropic/v1/none"))
+            assert other.status == 403  # nobody else waits
+            _, headers = await read_head(reader)
+            assert (b"content-length", b"%d" % size) in headers
+            left = size
+            while left:
+                left -= len(await reader.read(1 << 20))
+            return at_stall, sent
+
+    at_stall, sent = asyncio.run(main())
+
+    assert at_stall < 32 << 20
+    assert sent == 64 << 20
+
+
+def test_missing_key_tells_what_to_do(directory: Path) -> None:
+    credentials.remove(CredentialName("anthropic"))
+
+    reply = ask(directory, post(b"x" * 100_000))
+
+    assert (reply.status, reply.error["type"]) == (401, "authentication_error")
+    assert "nanoclawctl secret set anthropic" in reply.error["message"]
+
+
+def test_new_key_counts_from_the_next_request_on(directory: Path) -> None:
+    seen = []
+
+    async def handler(reader: Reader, writer: Writer) -> None:
+        while True:
+            seen.append(dict((await read_request(reader))[1])[b"x-api-key"])
+            writer.write(OK)
+
+    async def main() -> None:
+        async with bench(directory, handler) as table:
+            await table.ask(post())
+            credentials.write(CredentialName("anthropic"), b"sk-second")
+            await table.ask(post())
+            credentials.remove(CredentialName("anthropic"))
+            assert (await table.ask(post())).status == 401
+            credentials.write(CredentialName("anthropic"), b"sk-third")
+            await table.ask(post())
+
+    asyncio.run(main())
+
+    assert seen == [KEY, b"sk-second", b"sk-third"]
+
+
+def test_key_that_is_no_header_value_is_not_used(directory: Path) -> None:
+    credentials.write(CredentialName("anthropic"), b"sk-1\r\nX-Evil: 1")
+
+    assert ask(directory, post()).status == 401
+
+
+def test_broken_configuration_refuses_all(directory: Path) -> None:
+    async def main() -> Reply:
+        async with bench(directory, answer(OK)) as table:
+            table.gateway.configuration = Configuration(problem=ConfigError("nanoclaw.toml:3: is wrong"))
+            return await table.ask(post())
+
+    reply = asyncio.run(main())
+
+    assert reply.status == 503
+    assert "nanoclaw.toml:3" in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
+        (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
+        (POST + b"Content-Length: -1\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (POST + b"Host: evil.example\r\n\r\n", 400),
+        (b"POST /anthropic/v1/messages HTTP/1.1\r\n\r\n", 400),
+        (b"POST /anthropic/v1/messages HTTP/1.0\r\nHost: a\r\n\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        (POST + b"X: a\x00b\r\n\r\n", 400),
+        (POST + b"X y: z\r\n\r\n", 400),
+        (b"GARBAGE\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", 400),
+        (POST + b"X: " + b"y" * limits.HEADER_BYTES + b"\r\n\r\n", 431),
+        (POST + b"Content-Length: %d\r\n\r\n" % (limits.BODY_BYTES + 1), 413),
+        (b"GET /anthropic/v1/models HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx", 400),
+    ],
+)
+def test_malformed_request_is_refused(directory: Path, request_bytes: bytes, status: int) -> None:
+    reply = ask(directory, request_bytes)
+
+    assert reply.status == status
+    assert reply.error["message"]
+    assert reply.header(b"connection") == b"close"
+
+
+def test_chunked_body_over_the_limit_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_BYTES", 10)
+
+    reply = ask(directory, POST + b"Transfer-Encoding: chunked\r\n\r\nb\r\n01234567890\r\n0\r\n\r\n")
+
+    assert reply.status == 413
+
+
+@pytest.mark.parametrize(
+    ("limit", "request_bytes"),
+    [
+        ("HEADERS_S", b"POST /anth"),
+        ("BODY_SILENCE_S", POST + b"Content-Length: 2\r\n\r\n{"),
+        ("BODY_S", POST + b"Content-Length: 2\r\n\r\n{"),
+    ],
+)
+def test_slow_agent_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, limit: str, request_bytes: bytes
+) -> None:
+    monkeypatch.setattr(limits, limit, 0.05)
+
+    reply = ask(directory, request_bytes)
+
+    assert (reply.status, reply.error["type"]) == (408, "timeout_error")
+
+
+def test_too_many_requests_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REQUESTS_BURST", 2)
+    monkeypatch.setattr(limits, "REQUESTS_PER_S", 0.001)
+    monkeypatch.setattr(limits, "TOO_FAST_S", 0.01)
+
+    async def main() -> list[int]:
+        async with bench(directory, answer(OK)) as table:
+            return [(await table.ask(post())).status for _ in range(3)]
+
+    assert asyncio.run(main()) == [200, 200, 429]
+
+
+def test_connections_of_a_session_are_bounded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CONNECTIONS", 2)
+
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table:
+            held = [await table.connect() for _ in range(3)]
+            for reader, writer in held[:2]:
+                writer.write(post())
+                await read_reply(reader)
+            held[2][1].write(post())
+            waiting = asyncio.ensure_future(read_reply(held[2][0]))
+            await asyncio.wait([waiting], timeout=0.1)
+            assert not waiting.done() and len(table.session.open) == 2
+            held[0][1].close()
+            assert (await waiting).status == 200
+
+    asyncio.run(main())
+
+
+def test_expect_continue(directory: Path) -> None:
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table:
+            reader, writer = await table.connect()
+            writer.write(POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+            assert (await read_head(reader))[0].split()[1] == "100"
+            writer.write(b"{}")
+            assert (await read_reply(reader)).status == 200
+
+    asyncio.run(main())
+
+
+def test_attaching_again_leaves_open_connections_alone(directory: Path) -> None:
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table:
+            reader, writer = await table.connect()
+            writer.write(post())
+            await read_reply(reader)
+            second = directory / "second.sock"
+
+            table.gateway.attach(AGENT, SESSION, listen(second))
+
+            writer.write(post())
+            assert (await read_reply(reader)).status == 200
+            table.path = second
+            assert (await table.ask(post())).status == 200
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_unix_connection(directory / "gateway.sock")
+
+    asyncio.run(main())
+
+
+def test_detaching_ends_listener_and_connections(directory: Path) -> None:
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table:
+            reader, writer = await table.connect()
+            writer.write(post())
+            await read_reply(reader)
+
+            table.gateway.detach(AGENT, SESSION)
+
+            assert await reader.read() == b""
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_unix_connection(table.path)
+            assert not table.gateway.sessions
+
+    asyncio.run(main())
