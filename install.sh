@@ -105,7 +105,7 @@ completions() { # SHELL: where this user's completions for it lie
 
 remove_programs() {
   rm -rf "$LIB"
-  rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclawctl} "$UNITS"/nanoclaw{,-gateway}.service \
+  rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclawctl} "$UNITS"/nanoclaw{,-gateway,-podman}.service \
     "$UNITS"/nanoclaw{,-channel,-gateway}.socket "$UNITS"/nanoclaw{,-agents}.slice
   rm -f "$(completions bash)" "$(completions zsh)" "$(completions fish)" "$DATA"/man/man[1-8]/nanoclaw{,ctl,d,-gateway,.toml}.[1-8]
 }

@@ -229,10 +229,10 @@ def config_file(name: AgentName) -> Path:
 
 
 def ensure_directories(name: AgentName) -> None:
-    """Make the agent's workspace: its own uid writes there as a member of the person's group."""
+    """Make the agent's workspace: its processes have a uid of their own, and the person's group."""
     workspace = paths.workspace(name)
-    workspace.mkdir(mode=0o770, parents=True, exist_ok=True)
-    workspace.chmod(0o2770)
+    workspace.mkdir(parents=True, exist_ok=True)
+    workspace.chmod(0o770)  # whatever the umask; the state directory above keeps others out
     (paths.agent_state(name) / "sessions").mkdir(mode=0o700, exist_ok=True)
 
 

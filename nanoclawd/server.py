@@ -50,6 +50,10 @@ error ExpectedMore ()
 )
 
 
+class _Gone(Exception):
+    """The other side went away, or does not read."""
+
+
 @dataclass(slots=True)
 class Call:
     """One call in progress: its checked parameters, and how to answer before the end."""
@@ -62,7 +66,7 @@ class Call:
 
     async def send(self, parameters: Json) -> None:
         """Send one reply of several; the handler's return value is the last. Only if `more`."""
-        await self.connection.write({"parameters": parameters, "continues": True})
+        await _write(self.connection, {"parameters": parameters, "continues": True})
 
 
 @dataclass(slots=True)
@@ -185,8 +189,8 @@ class Server:
         caller = Caller(identity=self.identity)
         try:
             await self._answer_all(connection, caller)
-        except (OSError, TimeoutError):
-            pass  # the other side went away or does not read; what it was told is its own business
+        except _Gone:
+            pass  # what it was told is in the database
         finally:
             for forget in caller.on_close:
                 forget()
@@ -204,8 +208,9 @@ class Server:
             except wire.WireError as exc:
                 # Nothing after it can be trusted to be what it seems: say why, then hang up.
                 journal.warning("malformed-call", f"{exc}, hanging up", caller=self.identity)
-                await connection.write(
-                    {"error": f"{SERVICE}.InvalidParameter", "parameters": {"parameter": exc.path}}
+                await _write(
+                    connection,
+                    {"error": f"{SERVICE}.InvalidParameter", "parameters": {"parameter": exc.path}},
                 )
                 return
             reply: Json
@@ -214,7 +219,7 @@ class Server:
             except VarlinkError as exc:
                 reply = {"error": exc.name, "parameters": exc.parameters}
             if not oneway:
-                await connection.write(reply)
+                await _write(connection, reply)
 
     async def _unless_gone(self, call: Call, oneway: bool) -> Json:
         """Answer; a stream ends as soon as the other side hangs up, though it has nothing to send."""
@@ -225,12 +230,20 @@ class Server:
         try:
             await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                raise ConnectionError
+                raise _Gone
             return answering.result()
         finally:
             for task in (answering, gone):
                 task.cancel()
             await asyncio.gather(answering, gone, return_exceptions=True)
+
+
+async def _write(connection: Connection, message: Json) -> None:
+    """Send, and let nothing but _Gone tell that it failed: an OSError of a handler is another matter."""
+    try:
+        await connection.write(message)
+    except OSError as exc:  # TimeoutError is one
+        raise _Gone from exc
 
 
 def _parse_call(message: Json, connection: Connection, caller: Caller) -> tuple[Call, bool]:

@@ -292,8 +292,8 @@ class Sessions:
             runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
             runtime.chmod(0o711)  # whatever the umask; the directory above all, nanoclaw/, keeps others out
             state = paths.session_state(agent, name)
-            state.mkdir(mode=0o2770, parents=True, exist_ok=True)
-            state.chmod(0o2770)  # the agent's uid is foreign, its group is ours
+            state.mkdir(parents=True, exist_ok=True)
+            state.chmod(0o770)  # the agent's uid is foreign, its group is ours
         except OSError as exc:
             raise Unavailable(f"cannot make the session's directories: {exc}") from exc
         if session.host is None:
