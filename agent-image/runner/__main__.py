@@ -20,14 +20,6 @@ from .provider import Paths
 from .session import Session
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    # At once, and without finishing the turn: a stop of the unit is no answer, the router gives the turn out
-    # again.
-    notify("STOPPING=1")
-    kill_descendants()
-    os._exit(0)
-
-
 def main() -> int:
     os.umask(0o002)  # the person, whose group we have, may change what the agent made
     defaults = Paths()
@@ -39,9 +31,18 @@ def main() -> int:
             workspace=os.environ.get("NANOCLAW_WORKSPACE", defaults.workspace),
         )
     )
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        # At once, and without finishing the turn: a stop of the unit is no answer to a person, and the
+        # router gives the turn out again.
+        session.mute()
+        notify("STOPPING=1")
+        kill_descendants()
+        os._exit(0)
+
     # PID 1 has no default action for signals (man 7 signal: "init"), and podman would wait 10 s.
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGCHLD, lambda _signal, _frame: session.wake())
     status = session.serve()
     sys.stderr.flush()

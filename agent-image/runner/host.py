@@ -49,6 +49,11 @@ class Host:
         self._path = path
         self._lock = threading.Lock()
         self._connection: Connection | None = None
+        self._is_muted = False
+
+    def mute(self) -> None:
+        """Say nothing more: this process is being ended, and what now fails in it is of no interest."""
+        self._is_muted = True
 
     def call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Call until it is answered, however long the router is away: each call may be repeated.
@@ -94,6 +99,8 @@ class Host:
                 raise
 
     def _connected(self) -> Connection:
+        if self._is_muted:
+            threading.Event().wait()  # the process ends under us
         if self._connection is None:
             self._connection, _ = open_greeted(self._path)
         return self._connection

@@ -37,6 +37,10 @@ class Session:
         with contextlib.suppress(BlockingIOError):  # full: it will look anyway
             os.write(self._waker, b"\0")
 
+    def mute(self) -> None:
+        """Tell the router nothing more; may be called by signal handlers."""
+        self._host.mute()
+
     def serve(self) -> int:
         """Work until there is nothing to do any more; return the exit status."""
         backoff = Backoff()

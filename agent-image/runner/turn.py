@@ -16,7 +16,7 @@ from .wire import HostError, MessageTooLong
 
 _FLUSH_S = 0.1  # text deltas are put together for so long: a fast model must not cost a call a word
 _FLUSH_CHARS = 2048
-MAX_REPLY_CHARS = 150_000  # at most 6 bytes a character in JSON, so below the wire's limit
+MAX_REPLY_BYTES = 160_000  # JSON makes at most six of one (a control character): below the wire's limit
 _STOP_GRACE_S = 5.0
 
 
@@ -137,7 +137,8 @@ class TurnRun:
         except Exception:
             journal.error("provider-bug", turn=self.id, trace=traceback.format_exc(limit=-4))
             return _failed(TurnFailed("internal", "The agent's runner failed; its journal says why."))
-        return {"outcome": "answered", "replies": [clean(_shortened(text)) for text in replies]}
+        shown = [_shortened(clean(text)) for text in replies if text.strip()]
+        return {"outcome": "answered", "replies": shown}
 
     def _finish(self, outcome: dict[str, Any]) -> None:
         """Say how the turn ended until the router has heard it."""
@@ -190,6 +191,8 @@ def clean(text: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    if len(text) <= MAX_REPLY_CHARS:
+    data = text.encode("utf-8", "replace")
+    if len(data) <= MAX_REPLY_BYTES:
         return text
-    return text[:MAX_REPLY_CHARS] + f"\n[{len(text) - MAX_REPLY_CHARS} more characters were cut off]"
+    kept = data[:MAX_REPLY_BYTES].decode("utf-8", "ignore")
+    return f"{kept}\n[{len(data) - MAX_REPLY_BYTES} more bytes were cut off]"

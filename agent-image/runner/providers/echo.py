@@ -50,7 +50,9 @@ class Echo:
                 said.append(line)
             if chat.stopping.is_set():
                 raise Stopped
-        text = "\n".join(said) or "done"
+        text = "\n".join(said)
+        if not text.strip():
+            text = "done"
         chat.text(text)
         return [text]
 

@@ -15,6 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nanoclawd.idl import read_interface
+
+CONTRACT = read_interface(
+    Path(__file__).parents[3] / "nanoclawd" / "interfaces" / "io.nanoclaw.Agent.varlink"
+)
 WAIT_S = 30.0  # a limit for a test that fails, no pause
 
 
@@ -141,7 +146,7 @@ class RouterDouble:
     def _answer(self, connection: socket.socket, call: dict[str, Any]) -> None:
         method = call["method"].removeprefix("io.nanoclaw.Agent.")
         parameters = call["parameters"]
-        assert call["method"].startswith("io.nanoclaw.Agent."), call
+        CONTRACT.check_parameters(method, parameters)  # raises, and the test fails
         if method == "Work":
             assert call["more"]
             self._work = connection

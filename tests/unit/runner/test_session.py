@@ -177,8 +177,26 @@ def test_reply_over_the_limit_is_shortened(make_runner: MakeRunner) -> None:
     runner.router.give("x" * 300_000)
 
     (reply,) = runner.router.wait("FinishTurn")["replies"]
-    assert len(reply) < 151_000
-    assert reply.endswith("[150000 more characters were cut off]")
+    assert len(reply) < 161_000
+    assert reply.endswith("[140000 more bytes were cut off]")
+
+
+def test_nothing_to_say_back_is_said(make_runner: MakeRunner) -> None:
+    runner = make_runner()
+
+    runner.router.give(" \n ")
+
+    assert runner.router.wait("FinishTurn")["replies"] == ["done"]
+
+
+def test_other_attempt_of_the_running_turn_takes_over(make_runner: MakeRunner) -> None:
+    runner = make_runner()
+    runner.router.give("/sleep 30\nfirst")
+    runner.router.wait_activity("thinking")
+
+    runner.router.give("second", attempt=2)
+
+    assert runner.router.wait("FinishTurn")["replies"] == ["second"]
 
 
 def test_idle_runner_says_goodbye(make_runner: MakeRunner) -> None:
