@@ -38,8 +38,8 @@ LISTENER = "gateway"  #: FileDescriptorName= in nanoclaw-gateway.socket
 EXIT_USAGE = 2
 
 
-def main() -> int:
-    """Run until SIGTERM. Returns the exit status."""
+def main() -> None:
+    """Run until SIGTERM."""
     descriptors = daemon.listen_fds_with_names(unset_environment=True)
     named = [fd for fd, name in descriptors.items() if name == LISTENER]
     if len(named) != 1 or not daemon.is_socket_unix(named[0], socket.SOCK_STREAM, 1):
@@ -48,10 +48,9 @@ def main() -> int:
             "hint: 'systemctl --user start nanoclaw-gateway.socket'; systemd starts this program",
             file=sys.stderr,
         )
-        return EXIT_USAGE
+        sys.exit(EXIT_USAGE)
     with socket.socket(fileno=named[0]) as listener:
         asyncio.run(run(listener))
-    return 0
 
 
 async def run(listener: socket.socket) -> None:

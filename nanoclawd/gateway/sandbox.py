@@ -62,10 +62,13 @@ def _is_hidden(what: Callable[[], Path]) -> Callable[[], tuple[bool, str]]:
     def check() -> tuple[bool, str]:
         path = what()
         try:
-            os.stat(path)
+            # A directory that InaccessiblePaths= covers is still there, but cannot be listed.
+            os.listdir(path)
+        except NotADirectoryError:
+            return False, f"{path}: it is there"
         except OSError as exc:
-            return True, f"stat {path}: {exc.strerror}"
-        return False, f"stat {path}: it is there"
+            return True, f"{path}: {exc.strerror}"
+        return False, f"{path}: can be listed"
 
     return check
 
@@ -140,7 +143,7 @@ CHECKS: dict[str, Callable[[], tuple[bool, str]]] = {
     "system-calls": _status_field("Seccomp", "2"),
     "home-hidden": _home,
     "state-hidden": _is_hidden(paths.state),
-    "agents-hidden": _is_hidden(lambda: paths.agents() / "."),
+    "agents-hidden": _is_hidden(paths.agents),
     "podman-hidden": _is_hidden(paths.podman_socket),
     "bus-hidden": _is_hidden(_bus),
     "configuration-read-only": _is_read_only(paths.config),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import StreamReader as Reader
+from asyncio import StreamWriter as Writer
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.unit.gateway.harness import (
     OK,
     POST,
     SESSION,
+    Handler,
     Reply,
     bench,
     listen,
@@ -28,11 +31,10 @@ from tests.unit.gateway.harness import (
     read_request,
 )
 
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def answer(data: bytes, *, wait_body: bool = True):  # type: ignore[no-untyped-def]  # a handler
+def answer(data: bytes, *, wait_body: bool = True) -> Handler:
     async def handler(reader: Reader, writer: Writer) -> None:
         while True:
             await (read_request(reader) if wait_body else read_head(reader))

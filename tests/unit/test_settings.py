@@ -1,0 +1,157 @@
+"""nanoclaw.toml: what it may say, and what is said about the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanoclawd.errors import ConfigError
+from nanoclawd.settings import SETTINGS, MountRule, parse_settings, read_settings
+
+
+def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
+    settings = read_settings(tmp_path / "nanoclaw.toml")
+
+    assert settings.max_sessions == 32
+    assert settings.mounts == ()
+    assert str(settings.providers["anthropic"].endpoint) == "https://api.anthropic.com"
+    assert settings.providers["anthropic"].credential == "anthropic"
+
+
+def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/claw")
+
+    settings = parse_settings(
+        """
+        max_sessions = 5
+        [mounts]
+        allow = [ {path = "~/src"}, {path = "/srv/data", read_only = false} ]
+        [providers.anthropic]
+        endpoint = "https://models.example:8443/proxy/"
+        credential = "work-key"
+        """
+    )
+
+    assert settings.max_sessions == 5
+    assert settings.mounts == (
+        MountRule(path=Path("/home/claw/src"), read_only=True),
+        MountRule(path=Path("/srv/data"), read_only=False),
+    )
+    provider = settings.providers["anthropic"]
+    assert str(provider.endpoint) == "https://models.example:8443/proxy"
+    assert provider.endpoint.authority == "models.example:8443"
+    assert provider.credential == "work-key"
+
+
+@pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.key)
+def test_example_of_each_setting_is_valid(row: object) -> None:
+    from nanoclawd.settings import Setting
+
+    assert isinstance(row, Setting)
+    table = row.key.rpartition(".")[0]
+
+    parse_settings((f"[{table}]\n" if table else "") + row.example)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_session = 3", "t.toml:1: there is no setting 'max_session' (did you mean 'max_sessions'?)"),
+        ("# x\nmax_sessions = '3'", "t.toml:2: max_sessions= must be an integer from 1 to 256, not '3'"),
+        ("max_sessions = true", "not true"),
+        ("max_sessions = 0", "not 0"),
+        ("max_sessions = 3.5", "not 3.5"),
+        ("mounts = 3", "t.toml:1: mounts must be a table, not 3"),
+        ("[mounts]\nallow = '/srv'", "t.toml:2: mounts.allow= must be an array of tables, not '/srv'"),
+        ("[mounts]\nallow = ['/srv']", "must hold tables, not '/srv'"),
+        ("[mounts]\nallow = [{path = 'src'}]", "begin with / or ~/"),
+        ("[mounts]\nallow = [{path = '/srv/../etc'}]", "no '..'"),
+        ("[mounts]\nallow = [{path = '~nobody-here/x'}]", "unknown"),
+        ("[mounts]\nallow = [{read_only = true}]", "must have a path"),
+        ("[mounts]\nallow = [{path = '/srv', readonly = true}]", "only path and read_only"),
+        ("[mounts]\nallow = [{path = '/srv', read_only = 1}]", "read_only as true or false, not 1"),
+        ("[mounts]\ndeny = []", "t.toml:2: there is no setting 'mounts.deny'"),
+        ("[providers.openai]\nendpoint = 'https://x'", "t.toml:1: there is no setting 'providers.openai'"),
+        ("[providers.anthropic]\nkey = 'sk-1'", "t.toml:2: there is no setting 'providers.anthropic.key'"),
+        ("[providers.anthropic]\ncredential = '../x'", "t.toml:2: providers.anthropic.credential="),
+        ("max_sessions = ", "t.toml: is not TOML"),
+        ("[" * 5000, "t.toml: is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(text, "t.toml")
+
+    assert message in str(caught.value)
+    assert caught.value.hint or "must be a table" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.anthropic.com",
+        "https://[2001:db8::1]:8443",
+        "https://10.0.0.1/v",
+        "https://xn--bcher-kva.example",
+        "http://127.0.0.1:8080",
+        "http://127.9.9.9",
+        "http://[::1]:80",
+        "http://localhost:1",
+    ],
+)
+def test_endpoint_passes(url: str) -> None:
+    parse_settings(f"[providers.anthropic]\nendpoint = '{url}'")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://api.anthropic.com",
+        "http://10.0.0.1",
+        "http://[fe80::1]",
+        "http://localhost.evil.example",
+        "http://127.0.0.1.evil.example",
+        "http://2130706433",
+        "http://0.0.0.0",
+        "ftp://127.0.0.1",
+        "https://",
+        "https://user:pw@host",
+        "https://host?x",
+        "https://host#x",
+        "https://host/../x",
+        "https://host/%2e",
+        "https://host:0",
+        "https://host:99999",
+        "https://ho st",
+        "https://host\\@evil",
+        "api.anthropic.com",
+        "",
+        "https://[fe80::1%eth0]",
+        "https://höst",
+        "https://host/a//b",
+    ],
+)
+def test_endpoint_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(f'[providers.anthropic]\nendpoint = "{url}"'.replace("\\", "\\\\"))
+
+    assert "providers.anthropic.endpoint=" in caught.value.message
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_settings_or_an_error(text: str) -> None:
+    try:
+        parse_settings(text)
+    except ConfigError as exc:
+        assert exc.message
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "nanoclaw.toml"
+    path.write_bytes(b"max_sessions = 3 # \xff")
+
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_settings(path)
