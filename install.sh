@@ -73,10 +73,10 @@ in_machine() {
     exit 0
   fi
   step "Base of the agent image (cached in $cache)"
-  mkdir -p "$cache/base"
-  "$HERE/agent-image/make-base" "$cache/base"
+  mkdir -p "$cache/agent-base"
+  "$HERE/agent-image/make-base" "$cache/agent-base"
   step "Nested machine"
-  "$machine" up --project "$HERE" --bind-ro "$cache/base:/srv/base"
+  "$machine" up --project "$HERE" --bind-ro "$cache/agent-base:/srv/base"
   "$machine" exec -C /srv/project -- ./install.sh "${ARGS[@]}" --yes --base-directory /srv/base
   say
   say "It goes on running. tests/machine/machine shell   is a shell in it, as the person"
