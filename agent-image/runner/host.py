@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Any
@@ -55,6 +56,11 @@ class Host:
         """Say nothing more: this process is being ended, and what now fails in it is of no interest."""
         self._is_muted = True
 
+    def open(self) -> None:
+        """Connect, if that is needed and possible."""
+        with self._lock, contextlib.suppress(HostAway, HostError):
+            self._connected()
+
     def call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Call until it is answered, however long the router is away: each call may be repeated.
 
@@ -78,12 +84,16 @@ class Host:
         return True
 
     def tell(self, method: str, parameters: dict[str, Any]) -> None:
-        """Say something that may be lost: without a reply, and not at all while the router is away."""
+        """Say something that may be lost: without a reply, and not at all while the router is away.
+
+        Nothing here waits for the router, or a model's stream would wait with it.
+        """
         if not self._lock.acquire(timeout=_ONEWAY_WAIT_S):
             return
         try:
-            self._connected().send(render_call(method, parameters, oneway=True))
-        except (HostAway, HostError):
+            if self._connection is not None and not self._is_muted:
+                self._connection.send(render_call(method, parameters, oneway=True))
+        except HostAway:
             self._drop()
         finally:
             self._lock.release()

@@ -80,6 +80,7 @@ class Session:
             # While the message travels: importing an SDK takes much longer than all the rest together.
             threading.Thread(target=self._provider.load, name="load", daemon=True).start()
             journal.info("session-ready", agent=settings.agent, session=settings.session)
+        self._host.open()  # before a turn has something to tell
 
     def _serve_connection(self) -> bool:
         """Handle what arrives. True: good-bye was said."""

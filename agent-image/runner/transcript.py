@@ -9,6 +9,7 @@ Each line is a message as the Messages API takes it, or says that a turn ended:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -68,10 +69,16 @@ class Transcript:
 
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, separators=(",", ":"), default=self._as_json)
-        self._file.write(data.encode() + b"\n")
+        self._write(data.encode() + b"\n")
         self._take(
             json.loads(data)
         )  # not `line`: what we send now is then what we would send after a restart
+
+    def _write(self, line: bytes) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if self._file.write(line) != len(line):  # the disk is full: leave no half a line
+            self._file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _take(self, line: dict[str, Any]) -> None:
         if "end" in line:

@@ -31,6 +31,7 @@ import http.server
 import json
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -335,13 +336,19 @@ def _deltas(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
     ]
 
 
-class _TcpServer(socketserver.ThreadingTCPServer):
+class _Quiet(socketserver.BaseServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients that are killed just go
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # typeshed: sockets alone
+
+
+class _TcpServer(_Quiet, socketserver.ThreadingTCPServer):
     daemon_threads = True
     allow_reuse_address = True
     request_queue_size = 128
 
 
-class _UnixServer(socketserver.ThreadingUnixStreamServer):
+class _UnixServer(_Quiet, socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     request_queue_size = 128
 

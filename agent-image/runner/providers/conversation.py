@@ -53,9 +53,10 @@ class Conversation:
         ids = [message.id for message in turn.messages]
         if turn.attempt > 1 and (replies := self._transcript.answered(ids)) is not None:
             return replies  # only the word of it was lost: nobody has to think, or to pay, again
-        self._begin(turn, ids)
         try:
+            self._begin(turn, ids)
             replies = asyncio.run(self._run(chat))
+            self._transcript.end("answered", replies)
         except (asyncio.CancelledError, Stopped):
             if not chat.abandoned:  # else it broke off, and another attempt goes on with it
                 self._transcript.end("stopped")
@@ -63,9 +64,9 @@ class Conversation:
         except Exception as exc:
             failure = failure_of(exc)
             lasts = failure.code in ("invalid_request", "overflow", "refused")
-            self._transcript.end("forgotten" if lasts else "failed")
+            with contextlib.suppress(OSError):  # perhaps what failed
+                self._transcript.end("forgotten" if lasts else "failed")
             raise failure from exc
-        self._transcript.end("answered", replies)
         return replies
 
     def stop(self) -> None:

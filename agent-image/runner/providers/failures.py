@@ -60,6 +60,9 @@ def failure_of(exc: Exception) -> TurnFailed:
         return TurnFailed("connection", "The connection to the model provider broke off.", retryable=True)
     if isinstance(exc, anthropic.APIError):
         return TurnFailed("internal", "The model provider's answer was not understood.", retryable=True)
+    if isinstance(exc, OSError):
+        reason = exc.strerror or type(exc).__name__
+        return TurnFailed("internal", f"The agent's files cannot be used: {reason}.", retryable=True)
     raise exc
 
 
