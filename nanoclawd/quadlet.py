@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from nanoclawd.mounts import BindMount
 from nanoclawd.unitfile import PLAIN, quote_argument
 
 TEMPLATE = paths.SHARE / "quadlets" / "agent.container.in"
+SECCOMP = paths.SHARE / "quadlets" / "seccomp.json"
 FIRST_UID = 2000  #: in the container, of the agent with index 0
 # A file that is not in Quadlet's syntax makes the generator drop its whole directory, so not all in one. But
 # it looks for each unit's drop-ins in each directory: 1,000 agents take 17 s in one each, 0.4 s in these.
@@ -95,6 +97,7 @@ def render(spec: UnitSpec) -> str:
         uid=container_uid(spec.index, os.getuid()),
         gid=os.getgid(),
         selinux_level=selinux_level(spec.index),
+        seccomp=quote_argument(f"--security-opt=seccomp={SECCOMP}"),
         volumes="\n".join(volumes),
         image=config.image,
     )
@@ -121,8 +124,16 @@ def _volume(source: Path, instance: str, target: str, options: str) -> str:
 
 
 def stale_units(specs: Iterable[UnitSpec]) -> list[UnitSpec]:
-    """Return those whose unit is missing or not what we would write now: older, changed or damaged."""
-    return [spec for spec in specs if _installed(spec) != _rendered_or_none(spec)]
+    """Return those whose unit is missing or not what we would write now: older, changed, damaged, moved."""
+    files: dict[AgentName, list[Path]] = defaultdict(list)
+    for agent, path in installed_units():
+        files[agent].append(path)
+    return [
+        spec
+        for spec in specs
+        if files[spec.agent] != [unit_file(spec.agent, spec.index)]
+        or _installed(spec) != _rendered_or_none(spec)
+    ]
 
 
 def _rendered_or_none(spec: UnitSpec) -> str | None:
@@ -184,6 +195,10 @@ def _write_units(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, texts[spec.agent], mode=0o644)
+            # With another index it was elsewhere, and of two files with one name Quadlet takes the first.
+            for other in path.parent.parent.glob(f"*/{path.name}"):
+                if other != path:
+                    other.unlink(missing_ok=True)
             results[spec.agent] = None
         except OSError as exc:
             results[spec.agent] = Failed(f"{path}: cannot be written: {exc.strerror}")
