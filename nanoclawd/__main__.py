@@ -210,9 +210,7 @@ async def _reload(registry: Registry, control: ControlService) -> None:
     daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     status = ""
     try:
-        registry.settings = read_settings()
-        problems = await registry.load()
-        await control.start_waiting()
+        problems = await control.reload()
         status = f"{len(registry.names())} agents" + (f", {len(problems)} broken" if problems else "")
     except NanoclawError as exc:
         status = f"reload failed, going on as before: {exc.message}"

@@ -22,6 +22,7 @@ from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.session import SessionState
 from nanoclawd.sessions import Sessions
+from nanoclawd.settings import read_settings
 from nanoclawd.subids import host_uid
 from nanoclawd.systemd import Systemd
 from nanoclawd.wire import Json
@@ -134,9 +135,15 @@ class ControlService:
         return units
 
     async def _reload(self, call: Call) -> Json:
+        problems = await self.reload()
+        return {"agents": len(self._registry.names()), "problems": problems}
+
+    async def reload(self) -> list[str]:
+        """Read all configuration again; returns what is wrong with agents. Raises ConfigError."""
+        self._registry.settings = read_settings()
         problems = await self._registry.load()
         await self.start_waiting()
-        return {"agents": len(self._registry.names()), "problems": problems}
+        return problems
 
     async def start_waiting(self) -> None:
         """Wake every session that has work and an agent that may run."""

@@ -200,6 +200,15 @@ class Registry:
             self._agents[agent.name] = replace(self._agents[agent.name], held=held)
         return self._agents[agent.name]
 
+    async def ensure_unit(self, name: AgentName) -> None:
+        """Before each start: mounts are checked again, and a unit that somebody damaged is written again.
+
+        Raises ConfigError if the agent must not start as it is.
+        """
+        async with self._changing:
+            self.config(name)
+            await self._install(self._agents[name])
+
     async def _install(self, agent: Agent) -> Agent:
         """Make the unit follow one agent's configuration. Raises what is wrong with it."""
         spec = self._spec(agent)

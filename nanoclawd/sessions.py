@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
+from systemd import daemon
+
 from nanoclawd import journal, limits, paths, queue
 from nanoclawd.db import Database, Row, Transaction, now_ms
-from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
+from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.outlets import Outlets
@@ -233,7 +235,6 @@ class Sessions:
                         if self._registry.may_run(session.row.agent):
                             await self._run_container(session)
                 adopted = False
-                session.state = SessionState.QUEUED
         finally:
             session.cancel_timers()
             del self._live[session.row.id], self._by_unit[session.unit]
@@ -272,8 +273,9 @@ class Sessions:
             self._gateway.attach(session.row.agent, session.row.name, session.gateway)
             if not adopted:
                 await self._start(session)
+            self._report_status()
             await self._wait_gone(session)
-        except (Failed, NotFound, Refused, Unavailable) as exc:
+        except (ConfigError, Failed, NotFound, Refused, Unavailable) as exc:
             problem = exc
         finally:
             session.end_stream()
@@ -283,6 +285,8 @@ class Sessions:
             session.cancel_timers()
         await self._account(session, problem)
         self._discard(session)
+        session.state = SessionState.QUEUED
+        self._report_status()
 
     def _prepare(self, session: Session) -> None:
         """Make directories and listeners; those that came from the fd store stay."""
@@ -304,6 +308,7 @@ class Sessions:
             store_listener(f"gateway.{agent}.{name}", session.gateway)
 
     async def _start(self, session: Session) -> None:
+        await self._registry.ensure_unit(session.row.agent)
         await self._systemd.start_unit(session.unit)
         session.alive = True
         # It may have ended before we got here, without a signal that we would have taken for its end.
@@ -357,8 +362,8 @@ class Sessions:
                 )
             if by_person or session.left or session.worked:
                 return None
-            if isinstance(problem, NotFound):
-                # A unit that is masked or not there does not get better by itself.
+            if isinstance(problem, ConfigError | NotFound | Refused):
+                # A broken file or a masked unit does not get better by itself.
                 return await _bury_next(tx, session.row, reason)
             return await queue.fail_start(tx, session.row, reason=reason)
 
@@ -382,6 +387,11 @@ class Sessions:
             await self._systemd.reset_failed(session.unit)
         except NanoclawError as exc:
             journal.debug("reset-failed", str(exc), unit=session.unit)
+
+    def _report_status(self) -> None:
+        """Say in `systemctl status` what goes on."""
+        running = sum(s.state not in (SessionState.IDLE, SessionState.QUEUED) for s in self._live.values())
+        daemon.notify(f"STATUS={len(self._registry.names())} agents, {running} sessions running")
 
     def _discard(self, session: Session) -> None:
         """Close the listeners and remove the runtime directory of a session without a container."""
