@@ -8,7 +8,7 @@ from nanoclawd import journal, limits, paths, queue
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.idl import read_interface
-from nanoclawd.ids import AgentName, MessageId
+from nanoclawd.ids import AgentName, MessageId, unit_name
 from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
@@ -63,7 +63,7 @@ class ChannelService:
                 message=message,
                 agent=agent,
                 channel=event.channel,
-                unit=None,
+                unit=unit_name(session.agent, session.name),
                 size_bytes=size,
             )
             self._sessions.wake(session)
