@@ -170,7 +170,7 @@ install_packages
 
 step "Installing programs and units for $(id -un)"
 launcher() { # NAME MODULE
-  printf '#!%s -sP\nimport sys\n\nsys.path.insert(0, "%s")\nfrom %s.__main__ import main\n\nmain()\n' "$PYTHON" "$LIB" "$2" > "$BIN/$1.new"
+  printf '#!%s -sP\nimport sys\n\nsys.path.insert(0, "%s")\nfrom %s.__main__ import main\n\nsys.exit(main())\n' "$PYTHON" "$LIB" "$2" > "$BIN/$1.new"
   chmod 755 "$BIN/$1.new"
   mv "$BIN/$1.new" "$BIN/$1"
 }
