@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -82,14 +83,15 @@ async def start(
 async def _end(process: asyncio.subprocess.Process) -> None:
     """End the process and reap it, even if we are cancelled meanwhile."""
     try:
-        process.terminate()
-        async with asyncio.timeout(END_S):
-            await process.wait()
-    except ProcessLookupError:  # it has just ended
-        await process.wait()
+        # ProcessLookupError: it has just ended. TimeoutError: it is deaf, so the harder way below.
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            process.terminate()
+            async with asyncio.timeout(END_S):
+                await process.wait()
     finally:
         if process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
 
 
