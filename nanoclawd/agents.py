@@ -12,7 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from nanoclawd import limits
+from nanoclawd import limits, tomledit
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
@@ -134,28 +134,22 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
     before = parse_agent(text, path)
     for key, value in changes.items():
         _check(path, key, _plain(value))
-    wanted = tomllib.loads(text) | {key: _plain(value) for key, value in changes.items()}
-    changed = {
-        key: value
-        for key, value in wanted.items()
-        if key in changes and getattr(before, key, None) != changes[key]
-    }
+    changed = {key: _plain(value) for key, value in changes.items() if getattr(before, key) != value}
     if not changed:
         return before
-    new = text
-    for key, value in changed.items():
-        tables = key == "mounts" and not re.search(r"^\s*mounts\s*=", new, re.MULTILINE)
-        new = _with_tables(new, key, value) if tables else _with_value(new, key, value)
-    if _loads_or_none(new) != wanted:  # written in a way that we do not edit: correct values before comments
-        new = tomli_w.dumps(wanted)
+    new = tomledit.change(text, changed)
     config = parse_agent(new, path)
     write_text(path, new)
     return config
 
 
 def write_instructions(path: Path, text: str) -> None:
-    """Write NAME.md beside `path`, an agents/NAME.toml. Raises Refused if it is too large."""
-    if len(text.encode()) > limits.INSTRUCTIONS_BYTES:
+    """Write NAME.md beside `path`, an agents/NAME.toml. Raises Refused if it is too large or no text."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise Refused("instructions are not valid Unicode") from None
+    if size > limits.INSTRUCTIONS_BYTES:
         raise Refused(f"instructions are larger than {limits.INSTRUCTIONS_BYTES >> 10} KiB")
     write_text(path.with_suffix(".md"), text)
 
@@ -177,60 +171,6 @@ def _plain(value: Any) -> Any:
             {"source": mount.source, "target": mount.target, "read_only": mount.read_only} for mount in value
         ]
     return value
-
-
-def _with_value(text: str, key: str, value: Any) -> str:
-    """Return the TOML text with one top-level key changed in place, or added below the others."""
-    assignment = tomli_w.dumps({key: value}).rstrip("\n")
-    lines = text.splitlines(keepends=True)
-    head = next((i for i, line in enumerate(lines) if line.lstrip().startswith("[")), len(lines))
-    for first in range(head):
-        if not re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", lines[first]):
-            continue
-        for last in range(first, head):  # a value may go over several lines
-            if _loads_or_none("".join(lines[first : last + 1])) is not None:
-                comment = _comment("".join(lines[first : last + 1]))
-                lines[first : last + 1] = [assignment + comment + "\n"]
-                return "".join(lines)
-    if head < len(lines):  # above the comment that belongs to the first table, and the empty lines before it
-        while head and lines[head - 1].lstrip().startswith("#"):
-            head -= 1
-        while head and not lines[head - 1].strip():
-            head -= 1
-    if head and not lines[head - 1].endswith("\n"):
-        lines[head - 1] += "\n"
-    lines.insert(head, assignment + "\n")
-    return "".join(lines)
-
-
-def _comment(assignment: str) -> str:
-    """Return the comment at the end of `key = value  # comment`, with the space before it."""
-    for found in re.finditer(r"\s*#", assignment):
-        # The first sign that is not within the value: what stands before it is complete.
-        if _loads_or_none(assignment[: found.start()]) is not None:
-            return assignment[found.start() :].rstrip("\r\n")
-    return ""
-
-
-def _with_tables(text: str, key: str, tables: list[Any]) -> str:
-    """Return the TOML text with all [[key]] tables replaced."""
-    kept: list[str] = []
-    ours = False
-    for line in text.splitlines(keepends=True):
-        if line.lstrip().startswith("["):
-            ours = re.match(rf"\s*\[\[\s*{re.escape(key)}\s*\]\]", line) is not None
-        if not ours:
-            kept.append(line)
-    rest = "".join(kept).rstrip()
-    blocks = (f"[[{key}]]\n" + tomli_w.dumps(table) for table in tables)
-    return "\n\n".join(part.rstrip() for part in (rest, *blocks) if part) + "\n"
-
-
-def _loads_or_none(text: str) -> dict[str, Any] | None:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return None
 
 
 # --- values -----------------------------------------------------------------------------------------

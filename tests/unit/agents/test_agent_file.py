@@ -172,6 +172,8 @@ def test_instructions_stand_beside_the_file(path: Path) -> None:
     assert agents.read_instructions(path) == "Be kind.\n"
     with pytest.raises(Refused):
         agents.write_instructions(path, "x" * (limits.INSTRUCTIONS_BYTES + 1))
+    with pytest.raises(Refused):
+        agents.write_instructions(path, "\ud800")
 
 
 COMMENTED = """\
