@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from .protocol import Settings, Turn
     from .turn import Chat
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Paths:
+class Paths(NamedTuple):
     """Where things are in the container. Tests have them elsewhere."""
 
     host_socket: str = "/run/nanoclaw/host.sock"
