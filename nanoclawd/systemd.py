@@ -79,6 +79,7 @@ class Systemd:
         #: Results of jobs that were done before the reply that names them had been read.
         self._done: dict[str, str] = {}
         self._starting = 0
+        self._reloading = False  #: systemd is about to announce every unit as removed and as new
         self.watching = asyncio.Event()  #: set once signals come in
         self.on_unit_change: Callable[[UnitChange], None] = lambda change: None
 
@@ -136,6 +137,9 @@ class Systemd:
                 type="signal", sender=_NAME, interface=f"{_NAME}.Manager", member="UnitRemoved", path=_ROOT
             ),
             MatchRule(
+                type="signal", sender=_NAME, interface=f"{_NAME}.Manager", member="Reloading", path=_ROOT
+            ),
+            MatchRule(
                 type="signal",
                 sender=_NAME,
                 interface="org.freedesktop.DBus.Properties",
@@ -163,7 +167,9 @@ class Systemd:
                 waiting.set_result(result)
             elif self._starting:
                 self._done[path] = result
-        elif member == "UnitRemoved":
+        elif member == "Reloading":
+            (self._reloading,) = signal.body
+        elif member == "UnitRemoved" and not self._reloading:  # on daemon-reload it only changes hands
             self.on_unit_change(UnitChange(unit=signal.body[0], active_state="inactive"))
         elif member == "PropertiesChanged":
             interface, changed, _ = signal.body
