@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoclawd import paths
+from nanoclawd.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,10 @@ def run_checks() -> list[Check]:
     """Return the outcome of all checks. Leaves nothing behind, also where nothing stops it."""
     checks = []
     for name, check in CHECKS.items():
-        active, detail = check()
+        try:
+            active, detail = check()
+        except (ConfigError, OSError) as exc:  # not even tried: that is no yes
+            active, detail = False, str(exc)
         checks.append(Check(name=name, active=active, detail=detail))
     return checks
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +126,13 @@ def listen(path: Path) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def bench(directory: Path, handler: Handler | None, *, settings: str = "") -> AsyncIterator[Bench]:
-    """Run a gateway with one session, forwarding to `handler` (None: to a port where nobody listens)."""
+async def bench(
+    directory: Path, handler: Handler | None, *, settings: str = "", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Bench]:
+    """Run a gateway with one session, forwarding to `handler` (None: to a port where nobody listens).
+
+    With `tls` the endpoint speaks TLS, as https://localhost.
+    """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert handler is not None
@@ -140,12 +146,13 @@ async def bench(directory: Path, handler: Handler | None, *, settings: str = "")
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     port = server.sockets[0].getsockname()[1]
     if handler is None:
         server.close()
         await server.wait_closed()
-    settings = settings or f'[providers.anthropic]\nendpoint = "http://127.0.0.1:{port}"\n'
+    endpoint = f"https://localhost:{port}" if tls else f"http://127.0.0.1:{port}"
+    settings = settings or f'[providers.anthropic]\nendpoint = "{endpoint}"\n'
     async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         gateway = Gateway(tasks, make_tls())
         gateway.configuration = Configuration(settings=parse_settings(settings))

@@ -8,6 +8,8 @@ from asyncio import StreamWriter as Writer
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nanoclawd import credentials
 from nanoclawd.errors import ConfigError
@@ -294,8 +296,8 @@ def test_refused_connection(directory: Path) -> None:
 
 def test_unknown_host(directory: Path) -> None:
     async def main() -> Reply:
-        settings = '[providers.anthropic]\nendpoint = "https://nowhere.invalid"\n'
-        async with bench(directory, None, settings=settings) as table:
+        elsewhere = '[providers.anthropic]\nendpoint = "https://nowhere.invalid"\n'
+        async with bench(directory, None, settings=elsewhere) as table:
             return await table.ask(post())
 
     reply = asyncio.run(main())
@@ -577,5 +579,76 @@ def test_detaching_ends_listener_and_connections(directory: Path) -> None:
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_unix_connection(table.path)
             assert not table.gateway.sessions
+
+    asyncio.run(main())
+
+
+def test_stop_cuts_off_what_does_not_end(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "DRAIN_S", 0.05)
+
+    async def main() -> None:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(STREAM + b"5\r\nhello\r\n")
+            await reader.read()
+
+        async with bench(directory, handler) as table:
+            reader, writer = await table.connect()
+            idle, _ = await table.connect()
+            writer.write(post())
+            await reader.readuntil(b"hello\r\n")
+
+            await table.gateway.drain()
+
+            assert await reader.read() == b""
+            assert await idle.read() == b""
+
+    asyncio.run(main())
+
+
+#: Pieces that make requests which are almost right.
+PIECES = st.sampled_from(
+    [
+        b"POST ",
+        b"GET ",
+        b"/anthropic/v1/messages",
+        b"/anthropic/v1/models",
+        b" HTTP/1.1",
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b"Host: a",
+        b"Content-Length: ",
+        b"Transfer-Encoding: chunked",
+        b"Expect: 100-continue",
+        b": ",
+        b" ",
+        b"0",
+        b"Connection: close",
+        b"Upgrade: websocket",
+        b"5",
+        b"hello",
+        b"\r\n\r\n",
+        b"\x00",
+        b"\xff",
+        b"?beta=true",
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(PIECES, max_size=25).map(b"".join), min_size=1, max_size=6))
+def test_nothing_that_an_agent_sends_stops_the_gateway(directory: Path, sent: list[bytes]) -> None:
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table:
+            for data in sent:
+                reader, writer = await table.connect()
+                writer.write(POST[:-2] + data if data.startswith(b"\r\n") else data)
+                writer.write_eof()
+                async with asyncio.timeout(10):
+                    reply = await reader.read()
+                assert reply == b"" or reply.startswith(b"HTTP/1.1 ")
+            assert (await table.ask(post())).status == 200
+        table.path.unlink()
 
     asyncio.run(main())
