@@ -28,19 +28,38 @@ class Help(Exception):
 def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
     """Return the command and its arguments. Raises UsageError, Help."""
     command, rest = _find(arguments)
-    parser = make_parser(command)
-    # Intermixed: 'send berta --wait hello' has an optional argument behind an option.
-    known, unknown = parser.parse_known_intermixed_args(list(rest))
-    if unknown:
-        kind = "option" if unknown[0].startswith("-") else "argument"
-        names = [flag for option in command.options for flag in (option.name, option.short) if flag]
-        raise UsageError(
-            f"unknown {kind} '{unknown[0]}'",
-            hint=did_you_mean(
-                unknown[0].partition("=")[0], names, f"'{PROGRAM} {command.name} --help' lists all"
-            ),
-        )
-    return command, known
+    end = rest.index("--") if "--" in rest else len(rest)
+    # argparse reads the options alone: it cannot take 'send berta --wait hello', where TEXT is optional.
+    namespace, others = make_parser(command, positional=False).parse_known_args(list(rest[:end]))
+    more = f"'{PROGRAM} {command.name} --help' says more"
+    for other in others:
+        if other.startswith("-") and other != "-":
+            names = [
+                flag for option in command.options for flag in (option.name, option.short) if flag[:1] == "-"
+            ]
+            raise UsageError(
+                f"unknown option '{other}'", hint=did_you_mean(other.partition("=")[0], names, more)
+            )
+    values = [*others, *rest[end + 1 :]]
+    for option in command.options:
+        if option.positional:
+            if option.needed and not values:
+                raise UsageError(f"{option.name} is missing", hint=more)
+            setattr(namespace, option.name, _read(option, values.pop(0), more) if values else None)
+    if values:
+        raise UsageError(f"unknown argument '{values[0]}'", hint=more)
+    return command, namespace
+
+
+def _read(option: Option, value: str, more: str) -> object:
+    try:
+        read = _KINDS[option.kind](value)
+    except argparse.ArgumentTypeError as exc:
+        raise UsageError(f"{option.name}: {exc}", hint=more) from None
+    if option.choices and read not in option.choices:
+        hint = did_you_mean(value, option.choices, f"it can be {', '.join(option.choices)}")
+        raise UsageError(f"{option.name}: '{value}' is not known", hint=hint)
+    return read
 
 
 def did_you_mean(wrong: str, names: Iterable[str], otherwise: str) -> str:
@@ -105,8 +124,8 @@ class _Help(argparse.Action):
         raise Help(parser.format_help().rstrip())
 
 
-def make_parser(command: Command) -> argparse.ArgumentParser:
-    """Return the parser of one command's arguments."""
+def make_parser(command: Command, *, positional: bool = True) -> argparse.ArgumentParser:
+    """Return the parser of one command's arguments, or of its options alone."""
     parser = _Parser(
         prog=f"{PROGRAM} {command.name}",
         description=f"{command.help[:1].upper()}{command.help[1:]}. {command.more}".rstrip(),
@@ -115,6 +134,8 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
     )
     parser.add_argument("--help", "-h", action=_Help, nargs=0, help="show this text")
     for option in command.options:
+        if option.positional and not positional:
+            continue
         flags = (option.name,) if option.positional else tuple(filter(None, (option.name, option.short)))
         parser.add_argument(*flags, **_settings(option))
     return parser

@@ -1,0 +1,344 @@
+"""A double of the router: real Varlink with the real interfaces, and nothing behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from nanoclawd import idl, paths
+from nanoclawd.errors import NanoclawError, NotFound
+from nanoclawd.server import Call, Method, Server, Service
+from nanoclawd.wire import Json
+
+WITHIN_S = 10.0
+
+CONFIGURATION: Json = {
+    "name": "berta",
+    "description": "helps",
+    "provider": "echo",
+    "model": "",
+    "image": "localhost/nanoclaw-agent:latest",
+    "idleSeconds": 600,
+    "memoryMax": "1G",
+    "tasksMax": 256,
+    "cpuQuota": "",
+    "mounts": [{"source": "/home/ada/src", "target": "/mnt/src", "readOnly": True}],
+}
+RUNTIME: Json = {
+    "state": "ready",
+    "problem": "",
+    "unitTemplate": "nanoclaw-berta@.service",
+    "hostUid": 101999,
+    "sessions": 1,
+    "running": 0,
+    "queued": 0,
+}
+SESSION: Json = {
+    "agent": "berta",
+    "session": "s1",
+    "unit": "nanoclaw-berta@s1.service",
+    "channel": "terminal",
+    "chat": "berta",
+    "thread": "",
+    "state": "ready",
+    "queued": 0,
+    "message": None,
+}
+CHECK: Json = {"name": "network", "active": True, "detail": "connect: EPERM"}
+STATUS: Json = {
+    "version": "0.1.0",
+    "pid": 4711,
+    "startedAt": 1.0,
+    "units": [
+        {"name": "nanoclaw.service", "activeState": "active", "subState": "running", "memoryBytes": 4 << 20}
+    ],
+    "agents": 1,
+    "sessions": [SESSION],
+    "queue": {
+        "queued": 1,
+        "leased": 2,
+        "answered": 3,
+        "stopped": 4,
+        "dead": 5,
+        "deliveriesPending": 6,
+        "deliveriesSent": 7,
+        "deliveriesDead": 8,
+    },
+    "sandbox": [CHECK],
+    "gateway": {
+        "version": "0.1.0",
+        "sessions": [],
+        "routes": [
+            {
+                "provider": "anthropic",
+                "endpoint": "https://api.anthropic.com",
+                "credential": "anthropic",
+                "credentialState": "ok",
+            }
+        ],
+        "sandbox": [CHECK],
+    },
+    "gatewayProblem": "",
+}
+
+
+class RouterDouble:
+    """Serves both sockets in a thread. Its fields may be read and set by the test at any time."""
+
+    def __init__(self) -> None:
+        self.agents: dict[str, Json] = {"berta": dict(RUNTIME)}
+        self.status: Json = dict(STATUS)
+        self.sessions: list[Json] = [SESSION]
+        self.fail: dict[str, NanoclawError] = {}  #: by method
+        self.calls: list[tuple[str, Json]] = []
+        self.trash: str | None = None
+        self.messages: dict[str, Json] = {}  #: by event
+        self.pending: list[Json] = []  #: deliveries that are not reported
+        self.reports: list[str] = []  #: keys
+        self.stops = 0
+        self.answer: Callable[[Json], list[Json]] = echo  #: what Attach() sends for a message
+        self.hang_up_after_storing = False  #: once
+        self._changed = threading.Condition()
+        self._streams: list[tuple[Call, asyncio.Queue[Json]]] = []
+        self._loop = asyncio.new_event_loop()
+        self._listeners = [_listen(paths.control_socket()), _listen(paths.channel_socket())]
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+        self._thread.start()
+
+    # For tests
+
+    def wait(self, condition: Callable[[], Any]) -> None:
+        """Wait until `condition` holds; it is looked at after each call that the double answers."""
+        with self._changed:
+            assert self._changed.wait_for(condition, WITHIN_S), "the double did not get what it waits for"
+
+    def send(self, *items: Json) -> None:
+        """Push deliveries and activities to who is attached; deliveries wait for who attaches later."""
+        self._loop.call_soon_threadsafe(self._push, items)
+
+    def hang_up(self) -> None:
+        """Close all connections, as a router that restarts; systemd keeps the listeners."""
+
+        def close() -> None:
+            for call, _ in list(self._streams):
+                with contextlib.suppress(OSError):
+                    call.connection.sock.shutdown(socket.SHUT_RDWR)
+
+        self._loop.call_soon_threadsafe(close)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._loop.close()
+        for listener in self._listeners:
+            listener.close()
+
+    # The service
+
+    async def _serve(self) -> None:
+        control, channel = (
+            idl.read_interface(paths.INTERFACES / f"io.nanoclaw.{name}.varlink")
+            for name in ("Control", "Channel")
+        )
+        servers = [
+            Server(self._service(control), self._listeners[0]),
+            Server(self._service(channel), self._listeners[1]),
+        ]
+        tasks = [asyncio.create_task(server.run()) for server in servers]
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+        for task in (*tasks, stopped):
+            task.cancel()
+        # A bug of the double, or of the server, is raised in its thread; pytest makes it a failure.
+        for result in await asyncio.gather(*tasks, stopped, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+    def _service(self, interface: idl.Interface) -> Service:
+        streams = {"Attach": True, "ListAgents": None, "ListSessions": None, "BuildImage": None}
+        table = {
+            name: Method(
+                handler=self._noting(interface, name, getattr(self, f"_{name}", None)),
+                more=streams.get(name, False),
+            )
+            for name in interface.methods
+        }
+        return Service(version="0.1.0", interface=interface, methods=table)
+
+    def _noting(
+        self,
+        interface: idl.Interface,
+        name: str,
+        handler: Callable[[Call], Coroutine[Any, Any, Json]] | None,
+    ) -> Callable[[Call], Coroutine[Any, Any, Json]]:
+        async def answer(call: Call) -> Json:
+            with self._changed:
+                self.calls.append((name, call.parameters))
+            try:
+                if name in self.fail:
+                    raise self.fail[name]
+                if (
+                    "name" in call.parameters
+                    and name != "AddAgent"
+                    and call.parameters["name"] not in self.agents
+                ):
+                    raise NotFound(f"no agent named '{call.parameters['name']}'")
+                reply = await handler(call) if handler is not None else {}
+                return interface.check_reply(name, reply)
+            finally:
+                with self._changed:
+                    self._changed.notify_all()
+
+        return answer
+
+    async def _Status(self, _call: Call) -> Json:
+        return self.status
+
+    async def _AddAgent(self, call: Call) -> Json:
+        self.agents[call.parameters["name"]] = dict(RUNTIME)
+        return {"configuration": {**CONFIGURATION, "name": call.parameters["name"]}, "runtime": RUNTIME}
+
+    async def _SetAgent(self, call: Call) -> Json:
+        return {"configuration": CONFIGURATION, "runtime": self.agents[call.parameters["name"]]}
+
+    async def _ListAgents(self, call: Call) -> Json:
+        replies = [
+            {"name": name, "configuration": {**CONFIGURATION, "name": name}, "runtime": runtime}
+            for name, runtime in self.agents.items()
+        ] or [{}]
+        for reply in replies[:-1]:
+            await call.send(reply)
+        return replies[-1]
+
+    async def _ShowAgent(self, call: Call) -> Json:
+        return {
+            "configuration": CONFIGURATION,
+            "runtime": self.agents[call.parameters["name"]],
+            "instructions": "Be kind.\n",
+            "file": "/home/ada/.config/nanoclaw/agents/berta.toml",
+            "workspace": "/home/ada/.local/state/nanoclaw/agents/berta/workspace",
+            "unitFile": "/home/ada/.config/containers/systemd/nanoclaw/berta/nanoclaw-berta@.container",
+            "dropInDirectory": "/home/ada/.config/containers/systemd/nanoclaw-berta@.container.d",
+        }
+
+    async def _RemoveAgent(self, call: Call) -> Json:
+        del self.agents[call.parameters["name"]]
+        return {"trash": self.trash}
+
+    async def _ListSessions(self, call: Call) -> Json:
+        for session in self.sessions[:-1]:
+            await call.send({"session": session})
+        return {"session": self.sessions[-1] if self.sessions else None}
+
+    async def _BuildImage(self, call: Call) -> Json:
+        await call.send({"line": "STEP 1/2: \x1b[31mFROM\n", "imageId": None})
+        return {"line": None, "imageId": "sha256:0123"}
+
+    async def _Reload(self, _call: Call) -> Json:
+        return {"agents": len(self.agents), "problems": []}
+
+    async def _Deliver(self, call: Call) -> Json:
+        agent, event = call.parameters["agent"], call.parameters["event"]
+        if agent not in self.agents:
+            raise NotFound(f"no agent named '{agent}'", hint="'nanoclawctl agent list' shows all")
+        duplicate = event in self.messages
+        self.messages[event] = call.parameters
+        if not duplicate:
+            self._push(self.answer(call.parameters))
+        if self.hang_up_after_storing:
+            self.hang_up_after_storing = False
+            call.connection.sock.shutdown(socket.SHUT_RDWR)
+        return {"message": "m0123456789abcdef", "duplicate": duplicate}
+
+    async def _Attach(self, call: Call) -> Json:
+        queue: asyncio.Queue[Json] = asyncio.Queue()
+        stream = (call, queue)
+        for delivery in self.pending:
+            queue.put_nowait({"delivery": delivery})
+        self._streams.append(stream)
+        with self._changed:
+            self._changed.notify_all()
+        try:
+            while True:
+                item = await queue.get()
+                found = item["delivery"] if "delivery" in item else item["activity"]
+                wanted = call.parameters["event"]
+                if found["chat"] == call.parameters["chat"] and wanted in (None, found["inReplyTo"]):
+                    await call.send(item)
+        finally:
+            self._streams.remove(stream)
+
+    async def _ReportSent(self, call: Call) -> Json:
+        key = call.parameters["key"]
+        self.reports.append(key)
+        self.pending = [delivery for delivery in self.pending if delivery["key"] != key]
+        return {}
+
+    async def _StopTurn(self, call: Call) -> Json:
+        self.stops += 1
+        event = list(self.messages)[-1] if self.messages else None
+        self._push([activity("idle", event=event), reply("stopped", event=event, kind="notice")])
+        return {"stopped": event is not None}
+
+    def _push(self, items: Any) -> None:
+        for item in items:
+            if "delivery" in item:
+                self.pending.append(item["delivery"])
+            for _, queue in self._streams:
+                queue.put_nowait(item)
+
+
+def echo(message: Json) -> list[Json]:
+    """Answer as the echo provider does."""
+    event, chat = message["event"], message["chat"]
+    return [
+        activity("thinking", event=event, chat=chat),
+        reply(f"echo: {message['text']}", event=event, chat=chat),
+        activity("idle", event=event, chat=chat),
+    ]
+
+
+def activity(kind: str, text: str = "", *, event: str | None, chat: str = "berta") -> Json:
+    return {
+        "activity": {
+            "chat": chat,
+            "thread": "",
+            "agent": "berta",
+            "kind": kind,
+            "text": text,
+            "inReplyTo": event,
+        }
+    }
+
+
+_keys = iter(range(1 << 30))
+
+
+def reply(
+    text: str, *, event: str | None, chat: str = "berta", kind: str = "reply", key: str | None = None
+) -> Json:
+    return {
+        "delivery": {
+            "key": key or f"k{next(_keys)}",
+            "chat": chat,
+            "thread": "",
+            "agent": "berta",
+            "kind": kind,
+            "text": text,
+            "inReplyTo": event,
+        }
+    }
+
+
+def _listen(path: Path) -> socket.socket:
+    path.parent.mkdir(parents=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener.bind(str(path))
+    listener.listen()
+    return listener

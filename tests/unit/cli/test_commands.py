@@ -1,0 +1,378 @@
+"""nanoclawctl's commands against a double of the router: results, exit codes, errors, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
+from tests.unit.cli.conftest import COMMAND, Run, fake_program
+from tests.unit.cli.double import RouterDouble
+
+
+def test_version_is_printed(run: Run) -> None:
+    done = run("version")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("nanoclawctl ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["agent"],
+        ["agnet", "list"],
+        ["agent", "lst"],
+        ["agent", "add"],
+        ["agent", "add", "x", "--no-such-option"],
+        ["agent", "add", "x", "--idle-seconds", "many"],
+        ["agent", "add", "x", "--mount", "nowhere"],
+        ["agent", "list", "surplus"],
+        ["completion", "tcsh"],
+        ["agent", "remove", "berta"],
+        ["chat", "berta"],
+        ["send", "berta", ""],
+        ["agent", "set", "berta"],
+        ["agent", "set", "berta", "--mount", "/a:/mnt/a", "--no-mounts"],
+    ],
+)
+def test_wrong_usage_is_told_in_two_lines_with_exit_code_2(run: Run, arguments: list[str]) -> None:
+    done = run(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["stauts"], "status"),
+        (["agent", "ad"], "add"),
+        (["agent", "add", "x", "--modle", "y"], "--model"),
+        (["agent", "stop", "bertha"], "berta"),
+        (["send", "bertha", "hello"], "berta"),
+    ],
+)
+def test_errors_end_in_what_was_probably_meant(
+    router: RouterDouble, run: Run, arguments: list[str], meant: str
+) -> None:
+    assert f"did you mean '{meant}'?" in run(*arguments).stderr
+
+
+def test_daemon_away_is_exit_code_3(run: Run) -> None:
+    done = run("status")
+
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "hint: " in done.stderr
+
+
+def test_unknown_agent_is_exit_code_4(router: RouterDouble, run: Run) -> None:
+    assert run("agent", "show", "nobody").returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("berta.toml:7: no"), 1),
+        (Failed("no"), 1),
+        (Unavailable("no"), 3),
+        (Refused("no", hint="do this"), 5),
+    ],
+)
+def test_errors_of_the_router_keep_their_kind(
+    router: RouterDouble, run: Run, error: Failed, code: int
+) -> None:
+    router.fail["StartAgent"] = error
+
+    done = run("agent", "start", "berta", "--json")
+
+    assert (done.returncode, done.stdout) == (code, "")
+    assert json.loads(done.stderr) == {
+        "error": {"code": error.code, "message": error.message, "hint": error.hint}
+    }
+
+
+def test_usage_errors_are_json_too(run: Run) -> None:
+    done = run("agent", "lst", "--json")
+
+    assert json.loads(done.stderr)["error"]["code"] == "usage"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status"],
+        ["reload"],
+        ["agent", "list"],
+        ["agent", "show", "berta"],
+        ["agent", "add", "carla"],
+        ["agent", "set", "berta", "--model", "m"],
+        ["agent", "stop", "berta"],
+        ["agent", "remove", "berta", "--yes"],
+        ["session", "list"],
+        ["image", "build"],
+        ["version"],
+        ["send", "berta", "hello"],
+        ["send", "berta", "hello", "--wait"],
+    ],
+)
+def test_json_is_one_document_on_stdout(router: RouterDouble, run: Run, arguments: list[str]) -> None:
+    done = run(*arguments, "--json")
+
+    assert done.returncode == 0
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_status_shows_what_counts(router: RouterDouble, run: Run) -> None:
+    shown = run("status").stdout
+
+    for words in ("nanoclaw.service", "active (running)", "4.0M", "1 waiting", "5 dead", "s1", "anthropic"):
+        assert words in shown
+
+
+def test_status_cries_out_about_a_sandbox_that_is_not_active(router: RouterDouble, run: Run) -> None:
+    router.status["sandbox"] = [{"name": "network", "active": False, "detail": "connected"}]
+
+    assert "NOT ACTIVE: network: connected" in run("status").stdout
+
+
+def test_add_hands_over_what_was_given_and_nothing_else(router: RouterDouble, run: Run, home: Path) -> None:
+    (home / "be.md").write_text("Be kind.")
+
+    done = run(
+        *("agent", "add", "carla", "--model", "m", "--instructions", "be.md", "--idle-seconds", "0"),
+        *("--mount", "src:/mnt/src", "--mount", "/srv:/mnt/srv:rw", "--cpu-quota", "150%"),
+    )
+
+    assert done.returncode == 0
+    (parameters,) = [parameters for name, parameters in router.calls if name == "AddAgent"]
+    given = {name: value for name, value in parameters.items() if value is not None}
+    assert given == {
+        "name": "carla",
+        "model": "m",
+        "instructions": "Be kind.",
+        "idleSeconds": 0,
+        "cpuQuota": "150%",
+        "mounts": [
+            {"source": str(home / "src"), "target": "/mnt/src", "readOnly": True},
+            {"source": "/srv", "target": "/mnt/srv", "readOnly": False},
+        ],
+    }
+
+
+def test_set_can_take_all_mounts_away(router: RouterDouble, run: Run) -> None:
+    run("agent", "set", "berta", "--no-mounts")
+
+    (parameters,) = [parameters for name, parameters in router.calls if name == "SetAgent"]
+    assert {name: value for name, value in parameters.items() if value is not None} == {
+        "name": "berta",
+        "mounts": [],
+    }
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"x" * (257 << 10)], ids=["no UTF-8", "too long"])
+def test_bad_instructions_are_told_before_the_router_is_asked(
+    router: RouterDouble, run: Run, home: Path, content: bytes
+) -> None:
+    (home / "be.md").write_bytes(content)
+
+    done = run("agent", "add", "carla", "--instructions", "be.md")
+
+    assert done.returncode == 1
+    assert "be.md: is " in done.stderr
+    assert router.calls == []
+
+
+def test_instructions_come_from_stdin(router: RouterDouble, run: Run) -> None:
+    run("agent", "add", "carla", "--instructions", "-", stdin="Be brief.")
+
+    assert router.calls[0][1]["instructions"] == "Be brief."
+
+
+def test_purge_deletes_what_the_router_put_into_the_trash(
+    router: RouterDouble, run: Run, home: Path, programs: Path
+) -> None:
+    trashed = home / ".local/state/nanoclaw/trash/berta-1"
+    trashed.mkdir(parents=True)
+    router.trash = str(trashed)
+    log = fake_program(programs, "podman", 'shift; exec "$@"')
+
+    done = run("agent", "remove", "berta", "--purge", "--yes")
+
+    assert done.returncode == 0, done.stderr
+    assert not trashed.exists()
+    assert log.read_text() == f"unshare rm -rf -- {trashed}\n"
+
+
+@pytest.mark.parametrize("place", ["elsewhere", ".local/state/nanoclaw/trash", "link", "../x"])
+def test_purge_deletes_nothing_outside_the_trash(
+    router: RouterDouble, run: Run, home: Path, programs: Path, place: str
+) -> None:
+    trash = home / ".local/state/nanoclaw/trash"
+    trash.mkdir(parents=True)
+    (home / "elsewhere").mkdir()
+    (trash / "link").symlink_to(home / "elsewhere")
+    router.trash = str({"link": trash / "link", "../x": f"{trash}/.."}.get(place, home / place))
+    log = fake_program(programs, "podman", 'shift; exec "$@"')
+
+    done = run("agent", "remove", "berta", "--purge", "--yes")
+
+    assert done.returncode == 5
+    assert not log.exists()
+    assert (home / "elsewhere").exists()
+
+
+def test_purge_that_fails_says_what_to_paste(
+    router: RouterDouble, run: Run, home: Path, programs: Path
+) -> None:
+    trashed = home / ".local/state/nanoclaw/trash/berta 1"
+    trashed.mkdir(parents=True)
+    router.trash = str(trashed)
+    fake_program(programs, "podman", "echo no subuid range >&2; exit 1")
+
+    done = run("agent", "remove", "berta", "--purge", "--yes")
+
+    assert done.returncode == 1
+    assert "no subuid range" in done.stderr
+    assert f"podman unshare rm -rf -- '{trashed}'" in done.stderr
+
+
+def test_remove_without_purge_says_where_the_workspace_went(router: RouterDouble, run: Run) -> None:
+    router.trash = "/somewhere/trash/berta-1"
+
+    assert "/somewhere/trash/berta-1" in run("agent", "remove", "berta", "--yes").stderr
+
+
+def test_text_of_others_cannot_drive_the_terminal(router: RouterDouble, run: Run) -> None:
+    router.agents["berta"]["state"] = "broken"
+    router.agents["berta"]["problem"] = "\x1b]0;owned\x07\x9b31m\u202e"
+
+    shown = run("agent", "show", "berta").stdout + run("image", "build").stderr
+
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
+    assert "␛]0;owned␇" in shown
+
+
+def test_image_build_prints_the_id_and_talks_on_stderr(router: RouterDouble, run: Run) -> None:
+    done = run("image", "build", "--base-directory", "base")
+
+    assert done.stdout == "sha256:0123\n"
+    assert "STEP 1/2" in done.stderr
+    assert os.path.isabs(router.calls[0][1]["baseDirectory"])
+
+
+def test_logs_become_journalctl_with_the_units_of_the_daemons(run: Run, programs: Path) -> None:
+    log = fake_program(programs, "journalctl", "")
+
+    run("logs", "-f", "-n", "7")
+
+    assert log.read_text() == (
+        "--user --unit=nanoclaw.service --unit=nanoclaw-gateway.service --unit=nanoclaw-channel@*.service "
+        "--lines=7 --follow\n"
+    )
+
+
+@pytest.mark.parametrize("command", [["logs"], ["agent", "logs"]])
+def test_logs_of_an_agent_match_all_its_sessions(run: Run, programs: Path, command: list[str]) -> None:
+    log = fake_program(programs, "journalctl", "")
+
+    run(*command, "berta")
+
+    assert log.read_text() == "--user --unit=nanoclaw-berta@*.service --lines=100\n"
+
+
+def test_logs_take_no_pattern_for_a_name(run: Run, programs: Path) -> None:
+    log = fake_program(programs, "journalctl", "")
+
+    assert run("logs", "*").returncode == 5
+    assert not log.exists()
+
+
+def test_shell_opens_in_the_session_that_runs(router: RouterDouble, run: Run, programs: Path) -> None:
+    log = fake_program(programs, "podman", "")
+
+    assert run("agent", "shell", "berta").returncode == 0
+    assert log.read_text() == "exec --interactive nanoclaw-berta-s1 bash\n"
+
+
+def test_shell_without_a_running_session_says_what_to_do(router: RouterDouble, run: Run) -> None:
+    router.sessions = []
+
+    done = run("agent", "shell", "berta")
+
+    assert done.returncode == 4
+    assert "nanoclawctl chat berta" in done.stderr
+
+
+def test_program_that_is_missing_is_no_traceback(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(home))
+
+    done = run("logs")
+
+    assert done.returncode == 1
+    assert "cannot run journalctl" in done.stderr
+
+
+def test_secret_comes_from_a_pipe_and_is_never_shown(run: Run, home: Path) -> None:
+    assert run("secret", "set", "anthropic", stdin="sk-secret\n").returncode in (0, 1, 3)
+    shown = run("secret", "list", "--json")
+
+    assert "sk-secret" not in shown.stdout + shown.stderr
+    assert isinstance(json.loads(shown.stdout)["secrets"], list)
+
+
+def test_no_colours_unless_a_terminal_asks_for_them(router: RouterDouble, run: Run) -> None:
+    assert "\x1b" not in run("status").stdout + run("agent", "show", "nobody").stderr
+
+
+def test_reader_that_leaves_ends_it_quietly(router: RouterDouble, home: Path) -> None:
+    for number in range(3000):
+        router.agents[f"agent{number}"] = router.agents["berta"]
+
+    process = subprocess.Popen(
+        [*COMMAND, "agent", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=home
+    )
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+
+    assert (process.wait(), errors) == (128 + signal.SIGPIPE, b"")
+
+
+def test_ctrl_c_is_130_without_a_traceback(router: RouterDouble, home: Path) -> None:
+    router.answer = lambda _: []
+    process = subprocess.Popen(
+        [*COMMAND, "send", "berta", "hello", "--wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=home,
+    )
+    router.wait(lambda: router.messages)
+
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=10)
+
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in errors
+    assert b"nanoclawctl chat berta" in errors
+
+
+def test_command_imports_no_event_loop() -> None:
+    """Start-up time is what a person feels at every command."""
+    code = "import sys; from nanoclawd.cli.__main__ import main; main(['version']); print(*sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert not {"asyncio", "subprocess", "readline", "tomllib", "systemd"} & set(done.stdout.split())
