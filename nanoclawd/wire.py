@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from nanoclawd import limits
 
 Json = dict[str, Any]  #: one JSON object; its values are checked where they are taken out
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  #: may be half a surrogate pair; only an escape can spell one
+#: Strings, also one without an end, and all that is between brackets.
+_NO_BRACKETS = re.compile(r'"(?:[^"\\]+|\\.)*+"?|[^\[\]{}"]+', re.DOTALL)
 
 
 class WireError(Exception):
@@ -35,12 +40,18 @@ def decode(data: bytes) -> Json:
         text = data.decode("utf-8")
     except UnicodeDecodeError as exc:
         raise WireError("message", f"is not UTF-8 at byte {exc.start}") from None
-    if _depth(text) > limits.JSON_DEPTH:
+    if not _is_shallow(text):
         raise WireError("message", f"is nested deeper than {limits.JSON_DEPTH} levels")
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except ValueError as exc:  # also what int() says of 5,000 digits
         raise WireError("message", f"is not JSON: {exc}") from None
+    if _HALF.search(text):
+        # Else it would come to light where we quote it: in an error reply, in the journal.
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise WireError("message", "holds half a surrogate pair") from None
     if not isinstance(value, dict):
         raise WireError("message", "is not a JSON object")
     return value
@@ -55,28 +66,20 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
-def _depth(text: str) -> int:
-    """Return an upper bound of the nesting; brackets in strings count too, which only makes us stricter."""
+def _is_shallow(text: str) -> bool:
+    """Return whether `text` is nested at most JSON_DEPTH levels; False too for many brackets without a partner.
+
+    Without a loop over its characters: a megabyte of brackets must not keep all others waiting.
+    """
     if text.count("[") + text.count("{") <= limits.JSON_DEPTH:
-        return 0
-    deepest = level = 0
-    in_string = escaped = False
-    for char in text:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == '"':
-                in_string = False
-        elif char == '"':
-            in_string = True
-        elif char in "[{":
-            level += 1
-            deepest = max(deepest, level)
-        elif char in "]}":
-            level -= 1
-    return deepest
+        return True
+    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+    for _ in range(limits.JSON_DEPTH):
+        before = len(brackets)
+        brackets = brackets.replace("[]", "")  # the innermost level
+        if len(brackets) in (0, before):
+            break
+    return not brackets
 
 
 def unpack(reply: Json) -> Json:
