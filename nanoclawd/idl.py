@@ -6,6 +6,7 @@ unknown or wrongly typed field. Source: https://varlink.org/Interface-Definition
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ class _Parser:
         fields: dict[str, Type] = {}
         values: list[str] = []
         while self.token != ")":
+            if not self.token:
+                self.expect(")")
             name = self.advance()
             if self.token == ":":
                 self.advance()
@@ -172,8 +175,12 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
             if not isinstance(value, str):
                 raise WireError(path, f"must be a string, not {_kind(value)}")
             # JSON can spell what UTF-8 cannot hold and what no C program takes.
-            if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
-                raise WireError(path, "holds a NUL or half a surrogate pair")
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise WireError(path, "holds half a surrogate pair") from None
+            if "\0" in value:
+                raise WireError(path, "holds a NUL")
         case "bool":
             if not isinstance(value, bool):
                 raise WireError(path, f"must be true or false, not {_kind(value)}")
@@ -186,9 +193,12 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise WireError(path, f"must be a number, not {_kind(value)}")
             try:
-                return float(value)
+                number = float(value)
             except OverflowError:
-                raise WireError(path, "is too large") from None
+                number = math.inf
+            if not math.isfinite(number):  # JSON has no infinity, but 1e999
+                raise WireError(path, "is too large")
+            return number
         case "object":
             if not isinstance(value, dict):
                 raise WireError(path, f"must be an object, not {_kind(value)}")
