@@ -105,8 +105,7 @@ async def _run() -> None:
                 version=VERSION, db=db, registry=registry, sessions=sessions, outlets=outlets
             )
             sessions.service = agent_service.service
-            checks = sandbox.check_router()
-            sandbox.report(checks)
+            checks = sandbox.run_checks(sandbox.ROUTER)
             control_service = ControlService(
                 version=VERSION,
                 db=db,

@@ -222,13 +222,10 @@ class Registry:
 
     def _spec(self, agent: Agent) -> UnitSpec:
         assert agent.config is not None
-        allowed = [
-            mounts.AllowedMount(path=rule.path, read_only=rule.read_only) for rule in self.settings.mounts
-        ]
         return UnitSpec(
             config=agent.config,
             index=agent.index,
-            mounts=mounts.resolve_mounts(agent.config.mounts, allowed),
+            mounts=mounts.resolve_mounts(agent.config.mounts, self.settings.mounts),
             version=self._version,
         )
 

@@ -1,14 +1,25 @@
-"""Self-test of a unit's sandbox: on some systems systemd's options silently do nothing."""
+"""Does a unit's sandbox hold? Tried at start, line by line.
+
+systemd leaves out in silence what it cannot do, e.g. on Ubuntu, whose AppArmor rules keep user units from
+making namespaces.
+"""
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import re
+import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoclawd import journal
+from nanoclawd import journal, paths
+from nanoclawd.errors import ConfigError
+
+Try = Callable[[], tuple[bool, str]]  #: whether a line bites, and what was tried and came back
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,94 +31,128 @@ class Check:
     detail: str  #: what was tried and what came back
 
 
-def check_common() -> list[Check]:
-    """Try what every host unit of ours has."""
-    return [
-        _status("no-new-privileges", "NoNewPrivs", "1"),
-        _status("seccomp", "Seccomp", "2"),
-        _status("capabilities", "CapBnd", "0000000000000000"),
-        _user_namespace(),
-        refuses_write("home-read-only", Path.home()),
-        refuses_write("system-read-only", Path("/var/tmp/..")),
-        _refuses_socket("packet-sockets", socket.AF_PACKET, socket.SOCK_RAW),
-        _refuses_socket("netlink", socket.AF_NETLINK, socket.SOCK_RAW),
-        refuses("namespaces", "unshare(CLONE_NEWNET)", _unshare),
-    ]
+def run_checks(table: Mapping[str, Try]) -> list[Check]:
+    """Try all of ROUTER or GATEWAY, and warn in the journal of what does not hold. Leaves nothing behind."""
+    checks = []
+    for name, check in table.items():
+        try:
+            active, detail = check()
+        except (ConfigError, OSError) as exc:  # not even tried: that is no yes
+            active, detail = False, str(exc)
+        checks.append(Check(name=name, active=active, detail=detail))
+        if not active:
+            journal.warning("sandbox-inactive", f"{detail}, going on without", check=name)
+    return checks
 
 
-def check_router() -> list[Check]:
-    """Try what the router's unit has beyond that: no network at all."""
-    return [
-        *check_common(),
-        _refuses_socket("internet", socket.AF_INET, socket.SOCK_STREAM),
-        _only_loopback(),
-    ]
+def _user_namespace() -> tuple[bool, str]:
+    line = " ".join(Path("/proc/self/uid_map").read_text().split())
+    # Outside of any, all 2^32 - 1 ids map to themselves.
+    return line != "0 0 4294967295", f"/proc/self/uid_map: {line}"
 
 
-def report(checks: list[Check]) -> None:
-    """Warn in the journal of each line that is not active."""
-    for check in checks:
-        if not check.active:
-            journal.warning("sandbox-inactive", f"{check.detail}, going on without it", check=check.name)
+def _status_field(name: str, wanted: str) -> Try:
+    def check() -> tuple[bool, str]:
+        found = re.search(rf"^{name}:\s*(\S+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        value = found[1] if found else "missing"
+        return (value.lstrip("0") or "0") == wanted, f"/proc/self/status: {name} {value}"
+
+    return check
 
 
-def refuses(name: str, tried: str, action: Callable[[], None]) -> Check:
-    """Return whether `action` fails with an OSError, as it must."""
+def _is_hidden(what: Callable[[], Path]) -> Try:
+    def check() -> tuple[bool, str]:
+        path = what()
+        try:
+            # A directory that InaccessiblePaths= covers is still there, but cannot be listed.
+            os.listdir(path)
+        except NotADirectoryError:
+            return False, f"{path}: it is there"
+        except OSError as exc:
+            return True, f"{path}: {exc.strerror}"
+        return False, f"{path}: can be listed"
+
+    return check
+
+
+def _home_hidden() -> tuple[bool, str]:
+    # ProtectHome=tmpfs: an empty read-only file system, on which only what the unit binds is seen.
+    shown = [name for name in (".bashrc", ".profile", ".ssh", ".gnupg") if (Path.home() / name).exists()]
+    if shown:
+        return False, f"{Path.home()} shows {', '.join(shown)}"
+    return _is_read_only(Path.home)()
+
+
+def _is_read_only(what: Callable[[], Path]) -> Try:
+    refusals = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.EPERM)
+
+    def check() -> tuple[bool, str]:
+        probe = what() / f".nanoclaw-probe-{os.getpid()}"
+        try:
+            descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            return exc.errno in refusals, f"create {probe}: {exc.strerror}"
+        os.close(descriptor)
+        os.unlink(probe)
+        return False, f"create {probe}: it was made"
+
+    return check
+
+
+def _is_family_refused(family: socket.AddressFamily, kind: socket.SocketKind = socket.SOCK_RAW) -> Try:
+    def check() -> tuple[bool, str]:
+        try:
+            socket.socket(family, kind).close()
+        except OSError as exc:
+            # Without the sandbox AF_PACKET fails too, but for want of a capability: EPERM.
+            return exc.errno == errno.EAFNOSUPPORT, f"socket({family.name}): {exc.strerror}"
+        return False, f"socket({family.name}): it was made"
+
+    return check
+
+
+def _no_writable_code() -> tuple[bool, str]:
     try:
-        action()
+        mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
     except OSError as exc:
-        return Check(name=name, active=True, detail=f"{tried}: {exc.strerror}")
-    return Check(name=name, active=False, detail=f"{tried}: worked")
+        return True, f"mmap(W|X): {exc.strerror}"
+    return False, "mmap(W|X): it was made"
 
 
-def refuses_write(name: str, directory: Path) -> Check:
-    """Return whether a file cannot be made in `directory`."""
-    probe = directory / f".nanoclaw-sandbox-{os.getpid()}"
-
-    def write() -> None:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        probe.unlink()
-
-    return refuses(name, f"creating a file in '{directory}'", write)
+def _no_core_dump() -> tuple[bool, str]:
+    limit = resource.getrlimit(resource.RLIMIT_CORE)
+    return limit == (0, 0), f"RLIMIT_CORE: {limit[0]}, {limit[1]}"
 
 
-def _refuses_socket(name: str, family: socket.AddressFamily, kind: socket.SocketKind) -> Check:
-    return refuses(name, f"socket({family.name})", lambda: socket.socket(family, kind).close())
-
-
-def _unshare() -> None:
-    # CLONE_NEWNET alone would fail for want of privilege; with CLONE_NEWUSER it works where nothing forbids
-    # it. In a child, since what is unshared cannot be taken back. os.unshare() came with Python 3.12.
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(min(255, ctypes.get_errno()) if libc.unshare(0x10000000 | 0x40000000) else 0)
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code:
-        raise OSError(code, os.strerror(code))
-
-
-def _status(name: str, key: str, wanted: str) -> Check:
-    value = ""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            value = line.partition(":")[2].strip()
-    return Check(
-        name=name, active=value == wanted, detail=f"{key} in /proc/self/status is {value or 'missing'}"
-    )
-
-
-def _user_namespace() -> Check:
-    mapping = " ".join(Path("/proc/self/uid_map").read_text().split())
-    own = mapping != "0 0 4294967295"
-    return Check(name="user-namespace", active=own, detail=f"/proc/self/uid_map is '{mapping}'")
-
-
-def _only_loopback() -> Check:
+def _only_loopback() -> tuple[bool, str]:
     # Not socket.if_nameindex(): it needs the socket that the unit must not have.
     lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
     names = [line.partition(":")[0].strip() for line in lines]
-    return Check(name="private-network", active=names == ["lo"], detail=f"interfaces: {', '.join(names)}")
+    return names == ["lo"], f"interfaces: {', '.join(names)}"
+
+
+_COMMON: dict[str, Try] = {
+    "user-namespace": _user_namespace,
+    "no-new-privileges": _status_field("NoNewPrivs", "1"),
+    "no-capabilities": _status_field("CapBnd", "0"),
+    "system-calls": _status_field("Seccomp", "2"),
+    "no-netlink": _is_family_refused(socket.AF_NETLINK),
+    "no-packet": _is_family_refused(socket.AF_PACKET),
+    "no-writable-code": _no_writable_code,
+    "no-core-dump": _no_core_dump,
+}
+ROUTER: dict[str, Try] = _COMMON | {
+    "home-read-only": _is_read_only(Path.home),
+    "no-internet": _is_family_refused(socket.AF_INET, socket.SOCK_STREAM),
+    "private-network": _only_loopback,
+}
+GATEWAY: dict[str, Try] = _COMMON | {
+    "home-hidden": _home_hidden,
+    "state-hidden": _is_hidden(paths.state),
+    "agents-hidden": _is_hidden(paths.agents),
+    "podman-hidden": _is_hidden(paths.podman_socket),
+    "bus-hidden": _is_hidden(lambda: paths.runtime_home() / "bus"),
+    "configuration-read-only": _is_read_only(paths.config),
+    "credentials-read-only": _is_read_only(paths.credentials),
+    "runtime-read-only": _is_read_only(paths.runtime_home),
+}

@@ -19,18 +19,11 @@ from urllib.parse import urlsplit
 from nanoclawd import limits, paths
 from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.ids import CredentialName, parse_credential_name
+from nanoclawd.mounts import AllowedMount
 
 FILE = "nanoclaw.toml"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", re.ASCII)
 _BASE_PATH = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MountRule:
-    """One row of the list of what may be mounted into agents."""
-
-    path: Path  #: absolute; what is at or below it may be mounted
-    read_only: bool  #: True: never writable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +59,7 @@ class Settings:
     """All of nanoclaw.toml."""
 
     max_sessions: int  #: agent containers at once
-    mounts: tuple[MountRule, ...]  #: empty: nothing may be mounted
+    mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
     providers: Mapping[str, Provider]
 
 
@@ -186,13 +179,13 @@ def _session_count(value: Any) -> int:
     return value
 
 
-def _mount_rules(value: Any) -> tuple[MountRule, ...]:
+def _mount_rules(value: Any) -> tuple[AllowedMount, ...]:
     if not isinstance(value, list):
         raise ValueError(f"must be an array of tables, not {_kind(value)}")
     return tuple(_mount_rule(item) for item in value)
 
 
-def _mount_rule(value: Any) -> MountRule:
+def _mount_rule(value: Any) -> AllowedMount:
     if not isinstance(value, dict):
         raise ValueError(f"must hold tables, not {_kind(value)}")
     if unknown := set(value) - {"path", "read_only"}:
@@ -208,7 +201,7 @@ def _mount_rule(value: Any) -> MountRule:
         raise ValueError(f"must not name a user that is unknown: {path!r}") from None
     if not expanded.is_absolute() or ".." in expanded.parts:
         raise ValueError(f"must have paths that begin with / or ~/ and have no '..', not {path!r}")
-    return MountRule(path=expanded, read_only=read_only)
+    return AllowedMount(path=expanded, read_only=read_only)
 
 
 def _endpoint(value: Any) -> Endpoint:

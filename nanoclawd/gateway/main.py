@@ -21,18 +21,18 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 
 from systemd import daemon
 
-from nanoclawd import journal
+from nanoclawd import journal, sandbox
 from nanoclawd.errors import ConfigError
-from nanoclawd.gateway import limits, sandbox
+from nanoclawd.gateway import limits
 from nanoclawd.gateway.service import GatewayService
 from nanoclawd.gateway.sessions import Configuration, Gateway
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.server import Server
 from nanoclawd.settings import read_settings
+from nanoclawd.version import VERSION
 
 LISTENER = "gateway"  #: FileDescriptorName= in nanoclaw-gateway.socket
 EXIT_USAGE = 2
@@ -60,15 +60,12 @@ async def run(listener: socket.socket) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    checks = sandbox.run_checks()
-    for check in checks:
-        if not check.active:
-            journal.warning("sandbox-inactive", f"{check.detail}, going on without", check=check.name)
+    checks = sandbox.run_checks(sandbox.GATEWAY)
     async with asyncio.TaskGroup() as tasks:
         gateway = Gateway(tasks, make_tls())
         read_configuration(gateway)
         loop.add_signal_handler(signal.SIGHUP, reload, gateway)
-        service = GatewayService(gateway, checks, version=read_version()).service
+        service = GatewayService(gateway, checks, version=VERSION).service
         serving = tasks.create_task(Server(service, listener).run(), name="varlink")
         watching = tasks.create_task(feed_watchdog(), name="watchdog")
         daemon.notify("READY=1")
@@ -109,10 +106,3 @@ async def feed_watchdog() -> None:
     while True:
         daemon.notify("WATCHDOG=1")
         await asyncio.sleep(timeout_us / 2e6)
-
-
-def read_version() -> str:
-    try:
-        return metadata.version("nanoclaw")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "0"

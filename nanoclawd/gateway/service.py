@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 from nanoclawd import journal, paths
 from nanoclawd.errors import Refused
-from nanoclawd.gateway.sandbox import Check
 from nanoclawd.gateway.sessions import Gateway, check_listener
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName, parse_agent_name, parse_session_name, unit_name
+from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.wire import Json
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoclawd.errors import ConfigError
-from nanoclawd.settings import SETTINGS, MountRule, parse_settings, read_settings
+from nanoclawd.mounts import AllowedMount
+from nanoclawd.settings import SETTINGS, parse_settings, read_settings
 
 
 def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
@@ -37,8 +38,8 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert settings.max_sessions == 5
     assert settings.mounts == (
-        MountRule(path=Path("/home/claw/src"), read_only=True),
-        MountRule(path=Path("/srv/data"), read_only=False),
+        AllowedMount(path=Path("/home/claw/src"), read_only=True),
+        AllowedMount(path=Path("/srv/data"), read_only=False),
     )
     provider = settings.providers["anthropic"]
     assert str(provider.endpoint) == "https://models.example:8443/proxy"
