@@ -200,6 +200,9 @@ class Server:
 
     async def _answer_all(self, connection: Connection, caller: Caller) -> None:
         while True:
+            # Neither reading what is there nor answering it need wait: whoever sends without a pause would
+            # else be the only one who is served.
+            await asyncio.sleep(0)
             try:
                 message = await connection.read()
                 if message is None:
@@ -207,7 +210,9 @@ class Server:
                 call, oneway = _parse_call(message, connection, caller)
             except wire.WireError as exc:
                 # Nothing after it can be trusted to be what it seems: say why, then hang up.
-                journal.warning("malformed-call", f"{exc}, hanging up", caller=self.identity)
+                journal.warning(
+                    "malformed-call", f"{exc}, hanging up", unit=getattr(self.identity, "unit", None)
+                )
                 await _write(
                     connection,
                     {"error": f"{SERVICE}.InvalidParameter", "parameters": {"parameter": exc.path}},
