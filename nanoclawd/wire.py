@@ -67,7 +67,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _is_shallow(text: str) -> bool:
-    """Return whether `text` is nested at most JSON_DEPTH levels; False too for many brackets without a partner.
+    """Return whether `text` is nested at most JSON_DEPTH levels; False too if many brackets do not match.
 
     Without a loop over its characters: a megabyte of brackets must not keep all others waiting.
     """
