@@ -1,11 +1,12 @@
-"""A Varlink client for tests of our servers: may break every rule, and checks every reply against its contract."""
+"""A Varlink client for tests of our servers: may break every rule, and checks each reply by its contract."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -49,6 +50,13 @@ def check_reply(method: str, reply: Json, contracts: Iterable[Interface] = ()) -
         known[interface_name].check_reply(member, reply["parameters"])
 
 
+async def eventually(condition: Callable[[], object]) -> None:
+    """Return as soon as `condition` holds: for what has no event to wait for."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 class Peer:
     """One connection. Every wait ends with TimeoutError, and so the test with a failure."""
 
@@ -76,10 +84,8 @@ class Peer:
 
     async def close(self) -> None:
         self.writer.close()
-        try:
+        with suppress(OSError):  # the other side was faster
             await self.writer.wait_closed()
-        except OSError:
-            pass  # the other side was faster
 
     async def send(self, method: str, parameters: Json | None = None, **flags: bool) -> None:
         if not flags.get("oneway"):
