@@ -13,7 +13,6 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
 from pathlib import Path
 from types import FrameType
 
@@ -22,17 +21,11 @@ from nanoclawd.cli import output, text
 HISTORY = 1000  #: entries kept
 HISTORY_CHARACTERS = 4096  #: a longer entry, e.g. a pasted file, is not kept
 PASTE_S = 0.05  #: what follows a line within this time was not typed
-WAKE_AGAIN_S = 0.005
+WAKE_AGAIN_S = 0.02
 
 
 class Woken(Exception):
     """Something is there to be shown. What was typed is there again at the next read()."""
-
-
-class _State(Enum):
-    AWAY = auto()  #: read() is not called
-    ABOUT = auto()  #: readline is about to start
-    LINE = auto()  #: readline waits for keys, and can be interrupted
 
 
 class Prompt:
@@ -45,20 +38,24 @@ class Prompt:
         self.dropped = False  #: the last KeyboardInterrupt threw away what was typed
         self._history = history
         self._is_waiting = is_waiting
-        self._state = _State.AWAY
+        self._away = threading.Event()  #: read() is not called
+        self._away.set()
+        self._in_line = False  #: readline waits for keys, and can be interrupted
         self._main = threading.main_thread().ident or 0
         # Pasted lines stay together. Python switches this off, as its own prompt cannot take it.
         readline.parse_and_bind("set enable-bracketed-paste on")
         readline.parse_and_bind("tab: self-insert")
         readline.set_startup_hook(self._start_line)
-        for number in (signal.SIGUSR1, signal.SIGALRM):
-            signal.signal(number, self._on_wake)
+        signal.signal(signal.SIGUSR1, self._on_wake)
         self._load()
 
     def wake(self) -> None:
-        """Let read() raise Woken, if it is waiting; from any thread."""
-        if self._state is not _State.AWAY:
+        """Let read() raise Woken, if it is waiting; from another thread. Returns when that has happened."""
+        # Again and again, since a signal may come when it cannot act: readline drops exceptions while it
+        # starts, and looks for signals only when one interrupts its select(2), not when one comes just before.
+        while not self._away.is_set():
             signal.pthread_kill(self._main, signal.SIGUSR1)
+            self._away.wait(WAKE_AGAIN_S)
 
     def read(self) -> str:
         """Return what the person typed, without the final line end; several lines if they were pasted.
@@ -91,35 +88,35 @@ class Prompt:
 
     def _read_line(self, words: str) -> str:
         # Invariant: who adds something to show does so before wake(). So it is seen here, or it interrupts.
-        self._state = _State.ABOUT
+        self._away.clear()
+        begun = False
         before = readline.get_current_history_length()
         try:
             if self._is_waiting():
                 raise Woken
+            begun = True
             return input(words)
         except Woken:
-            if self._state is not _State.ABOUT:  # there is a prompt
+            if begun:
                 # The line was complete, and the signal came before input() could return it?
                 if not self.typed and readline.get_current_history_length() > before:
                     return readline.get_history_item(before + 1)
                 self._erase(words)
             raise
         finally:
-            self._state = _State.AWAY
+            self._in_line = False
+            self._away.set()
 
     def _on_wake(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._state is _State.LINE:
-            self._state = _State.AWAY
+        if self._in_line:
+            self._in_line = False
             self.typed = readline.get_line_buffer()
             raise Woken
-        if self._state is _State.ABOUT:
-            # Now it could end in readline's start, which drops exceptions. Soon it cannot.
-            signal.setitimer(signal.ITIMER_REAL, WAKE_AGAIN_S)
 
     def _start_line(self) -> None:
         readline.insert_text(self.typed)
         self.typed = ""
-        self._state = _State.LINE  # last: see _on_wake()
+        self._in_line = True  # last: from here on an exception is not dropped
 
     def _erase(self, words: str) -> None:
         """Take prompt and typed text off the screen; the cursor is taken to be at the end."""

@@ -101,6 +101,7 @@ class RouterDouble:
         self.pending: list[Json] = []  #: deliveries that are not reported
         self.reports: list[str] = []  #: keys
         self.stops = 0
+        self.stop_answered = True  #: False: a turn that is stopped does not end
         self.answer: Callable[[Json], list[Json]] = echo  #: what Attach() sends for a message
         self.hang_up_after_storing = False  #: once
         self._changed = threading.Condition()
@@ -283,7 +284,8 @@ class RouterDouble:
     async def _StopTurn(self, call: Call) -> Json:
         self.stops += 1
         event = list(self.messages)[-1] if self.messages else None
-        self._push([activity("idle", event=event), reply("stopped", event=event, kind="notice")])
+        if self.stop_answered:
+            self._push([reply("stopped", event=event, kind="notice"), activity("idle", event=event)])
         return {"stopped": event is not None}
 
     def _push(self, items: Any) -> None:
