@@ -62,7 +62,7 @@ async def measure(quick: bool) -> AsyncIterator[Figure]:
                 settings.unlink()
             else:
                 settings.write_text(before)
-            await host.run(CTL, "secret", "remove", "anthropic")
+            await host.run(CTL, "secret", "remove", "anthropic", "--yes")
             await host.systemctl("reload", host.ROUTER)
     base = distribution("bare: python -c 'import anthropic' in the image", "ms", imports[1:])
     yield base
