@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from nanoclawd import limits
+from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import TurnId, unit_name
 from nanoclawd.queue import SessionRow, Turn
 from nanoclawd.wire import Json
@@ -37,13 +37,17 @@ class Session:
     worked: bool = False  #: this life has taken a turn
     left: bool = False  #: the runner said good-bye
     stopped_by_person: bool = False
+    idle_since: float = 0.0  #: the loop's time when the last turn ended
     alive: bool = False  #: systemd has said that the unit runs
     result: str = ""  #: systemd's Result= of the unit
+    exit_status: int = 0  #: of its main process
+    refused: NanoclawError | None = None  #: why the runner of this life cannot be worked with
     gone: asyncio.Event = field(default_factory=asyncio.Event)  #: the unit is inactive
     wanted: asyncio.Event = field(default_factory=asyncio.Event)  #: there may be something to do
     lease: asyncio.TimerHandle | None = None
     retry: asyncio.TimerHandle | None = None
     stopping: asyncio.TimerHandle | None = None
+    silence: asyncio.TimerHandle | None = None  #: until the runner must have asked for work
 
     @property
     def unit(self) -> str:
@@ -76,6 +80,9 @@ class Session:
 
     def open_stream(self, size: int) -> asyncio.Queue[Json | None]:
         """Return a new stream to the runner."""
+        if self.silence is not None:
+            self.silence.cancel()
+            self.silence = None
         self.stream = asyncio.Queue(size)
         return self.stream
 
@@ -91,13 +98,15 @@ class Session:
         self.state = SessionState.STARTING
         self.hello = self.worked = self.left = self.stopped_by_person = self.alive = False
         self.result = ""
+        self.exit_status = 0
+        self.refused = None
         self.gone.clear()
 
     def cancel_timers(self) -> None:
-        for timer in (self.lease, self.retry, self.stopping):
+        for timer in (self.lease, self.retry, self.stopping, self.silence):
             if timer is not None:
                 timer.cancel()
-        self.lease = self.retry = self.stopping = None
+        self.lease = self.retry = self.stopping = self.silence = None
 
     def describe_end(self) -> str:
         """Say in one line why the container is gone."""
@@ -105,9 +114,13 @@ class Session:
             case "oom-kill":
                 return "its container used more memory than it may"
             case "timeout":
-                return f"its container did not get ready within {limits.HELLO_S:.0f} s"
+                return "its runner did not say hello in time"
             case "start-limit-hit":
                 return "its container failed too often in a short time"
+            case "protocol":
+                return "its runner left without a word"
+            case "exit-code":
+                return f"its container failed with status {self.exit_status}"
             case "" | "success":
                 return "its container ended"
         return f"its container failed ({self.result})"

@@ -12,6 +12,7 @@ from systemd import daemon
 from nanoclawd import journal, limits, paths, queue
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
+from nanoclawd.diagnosis import explain_start
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.outlets import Outlets
@@ -46,6 +47,7 @@ class Sessions:
         self._gateway = gateway
         self._tasks = tasks
         self._slots = asyncio.Semaphore(slots)  # first come, first served
+        self._waiting = 0  #: sessions that have work and no slot
         self._live: dict[int, Session] = {}
         self._by_unit: dict[str, Session] = {}
         self.service: Service | None = None  #: what runners are served; set once before anything starts
@@ -145,6 +147,13 @@ class Sessions:
         elif session.can_take():
             await self.write(session.row, _nothing)
 
+    def expect_work(self, session: Session) -> None:
+        """From now on the runner has a while to ask for work: one that never does would block its chat."""
+        if session.silence is not None:
+            session.silence.cancel()
+        loop = asyncio.get_running_loop()
+        session.silence = loop.call_later(limits.HELLO_S, self._stop_silent, session)
+
     def renewed(self, session: Session) -> None:
         self._start_lease(session)
 
@@ -174,6 +183,9 @@ class Sessions:
             session.lease.cancel()
             session.lease = None
         self._outlets.report_activity(session.row, "idle", event=turn.event)
+        if session.turn is None:
+            session.idle_since = asyncio.get_running_loop().time()
+            self._make_room()
         return result
 
     def retry_later(self, session: Session, not_before: int) -> None:
@@ -231,13 +243,36 @@ class Sessions:
                     await self._run_container(session, adopted=True)
                 else:
                     self._outlets.report_activity(session.row, "queued")
-                    async with self._slots:
+                    await self._take_slot()
+                    try:
                         if self._registry.may_run(session.row.agent):
                             await self._run_container(session)
+                    finally:
+                        self._slots.release()
                 adopted = False
         finally:
             session.cancel_timers()
             del self._live[session.row.id], self._by_unit[session.unit]
+
+    async def _take_slot(self) -> None:
+        """Wait for a slot; whoever only waits for more work makes room."""
+        self._waiting += 1
+        try:
+            self._make_room()
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+
+    def _make_room(self) -> None:
+        """If a session waits for a slot, end a container that has nothing to do: the one idle for longest."""
+        leaving = sum(session.left for session in self._live.values())
+        if not self._slots.locked() or leaving >= self._waiting:
+            return
+        idle = [s for s in self._live.values() if s.state is SessionState.READY and s.can_take()]
+        if idle:
+            session = min(idle, key=lambda s: s.idle_since)
+            session.left = True  # from now on it takes nothing
+            self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
 
     async def _has_work(self, session: Session) -> bool:
         """Wait until the oldest message is due; return False if there is none, or the agent must not run."""
@@ -273,6 +308,8 @@ class Sessions:
             self._gateway.attach(session.row.agent, session.row.name, session.gateway)
             if not adopted:
                 await self._start(session)
+            if session.stream is None:
+                self.expect_work(session)
             self._report_status()
             await self._wait_gone(session)
         except (ConfigError, Failed, NotFound, Refused, Unavailable) as exc:
@@ -330,15 +367,27 @@ class Sessions:
                 if session.wanted.is_set():
                     session.wanted.clear()
                     if session.can_take():
-                        await self.write(session.row, _nothing)
+                        await self._offer_later(session)
         finally:
             gone.cancel()
+
+    async def _offer_later(self, session: Session) -> None:
+        try:
+            await self.write(session.row, _nothing)
+        except Unavailable:  # the database has logged it; the container is in good health
+            self.retry_later(session, now_ms() + int(limits.STORE_AGAIN_S * 1000))
 
     async def _account(self, session: Session, problem: NanoclawError | None) -> None:
         """The container is gone: put back or bury what it had, so that nothing ends in silence."""
         turn, session.turn = session.turn, None
         by_person = session.stopped_by_person
-        reason = problem.message if problem is not None and not session.result else session.describe_end()
+        if turn is not None or by_person or session.left or session.worked:
+            reason = (
+                problem.message if problem is not None and not session.result else session.describe_end()
+            )
+        else:
+            problem = await explain_start(session, self._registry.find(session.row.agent), problem)
+            reason = f"{problem.message}; {problem.hint}" if problem.hint else problem.message
         journal.info(
             "session-ended",
             "" if session.left or by_person else reason,
@@ -372,7 +421,7 @@ class Sessions:
             event = failed[0]["event"] if failed else None
             return failed, await self._outlets.claim(tx, session.row, event)
 
-        failed, deliveries = await self._db.write(write)
+        failed, deliveries = await self._store(write)
         self._outlets.publish(deliveries)
         if failed is not None:
             message, not_before = failed
@@ -381,6 +430,14 @@ class Sessions:
             self._outlets.report_activity(session.row, kind, reason, message["event"])
         if problem is not None or session.result not in ("", "success"):
             await self._forget_failure(session)
+
+    async def _store(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Write what nobody else would write if we gave up: again and again while the disk is full."""
+        while True:
+            try:
+                return await self._db.write(operation)
+            except Unavailable:  # logged by the database
+                await asyncio.sleep(limits.STORE_AGAIN_S)
 
     async def _forget_failure(self, session: Session) -> None:
         try:
@@ -413,6 +470,8 @@ class Sessions:
             return
         if change.result is not None:
             session.result = change.result
+        if change.exit_status is not None:
+            session.exit_status = change.exit_status
         if change.active_state in ("active", "activating"):
             session.alive = True
         elif change.active_state == "deactivating":
@@ -459,12 +518,25 @@ class Sessions:
         )
         self._tasks.create_task(self._end_stopped(session, turn), name=f"stop of {session.unit}")
 
+    def _stop_silent(self, session: Session) -> None:
+        if session.stream is not None or session.turn is not None:
+            return
+        reason = f"its runner did not ask for work within {limits.HELLO_S:.0f} s"
+        session.refused = session.refused or Failed(
+            reason, hint=f"'nanoclawctl agent logs {session.row.agent}' shows more"
+        )
+        journal.warning("runner-silent", f"{reason}, stopping the container", unit=session.unit)
+        self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
+
     def _stop_straggler(self, session: Session) -> None:
         journal.warning("runner-stayed", "it said good-bye; stopping the container", unit=session.unit)
         self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
 
     async def _end_stopped(self, session: Session, turn: Turn) -> None:
-        await self.end_turn(session, turn, lambda tx: _finish_stopped(tx, session.row, turn))
+        try:
+            await self.end_turn(session, turn, lambda tx: _finish_stopped(tx, session.row, turn))
+        except Unavailable:
+            pass  # logged by the database; at the container's end it is put back
         await self._stop_unit(session)
 
     async def _stop_unit(self, session: Session) -> None:
