@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from systemd import daemon
 
@@ -28,7 +28,7 @@ from nanoclawd.agent_service import AgentService
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
-from nanoclawd.errors import ConfigError, NanoclawError
+from nanoclawd.errors import ConfigError, NanoclawError, Refused
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import leased_turn, session_row
@@ -37,7 +37,7 @@ from nanoclawd.server import Server
 from nanoclawd.session import Session
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
-from nanoclawd.sockets import forget_listener, take_listeners
+from nanoclawd.sockets import forget_listener, take_listeners, turn_away
 from nanoclawd.systemd import Systemd, connect
 from nanoclawd.version import VERSION
 
@@ -63,11 +63,19 @@ def main() -> None:
     except* _Stop:
         pass
     except* NanoclawError as group:
-        for exc in group.exceptions:
+        for exc in _leaves(group):
             text = str(exc)
             journal.error("exit", text)
             daemon.notify(f"STATUS={text}")
         sys.exit(_EXIT_CONFIG if group.subgroup(ConfigError) else 1)
+
+
+def _leaves(group: BaseExceptionGroup[NanoclawError]) -> Iterator[NanoclawError]:
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from _leaves(exc)
+        else:
+            yield exc
 
 
 async def _create_database() -> None:
@@ -83,6 +91,19 @@ async def _run() -> None:
             "no sockets were passed in",
             hint="nanoclawd is started by systemd: 'systemctl --user start nanoclaw'",
         )
+    try:
+        await _route(control, channel, listeners)
+    except* (ConfigError, Refused) as group:
+        # Both wait for a person: others who call must not, and systemd would start us for each of them.
+        error = next(_leaves(group))
+        turn_away(control, "io.nanoclaw.Control", error)
+        turn_away(channel, "io.nanoclaw.Channel", error)
+        raise
+
+
+async def _route(
+    control: socket.socket, channel: socket.socket, listeners: dict[str, socket.socket]
+) -> None:
     settings = read_settings()
     db = await Database.open(paths.state() / "nanoclaw.db")
     try:
@@ -212,7 +233,7 @@ async def _reload(registry: Registry, control: ControlService) -> None:
         problems = await control.reload()
         status = f"{len(registry.names())} agents" + (f", {len(problems)} broken" if problems else "")
     except NanoclawError as exc:
-        status = f"reload failed, going on as before: {exc.message}"
+        status = f"reload failed, going on as before: {exc}"
         journal.error("reload-failed", f"{exc}, going on as before")
     daemon.notify(f"READY=1\nSTATUS={status}")
 

@@ -10,8 +10,9 @@ from typing import cast
 
 from nanoclawd import journal, limits, paths, queue
 from nanoclawd.db import Database, Row, Transaction
-from nanoclawd.errors import NotFound, Refused
+from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.idl import read_interface
+from nanoclawd.images import build_command
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import MessageState, Turn
 from nanoclawd.registry import Registry
@@ -51,9 +52,10 @@ class AgentService:
     async def _hello(self, call: Call) -> Json:
         session = cast(Session, call.caller.identity)
         if call.parameters["protocol"] != PROTOCOL:
+            session.refused = self._mismatch(session)
             journal.error(
                 "protocol-mismatch",
-                "the agent image is of another version; run 'nanoclawctl image build'",
+                str(session.refused),
                 unit=session.unit,
                 theirs=call.parameters["protocol"],
                 ours=PROTOCOL,
@@ -74,6 +76,12 @@ class AgentService:
             "idleSeconds": config.idle_seconds,
         }
 
+    def _mismatch(self, session: Session) -> ConfigError:
+        image = self._registry.config(session.row.agent).image
+        return ConfigError(
+            f"its image '{image}' is of another version of NanoClaw", hint=f"run: {build_command(image)}"
+        )
+
     async def _work(self, call: Call) -> Json:
         session = _introduced(call)
         session.end_stream()  # of an older call: there is one runner
@@ -85,6 +93,7 @@ class AgentService:
         finally:
             if session.stream is stream:
                 session.stream = None
+                self._sessions.expect_work(session)
         raise VarlinkError(f"{INTERFACE}.OutOfOrder", {"reason": "a newer Work() call has taken over"})
 
     async def _renew(self, call: Call) -> Json:

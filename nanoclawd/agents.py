@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -82,10 +83,11 @@ def parse_agent(text: str, path: Path) -> AgentConfig:
 def read_agents(directory: Path) -> dict[AgentName, AgentConfig | ConfigError]:
     """Return all agents in `directory` by name, or why one is broken; a broken one harms no other.
 
-    Files whose names are no agent's (an editor's backup, a draft) are not ours and left out.
+    Files whose names are no agent's are left out, see misnamed_files(). Raises ConfigError if the directory
+    cannot be read.
     """
     found: dict[AgentName, AgentConfig | ConfigError] = {}
-    for path in sorted(directory.glob("*.toml")):
+    for path in _toml_files(directory):
         try:
             name = parse_agent_name(path.stem)
         except Refused:
@@ -94,10 +96,36 @@ def read_agents(directory: Path) -> dict[AgentName, AgentConfig | ConfigError]:
             found[name] = read_agent(path)
         except NotFound:  # removed meanwhile, or a symlink to nowhere
             if path.is_symlink():
-                found[name] = ConfigError(f"{path}: is a symlink to nowhere")
+                hint = f"'namei {path}' shows where it leads"
+                found[name] = ConfigError(f"{path}: is a symlink to nowhere", hint=hint)
         except ConfigError as exc:
             found[name] = exc
     return found
+
+
+def misnamed_files(directory: Path) -> list[ConfigError]:
+    """Return what is wrong with files that look like agents and have a name that none can have."""
+    found = []
+    for path in _toml_files(directory):
+        try:
+            parse_agent_name(path.stem)
+        except Refused as exc:
+            found.append(ConfigError(f"{path}: {exc.message}", hint=exc.hint))
+    return found
+
+
+def _toml_files(directory: Path) -> list[Path]:
+    """Return the visible *.toml in `directory`. Raises ConfigError if that cannot be told."""
+    try:
+        # Not glob(), which takes what it may not read for empty: then all agents would be gone.
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise ConfigError(
+            f"{directory}: cannot be read: {exc.strerror}", hint=f"run: chmod u+rwx {directory}"
+        ) from None
+    return [directory / name for name in names if name.endswith(".toml") and not name.startswith(".")]
 
 
 def read_instructions(path: Path) -> str:

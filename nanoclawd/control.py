@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd import images, journal, limits, paths, quadlet, queue
-from nanoclawd.agents import AgentConfig, Mount
+from nanoclawd.agents import DEFAULT_IMAGE, AgentConfig, Mount
 from nanoclawd.db import Database, Row, Transaction
-from nanoclawd.errors import NanoclawError, Refused
+from nanoclawd.errors import Failed, NanoclawError, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
-from nanoclawd.ids import unit_name
+from nanoclawd.ids import parse_agent_name, unit_name
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry, config_file
@@ -154,6 +154,8 @@ class ControlService:
 
     async def _add_agent(self, call: Call) -> Json:
         parameters = call.parameters
+        parse_agent_name(parameters["name"])
+        await _require_image(DEFAULT_IMAGE if parameters["image"] is None else parameters["image"])
         agent = await self._registry.add(parameters["name"], _values(parameters), parameters["instructions"])
         return await self._describe(agent)
 
@@ -162,6 +164,8 @@ class ControlService:
         values = _values(parameters)
         if not values and parameters["instructions"] is None:
             raise Refused("nothing to change was given")
+        if "image" in values:
+            await _require_image(values["image"])
         agent = await self._registry.change(parameters["name"], values, parameters["instructions"])
         await self.start_waiting()  # what was broken may run now
         return await self._describe(agent)
@@ -289,6 +293,14 @@ async def _send_list(call: Call, replies: list[Json], empty: Json) -> Json:
     for reply in replies[:-1]:
         await call.send(reply)
     return replies[-1] if replies else empty
+
+
+async def _require_image(image: str) -> None:
+    """Raise NotFound if there is no such image: now somebody reads what to do. Silent if Podman is away."""
+    try:
+        await images.require_image(image)
+    except (Failed, Unavailable) as exc:
+        journal.warning("image-unchecked", f"{exc}, going on", image=image)
 
 
 def _values(parameters: Json) -> dict[str, Any]:

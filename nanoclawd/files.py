@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -23,7 +24,7 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigError(f"{path}: is not a regular file")
+                raise ConfigError(f"{path}: is not a regular file", hint="put a text file in its place")
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(max_bytes + 1)
         finally:
@@ -31,9 +32,9 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
     except FileNotFoundError:
         raise NotFound(f"{path}: there is no such file") from None
     except OSError as exc:
-        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}", hint=_hint(path, exc)) from None
     if len(data) > max_bytes:
-        raise ConfigError(f"{path}: is larger than {max_bytes >> 10} KiB")
+        raise ConfigError(f"{path}: is larger than {max_bytes >> 10} KiB", hint="is it the right file?")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -66,7 +67,35 @@ def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
         sync_directory(path.parent)
     except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of symlinks, before Python 3.13
         reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise Failed(f"{path}: cannot be written: {reason}") from None
+        hint = _hint(path, exc) if isinstance(exc, OSError) else ""
+        raise Failed(f"{path}: cannot be written: {reason}", hint=hint) from None
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there. Raises Failed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise Failed(
+            f"{path}: cannot be removed: {exc.strerror}",
+            hint="remove it yourself, then 'nanoclawctl reload'",
+        ) from None
+
+
+def failed(path: Path, what: str, exc: OSError) -> Failed:
+    """Return the error that tells of `exc`; `what` is e.g. "cannot be made"."""
+    return Failed(f"{path}: {what}: {exc.strerror}", hint=_hint(path, exc))
+
+
+def _hint(path: Path, exc: OSError) -> str:
+    match exc.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"make room: 'df -h {path.parent}' shows how much there is"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"'namei -l {path}' shows whose it is and who may"
+        case errno.ELOOP:
+            return f"'namei {path}' shows where the symlinks lead"
+    return ""
 
 
 def sync_directory(path: Path) -> None:

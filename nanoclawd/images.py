@@ -47,8 +47,12 @@ async def image_exists(reference: str) -> bool:
 async def require_image(reference: str) -> None:
     """Raise NotFound, with what to do, if there is no such image; Unavailable if Podman does not answer."""
     if not await image_exists(reference):
-        option = "" if reference == DEFAULT_IMAGE else f" --image {reference}"
-        raise NotFound(f"there is no image '{reference}'", hint=f"run: nanoclawctl image build{option}")
+        raise NotFound(f"there is no image '{reference}'", hint=f"run: {build_command(reference)}")
+
+
+def build_command(reference: str) -> str:
+    """Return what a person types to build that image."""
+    return "nanoclawctl image build" + ("" if reference == DEFAULT_IMAGE else f" --image {reference}")
 
 
 async def build_image(
@@ -151,7 +155,7 @@ def _build(image: str, base: str | None, directory: str | None) -> str:
     built = _call("GET", f"/images/{image}/json").json()["Id"]
     # The last line of a build that worked is the id; an image of that name may also be from before.
     if not last or not built.startswith(last[-1].removeprefix("sha256:") or "?"):
-        raise Failed("\n".join(["the image was not built:", *last]))
+        raise _not_built(*last)
     return str(built)
 
 
@@ -161,10 +165,17 @@ def _texts(response: Any) -> Iterator[str]:
     for event in response.iter_lines(chunk_size=None):  # None: each as it comes
         said = json.loads(event)
         if "error" in said:
-            raise Failed("\n".join(["the image was not built:", *last, str(said["error"]).strip()]))
+            raise _not_built(*last, str(said["error"]).strip())
         for line in said.get("stream", "").splitlines():
             last.append(line)
             yield line
+
+
+def _not_built(*lines: str) -> Failed:
+    return Failed(
+        "\n".join(["the image was not built:", *lines]),
+        hint="agents go on with the image that they have; without a registry see agent-image/make-base",
+    )
 
 
 def _import_base(tar: Path, image: str) -> None:

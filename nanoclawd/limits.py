@@ -9,6 +9,7 @@ CONNECTIONS_PER_LISTENER = 64  #: further ones wait in the kernel's backlog
 CONNECTIONS_PER_SESSION = 4  #: a runner needs two
 LISTEN_BACKLOG = 128
 FDS_PER_MESSAGE = 1
+TURN_AWAY_S = 5.0  #: for telling all who wait why the router does not start
 SEND_S = 30.0  #: a reader that takes nothing for so long is cut off
 STREAM_QUEUE = 256  #: replies waiting for one slow reader of a stream
 SUN_PATH_MAX = 108  # man 7 unix; counts the final NUL
@@ -43,7 +44,8 @@ RELOAD_S = 60.0
 PROGRAM_S = 30.0  #: generator and systemd-analyze
 PODMAN_S = 30.0  #: one question over the REST socket
 BUILD_S = 3600.0
-HELLO_S = 60.0  #: TimeoutStartSec= of an agent unit: until its runner has said hello
+HELLO_S = 60.0  #: until a runner has asked for work; TimeoutStartSec= of an agent unit is as long
+STORE_AGAIN_S = 5.0  #: until what must be stored is tried again, when the disk is full
 STOP_TURN_S = 10.0  #: a runner that does not stop its turn by then is stopped itself
 SHUTDOWN_S = 5.0
 SESSIONS = 32  #: agent containers at once, unless nanoclaw.toml says otherwise

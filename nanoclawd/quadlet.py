@@ -17,7 +17,7 @@ from string import Template
 from nanoclawd import paths, quadlet_check
 from nanoclawd.agents import AgentConfig
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, Refused
-from nanoclawd.files import sync_directory, write_text
+from nanoclawd.files import failed, remove_file, sync_directory, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.mounts import BindMount
 from nanoclawd.unitfile import PLAIN, quote_argument
@@ -202,7 +202,7 @@ def _write_units(
                     other.unlink(missing_ok=True)
             results[spec.agent] = None
         except OSError as exc:
-            results[spec.agent] = Failed(f"{path}: cannot be written: {exc.strerror}")
+            results[spec.agent] = failed(path, "cannot be written", exc)
         except Failed as exc:
             results[spec.agent] = exc
     return results
@@ -213,6 +213,6 @@ def remove_units(agents: Iterable[AgentName]) -> list[Path]:
     unwanted = set(agents)
     removed = [path for agent, path in installed_units() if agent in unwanted]
     for path in removed:
-        path.unlink(missing_ok=True)
+        remove_file(path)
         sync_directory(path.parent)
     return removed

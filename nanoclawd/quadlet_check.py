@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nanoclawd import limits, paths, programs
 from nanoclawd.errors import ConfigError, NanoclawError, Unavailable
+from nanoclawd.files import failed
 from nanoclawd.ids import AgentName
 
 GENERATORS = (
@@ -54,9 +55,16 @@ async def check_units(texts: Mapping[AgentName, str]) -> dict[AgentName, Nanocla
     """
     if not texts:
         return {}
+    try:
+        return await _check(dict(texts))
+    except OSError as exc:  # the disk is full
+        raise failed(Path(exc.filename or tempfile.gettempdir()), "cannot be written", exc) from None
+
+
+async def _check(texts: dict[AgentName, str]) -> dict[AgentName, NanoclawError]:
     directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="nanoclaw-check-"))
     try:
-        check = await asyncio.to_thread(_stage, directory, dict(texts))
+        check = await asyncio.to_thread(_stage, directory, texts)
         generated = await _generate(check)
         await _verify(check, generated)
         return check.problems

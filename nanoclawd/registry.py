@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from nanoclawd import agents, files, journal, limits, mounts, paths, quadlet
 from nanoclawd.agents import AgentConfig
 from nanoclawd.db import Database, Row, Transaction, now_ms
-from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
+from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.quadlet import UnitSpec
 from nanoclawd.settings import Settings
@@ -59,6 +60,9 @@ class Registry:
             raise NotFound(f"no agent named '{name[:64]}'", hint="'nanoclawctl agent list' shows all")
         return agent
 
+    def find(self, name: AgentName) -> Agent | None:
+        return self._agents.get(name)
+
     def config(self, name: str) -> AgentConfig:
         """Return the configuration of an agent that can run. Raises NotFound, ConfigError."""
         agent = self.get(name)
@@ -99,10 +103,14 @@ class Registry:
                 loaded[name] = agent
             await self._follow(loaded, specs)
             self._agents = loaded
-        problems = [agent.problem for agent in loaded.values() if agent.problem]
+        problems = []
         for agent in loaded.values():
             if agent.problem:
-                journal.error("agent-broken", agent.problem, agent=agent.name)
+                problems.append(f"{agent.problem} ({agent.hint})" if agent.hint else agent.problem)
+                journal.error("agent-broken", problems[-1], agent=agent.name)
+        for stranger in await asyncio.to_thread(agents.misnamed_files, paths.agents()):
+            problems.append(str(stranger))
+            journal.warning("agent-misnamed", f"{stranger}, ignoring it")
         return problems
 
     async def _follow(self, loaded: dict[AgentName, Agent], specs: list[UnitSpec]) -> None:
@@ -121,7 +129,10 @@ class Registry:
             await self._systemd.reload()
         for spec in stale:
             if failures.get(spec.agent) is None:
-                await asyncio.to_thread(ensure_directories, spec.agent)
+                try:
+                    await asyncio.to_thread(ensure_directories, spec.agent)
+                except Failed as exc:
+                    loaded[spec.agent] = _broken(loaded[spec.agent], exc)
 
     async def add(self, name: str, values: Mapping[str, Any], instructions: str | None) -> Agent:
         """Add an agent; on any failure nothing of it stays. Raises Refused, ConfigError, Failed."""
@@ -137,7 +148,7 @@ class Registry:
             row = (await self._db.write(lambda tx: _ensure_rows(tx, [agent_name])))[agent_name]
             path = config_file(agent_name)
             try:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make_directory(path.parent)
                 agents.write_agent(path, AgentConfig(name=agent_name, **values))
                 if instructions is not None:
                     agents.write_instructions(path, instructions)
@@ -145,9 +156,11 @@ class Registry:
                     Agent(name=agent_name, config=agents.read_agent(path), index=row["uid_index"])
                 )
             except BaseException:
-                path.unlink(missing_ok=True)
-                path.with_suffix(".md").unlink(missing_ok=True)
-                await self._db.write(lambda tx: tx.all("remove_agent", name=agent_name))
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".md").unlink(missing_ok=True)
+                with suppress(Unavailable):  # a row without a file harms nothing
+                    await self._db.write(lambda tx: tx.all("remove_agent", name=agent_name))
                 raise
             self._agents[agent_name] = agent
         journal.info("agent-added", agent=agent_name)
@@ -168,10 +181,13 @@ class Registry:
                 )
             except BaseException:
                 for file, text in old.items():
-                    if text is None:
-                        file.unlink(missing_ok=True)
-                    else:
-                        files.write_text(file, text)
+                    try:
+                        if text is None:
+                            files.remove_file(file)
+                        elif _read_or_none(file) != text:
+                            files.write_text(file, text)
+                    except NanoclawError as exc:
+                        journal.error("not-restored", f"{exc}; it has the change, the unit does not")
                 raise
             self._agents[before.name] = agent
         journal.info("agent-changed", agent=agent.name, keys=",".join(values))
@@ -182,8 +198,8 @@ class Registry:
         async with self._changing:
             agent = self.get(name)
             path = config_file(agent.name)
-            path.unlink(missing_ok=True)
-            path.with_suffix(".md").unlink(missing_ok=True)
+            files.remove_file(path)
+            files.remove_file(path.with_suffix(".md"))
             await asyncio.to_thread(quadlet.remove_units, [agent.name])
             await self._systemd.reload()
             await self._db.write(lambda tx: _remove_rows(tx, agent.name))
@@ -235,11 +251,21 @@ def config_file(name: AgentName) -> Path:
 
 
 def ensure_directories(name: AgentName) -> None:
-    """Make the agent's workspace: its processes have a uid of their own, and the person's group."""
+    """Make the agent's workspace: its processes have a uid of their own, and the person's group.
+
+    Raises Failed.
+    """
     workspace = paths.workspace(name)
-    workspace.mkdir(parents=True, exist_ok=True)
+    _make_directory(workspace)
     workspace.chmod(0o770)  # whatever the umask; the state directory above keeps others out
-    (paths.agent_state(name) / "sessions").mkdir(mode=0o700, exist_ok=True)
+    _make_directory(paths.agent_state(name) / "sessions")
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:  # full, or a file is in its place
+        raise files.failed(path, "cannot be made", exc) from None
 
 
 def _broken(agent: Agent, exc: NanoclawError) -> Agent:
@@ -258,9 +284,12 @@ def _move_to_trash(name: AgentName) -> Path | None:
     if not paths.agent_state(name).exists():
         return None
     trash = paths.state() / "trash"
-    trash.mkdir(mode=0o700, exist_ok=True)
+    _make_directory(trash)
     target = trash / f"{name}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"
-    paths.agent_state(name).rename(target)
+    try:
+        paths.agent_state(name).rename(target)
+    except OSError as exc:
+        raise files.failed(paths.agent_state(name), f"cannot be moved to '{trash}'", exc) from None
     return target
 
 

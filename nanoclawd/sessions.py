@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 from systemd import daemon
 
 from nanoclawd import journal, limits, paths, queue
 from nanoclawd.db import Database, Row, Transaction, now_ms
-from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.diagnosis import explain_start
+from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.outlets import Outlets
@@ -533,10 +534,8 @@ class Sessions:
         self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
 
     async def _end_stopped(self, session: Session, turn: Turn) -> None:
-        try:
+        with suppress(Unavailable):  # logged by the database; at the container's end the turn is put back
             await self.end_turn(session, turn, lambda tx: _finish_stopped(tx, session.row, turn))
-        except Unavailable:
-            pass  # logged by the database; at the container's end it is put back
         await self._stop_unit(session)
 
     async def _stop_unit(self, session: Session) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nanoclawd import limits, paths
-from nanoclawd.errors import ConfigError, Refused
+from nanoclawd.errors import ConfigError, NotFound, Refused
+from nanoclawd.files import read_text
 from nanoclawd.ids import CredentialName, parse_credential_name
 from nanoclawd.mounts import AllowedMount
 
@@ -78,13 +79,9 @@ def read_settings(path: Path | None = None) -> Settings:
     """Return what the file `path` says, by default nanoclaw.toml. Raises ConfigError."""
     path = path or paths.config() / FILE
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = read_text(path)
+    except NotFound:
         text = ""
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path}: is not UTF-8 at byte {exc.start}") from exc
-    except OSError as exc:
-        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
     return parse_settings(text, str(path))
 
 
@@ -92,7 +89,7 @@ def parse_settings(text: str, name: str = FILE) -> Settings:
     """Return the settings in `text`; `name` stands in errors. Raises ConfigError."""
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:  # ValueError: of a number of 5,000 digits, too
         raise ConfigError(
             f"{name}: is not TOML: {exc}", hint="see https://toml.io, or remove the line"
         ) from exc

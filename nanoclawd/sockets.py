@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from systemd import daemon
 
-from nanoclawd import journal, limits
-from nanoclawd.errors import Unavailable
+from nanoclawd import journal, limits, wire
+from nanoclawd.errors import NanoclawError, Unavailable
 
 #: container-selinux lets every confined container connect to sockets of this label; the label
 #: comes from whoever creates a socket, and systemd cannot set it for us.
@@ -52,6 +53,26 @@ def bind_listener(path: Path) -> socket.socket:
     except OSError as exc:
         raise Unavailable(f"cannot listen on '{path}': {exc.strerror}") from exc
     return listener
+
+
+def turn_away(listener: socket.socket, interface: str, error: NanoclawError) -> None:
+    """Tell whoever waits at a Varlink listener why we do not start, and hang up.
+
+    A connection that nobody takes would make systemd start us again at once, for ever.
+    """
+    parameters = {"message": f"the router cannot start: {error.message}", "hint": error.hint}
+    reply = wire.encode({"error": f"{interface}.Unavailable", "parameters": parameters}) + b"\0"
+    until = time.monotonic() + limits.TURN_AWAY_S
+    listener.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            caller, _ = listener.accept()
+            # The call is read first: a hang-up with it unread takes the reply away from the caller.
+            with caller, suppress(OSError):
+                caller.settimeout(max(0.01, min(0.5, until - time.monotonic())))
+                while b"\0" not in caller.recv(1 << 16) and time.monotonic() < until:
+                    pass
+                caller.sendall(reply)
 
 
 def store_listener(name: str, listener: socket.socket) -> None:

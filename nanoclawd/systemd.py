@@ -38,6 +38,7 @@ class UnitChange:
         None  #: "active", "inactive", "failed", …; "inactive" too when it was unloaded
     )
     result: str | None = None  #: "success", "exit-code", "oom-kill", "timeout", "protocol", …
+    exit_status: int | None = None  #: of its main process; a signal's number if that ended it
     status_text: str | None = None
 
 
@@ -180,9 +181,20 @@ class Systemd:
 
             if interface == f"{_NAME}.Unit" and "ActiveState" in changed:
                 self.on_unit_change(UnitChange(unit=unit, active_state=value("ActiveState")))
-            elif interface == f"{_NAME}.Service" and ("Result" in changed or "StatusText" in changed):
+            elif interface == f"{_NAME}.Service" and changed.keys() & {
+                "Result",
+                "ExecMainStatus",
+                "StatusText",
+            }:
                 self.on_unit_change(
-                    UnitChange(unit=unit, result=value("Result"), status_text=value("StatusText"))
+                    UnitChange(
+                        unit=unit,
+                        result=value("Result"),
+                        exit_status=int(changed["ExecMainStatus"][1])
+                        if "ExecMainStatus" in changed
+                        else None,
+                        status_text=value("StatusText"),
+                    )
                 )
 
     async def _job(self, method: str, unit: str, timeout_s: float) -> None:
