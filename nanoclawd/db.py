@@ -9,6 +9,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,9 @@ Row = sqlite3.Row
 
 APPLICATION_ID = 0x4E434C57  # "NCLW", in the file's header: sqlite.org/pragma.html#pragma_application_id
 FULL = 2  # PRAGMA synchronous
+#: Result codes of SQLite (sqlite.org/rescode.html) that say nothing against the file.
+_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM)
+_DISK_HINT = "is the disk full? see 'df -h ~'"
 
 
 def now_ms() -> int:
@@ -71,6 +75,7 @@ class Database:
         self._lock_fd = lock_fd
         self._queries = read_queries((paths.SQL / "queries.sql").read_text())
         self._waiting: asyncio.Queue[_Write] = asyncio.Queue(maxsize=4 * limits.WRITES_PER_COMMIT)
+        self._stopped = False
         self.commits = 0  #: for benchmarks
 
     @classmethod
@@ -81,22 +86,30 @@ class Database:
         another process has it.
         """
         lock_fd = _lock(path)
-        if not path.exists() and not create and any(path.parent.glob("agents/*")):
-            raise ConfigError(
-                f"the database '{path}' is missing, though there are agents beside it",
-                hint="put a backup (nanoclaw.db.backup-*) back in its place, or accept the loss of all"
-                " queued messages with 'nanoclawd --create-database'",
-            )
+        opened: list[aiosqlite.Connection] = []
         try:
-            writer = await _connect(path)
-            await _migrate(writer, path)
-            reader = await _connect(path)
-        except sqlite3.DatabaseError as exc:
+            beside_agents = not create and any(path.parent.glob("agents/*"))
+            if beside_agents and not path.exists():
+                raise _missing(path)
+            for _ in range(2):
+                opened.append(await aiosqlite.connect(path, isolation_level=None))  # we say BEGIN ourselves
+            writer, reader = opened
+            await _migrate(writer, path, beside_agents=beside_agents)
+            for connection in opened:
+                await _prepare(connection, path)
+            return cls(writer, reader, lock_fd)
+        except BaseException as exc:
+            for connection in opened:  # each has a thread, which would keep the program from ending
+                await connection.close()
+            os.close(lock_fd)
+            if not isinstance(exc, sqlite3.DatabaseError):
+                raise
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+                raise Unavailable(f"the database '{path}' cannot be opened: {exc}", hint=_DISK_HINT) from exc
             raise ConfigError(
                 f"the database '{path}' cannot be opened: {exc}",
                 hint="put a backup (nanoclaw.db.backup-*) in its place; 'sqlite3 FILE .recover' may help",
             ) from exc
-        return cls(writer, reader, lock_fd)
 
     async def close(self) -> None:
         """Close both connections; what waits is not written."""
@@ -112,20 +125,44 @@ class Database:
         """Run `operation` in a transaction and return its result once that is on disk.
 
         Several operations may share a commit; each is rolled back alone if it raises, and gets its own
-        exception. A caller that is cancelled does not undo it. Raises Unavailable if the disk is full or
-        failing.
+        exception. Raises Unavailable if the disk is full or failing.
+
+        A caller that is cancelled meanwhile gets the result all the same, and CancelledError at its next
+        await: what it does at once with the result belongs to the write.
         """
+        if self._stopped:
+            raise Unavailable("the database is closed")
         write = _Write(operation, asyncio.get_running_loop().create_future())
         await self._waiting.put(write)
-        return await write.done  # type: ignore[no-any-return]  # the future's type is that of the operation
+        if self._stopped:  # while we waited for a place
+            raise Unavailable("the database is closed")
+        cancelled = False
+        while not write.done.done():
+            try:
+                await asyncio.wait((write.done,))
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled and (task := asyncio.current_task()) is not None:
+            task.uncancel()  # counts: asyncio.timeout() looks whether a cancel was its own
+            task.cancel()
+        return write.done.result()  # type: ignore[no-any-return]  # the future's type is that of the operation
 
     async def run(self) -> None:
         """Write until cancelled. No other task uses the writing connection, so none steps in."""
-        while True:
-            batch = [await self._waiting.get()]
-            while len(batch) < limits.WRITES_PER_COMMIT and not self._waiting.empty():
+        batch: list[_Write] = []
+        try:
+            while True:
+                batch = [await self._waiting.get()]
+                while len(batch) < limits.WRITES_PER_COMMIT and not self._waiting.empty():
+                    batch.append(self._waiting.get_nowait())
+                await self._commit(batch)
+        finally:
+            self._stopped = True
+            while not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            await self._commit(batch)
+            for write in batch:  # perhaps on disk, but not acknowledged
+                if not write.done.done():
+                    write.done.set_exception(Unavailable("the database is closed"))
 
     async def _commit(self, batch: list[_Write]) -> None:
         outcomes: list[tuple[_Write, Any, BaseException | None]] = []
@@ -150,13 +187,9 @@ class Database:
             journal.error(
                 "database-write-failed", f"{exc}; nothing of it was acknowledged", writes=len(batch)
             )
-            failure = Unavailable(
-                f"the database cannot be written: {exc}", hint="is the disk full? see 'df -h ~'"
-            )
+            failure = Unavailable(f"the database cannot be written: {exc}", hint=_DISK_HINT)
             outcomes = [(write, None, failure) for write in batch]
         for write, result, error in outcomes:
-            if write.done.done():  # whoever asked was cancelled; it is written all the same
-                continue
             if error is None:
                 write.done.set_result(result)
             else:
@@ -176,13 +209,13 @@ def _lock(path: Path) -> int:
             f"another nanoclawd (pid {owner}) has the database '{path}'",
             hint="there is one for each user: see 'systemctl --user status nanoclaw'",
         ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with suppress(OSError):  # a full disk; the pid is for people, the lock holds without it
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 
-async def _connect(path: Path) -> aiosqlite.Connection:
-    connection = await aiosqlite.connect(path, isolation_level=None)  # we say BEGIN ourselves
+async def _prepare(connection: aiosqlite.Connection, path: Path) -> None:
     connection.row_factory = sqlite3.Row
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000"):
         await connection.execute_fetchall(f"PRAGMA {pragma}")
@@ -191,15 +224,25 @@ async def _connect(path: Path) -> aiosqlite.Connection:
         (row,) = await connection.execute_fetchall(f"PRAGMA {pragma}")
         if row[0] != wanted:
             raise ConfigError(f"SQLite took {pragma} = {row[0]!r} for '{path}', not {wanted!r}")
-    return connection
 
 
-async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
+def _missing(path: Path) -> ConfigError:
+    return ConfigError(
+        f"the database '{path}' is missing, though there are agents beside it",
+        hint="put a backup (nanoclaw.db.backup-*) back in its place, or accept the loss of all"
+        " queued messages with 'nanoclawd --create-database'",
+    )
+
+
+async def _migrate(connection: aiosqlite.Connection, path: Path, *, beside_agents: bool) -> None:
     """Bring the schema to the newest version: each migration and its record in one transaction."""
-    (version,) = (await _pragma(connection, "user_version"),)
+    version = await _pragma(connection, "user_version")
     application = await _pragma(connection, "application_id")
-    if version and application != APPLICATION_ID:
+    (tables,) = await connection.execute_fetchall("SELECT count(*) FROM sqlite_schema")
+    if application != APPLICATION_ID and (version or application or tables[0]):
         raise ConfigError(f"'{path}' is a database of another program", hint="move it away")
+    if version == 0 and beside_agents:  # an empty file is no better than none
+        raise _missing(path)
     migrations = sorted((paths.SQL / "migrations").glob("[0-9]*.sql"))
     if version > len(migrations):
         raise ConfigError(
