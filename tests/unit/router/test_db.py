@@ -1,0 +1,484 @@
+"""The router's database: what opens and what does not, commits that many share, a disk that is full."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from nanoclawd import limits, paths
+from nanoclawd.db import APPLICATION_ID, FULL, Database, Row, Transaction, now_ms, read_queries
+from nanoclawd.errors import ConfigError, Refused, Unavailable
+from tests.support.varlink_peer import eventually
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Database]:
+    db = await Database.open(path)
+    running = asyncio.create_task(db.run())
+    try:
+        yield db
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await db.close()
+
+
+async def add(tx: Transaction, name: str) -> Row:
+    (row,) = await tx.all("add_agent", name=name, now=now_ms())
+    return row
+
+
+async def names(db: Database) -> list[str]:
+    return [row["name"] for row in await db.read("list_agents")]
+
+
+# --- opening ----------------------------------------------------------------------------------------
+
+
+def test_commits_are_durable_and_the_file_is_ours(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            for connection in (db._writer, db._reader):
+                values = {
+                    pragma: (await connection.execute_fetchall(f"PRAGMA {pragma}"))
+                    for pragma in (
+                        "synchronous",
+                        "journal_mode",
+                        "foreign_keys",
+                        "application_id",
+                        "user_version",
+                    )
+                }
+                assert [next(iter(rows))[0] for rows in values.values()] == [
+                    FULL,
+                    "wal",
+                    1,
+                    APPLICATION_ID,
+                    migrations,
+                ]
+
+    migrations = len(list((paths.SQL / "migrations").glob("*.sql")))
+    asyncio.run(run())
+
+
+def test_second_opener_is_refused_and_told_the_pid(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db"):
+            with pytest.raises(Refused, match=rf"another nanoclawd \(pid {os.getpid()}\)"):
+                await Database.open(tmp_path / "db")
+        async with opened(tmp_path / "db") as again:
+            assert await names(again) == []
+
+    asyncio.run(run())
+
+
+def test_migrations_are_applied_in_order_after_a_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sql = tmp_path / "sql"
+    shutil.copytree(paths.SQL, sql)
+    monkeypatch.setattr(paths, "SQL", sql)
+
+    async def run(expected: list[str]) -> None:
+        async with opened(tmp_path / "db") as db:
+            assert await names(db) == expected
+            await db.write(lambda tx: add(tx, f"agent{len(expected)}"))
+
+    asyncio.run(run([]))
+    newest = len(list((sql / "migrations").glob("*.sql")))
+    number = newest + 1
+    (sql / "migrations" / f"{number:04}_more.sql").write_text("CREATE TABLE more (x INTEGER) STRICT;")
+    asyncio.run(run(["agent0"]))
+
+    with sqlite3.connect(tmp_path / f"db.backup-{newest}") as backup:
+        assert backup.execute("SELECT name FROM agent").fetchall() == [("agent0",)]
+        assert backup.execute("PRAGMA user_version").fetchone() == (newest,)
+    backup.close()
+
+    (sql / "migrations" / f"{number + 1:04}_broken.sql").write_text(
+        "CREATE TABLE more2 (x); CREATE TABLE more (x);"
+    )
+    with pytest.raises(ConfigError, match="already exists"):
+        asyncio.run(run([]))
+    with sqlite3.connect(tmp_path / "db") as left:
+        assert left.execute("PRAGMA user_version").fetchone() == (number,)
+        assert left.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'more2'").fetchone() == (0,)
+    left.close()
+
+
+def test_every_statement_of_queries_sql_can_be_prepared(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            for name, statement in read_queries((paths.SQL / "queries.sql").read_text()).items():
+                parameters = dict.fromkeys(re.findall(r":([a-z_]+)", statement))
+                try:
+                    await db._reader.execute_fetchall(f"EXPLAIN {statement}", parameters)
+                except sqlite3.Error as exc:
+                    raise AssertionError(name) from exc
+
+    asyncio.run(run())
+
+
+def damage_missing(path: Path) -> None:
+    (path.parent / "agents" / "berta").mkdir(parents=True)
+
+
+def damage_empty(path: Path) -> None:
+    damage_missing(path)
+    path.touch()
+
+
+def damage_lost_wal(path: Path) -> None:
+    damage_missing(path)
+    with sqlite3.connect(path) as made:
+        made.execute("PRAGMA journal_mode = WAL")
+    made.close()
+
+
+def damage_text(path: Path) -> None:
+    path.write_bytes(b"this is no database, but a note to myself\n" * 500)
+
+
+def damage_header(path: Path) -> None:
+    asyncio.run(make(path))
+    data = bytearray(path.read_bytes())
+    data[200:] = b"\xa5" * (len(data) - 200)
+    path.write_bytes(data)
+
+
+def damage_newer(path: Path) -> None:
+    asyncio.run(make(path))
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 999")
+    db.close()
+
+
+def damage_foreign(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE recipes (name TEXT)")
+    db.close()
+
+
+def damage_foreign_versioned(path: Path) -> None:
+    damage_foreign(path)
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+
+
+async def make(path: Path) -> None:
+    await (await Database.open(path)).close()
+
+
+DAMAGES = [
+    (damage_missing, "is missing", "--create-database"),
+    (damage_empty, "is missing", "--create-database"),
+    (damage_lost_wal, "is missing", "--create-database"),
+    (damage_text, "cannot be opened", "backup"),
+    (damage_header, "cannot be opened", "backup"),
+    (damage_newer, "has version 999", "newer nanoclawd"),
+    (damage_foreign, "another program", "move it away"),
+    (damage_foreign_versioned, "another program", "move it away"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message", "hint"), DAMAGES)
+def test_damaged_file_is_an_error_with_a_way_out(
+    tmp_path: Path, damage: object, message: str, hint: str
+) -> None:
+    path = tmp_path / "state" / "db"
+    path.parent.mkdir()
+    assert callable(damage)
+    damage(path)
+    before = path.read_bytes() if path.is_file() else None
+
+    for _ in range(2):  # the first try makes no difference to the second
+        with pytest.raises(ConfigError) as caught:
+            asyncio.run(make(path))
+
+        assert message in caught.value.message and hint in caught.value.hint
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_missing_database_is_made_when_the_person_says_so(tmp_path: Path) -> None:
+    damage_missing(tmp_path / "db")
+
+    async def run() -> None:
+        await (await Database.open(tmp_path / "db", create=True)).close()
+        await make(tmp_path / "db")
+
+    asyncio.run(run())
+
+
+def test_program_ends_when_the_database_cannot_be_opened(tmp_path: Path) -> None:
+    damage_newer(tmp_path / "db")
+    program = """\
+import asyncio, pathlib, sys
+from nanoclawd.db import Database
+from nanoclawd.errors import ConfigError
+try:
+    asyncio.run(Database.open(pathlib.Path(sys.argv[1])))
+except ConfigError as exc:
+    kept = exc
+    sys.exit(78)
+"""
+
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "db"], timeout=60, check=False)
+
+    assert done.returncode == 78
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+def test_many_writers_share_commits(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            await asyncio.gather(*(db.write(lambda tx, n=n: add(tx, f"a{n}")) for n in range(300)))
+
+            assert len(await names(db)) == 300
+            assert db.commits <= 300 // limits.WRITES_PER_COMMIT + 2
+
+    asyncio.run(run())
+
+
+def test_failing_write_is_rolled_back_alone_and_gets_its_own_exception(tmp_path: Path) -> None:
+    async def fail(tx: Transaction) -> None:
+        await add(tx, "half")
+        raise Refused("no")
+
+    async def twice(tx: Transaction) -> None:
+        await add(tx, "twice")
+        await add(tx, "twice")
+
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            results = await asyncio.gather(
+                db.write(lambda tx: add(tx, "first")),
+                db.write(fail),
+                db.write(twice),
+                db.write(lambda tx: add(tx, "last")),
+                return_exceptions=True,
+            )
+
+            assert [type(result) for result in results] == [Row, Refused, sqlite3.IntegrityError, Row]
+            assert await names(db) == ["first", "last"]
+            assert db.commits == 1
+
+    asyncio.run(run())
+
+
+def test_nobody_is_answered_before_the_commit(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            seen: list[list[str]] = []
+
+            async def look(tx: Transaction) -> None:
+                seen.append(await names(db))  # the reader sees what is committed
+
+            first = asyncio.create_task(db.write(lambda tx: add(tx, "first")))
+            second = asyncio.create_task(db.write(look))
+            await asyncio.gather(first, second)
+
+            assert seen == [[]] and await names(db) == ["first"]
+
+    asyncio.run(run())
+
+
+def test_cancelled_caller_gets_its_result_and_is_cancelled_after(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            entered = asyncio.Event()
+            effects: list[str] = []
+
+            async def slow(tx: Transaction) -> str:
+                await add(tx, "slow")
+                entered.set()
+                return "written"
+
+            async def caller() -> None:
+                effects.append(await db.write(slow))
+                await asyncio.sleep(0)
+                effects.append("not cancelled")
+
+            task = asyncio.create_task(caller())
+            await entered.wait()
+            for _ in range(3):
+                task.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+            assert effects == ["written"] and await names(db) == ["slow"]
+            assert task.cancelling() == 3
+
+    asyncio.run(run())
+
+
+def test_deadline_around_a_write_still_ends_in_timeout(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            reached: asyncio.Event = asyncio.Event()
+
+            async def slow(tx: Transaction) -> None:
+                await reached.wait()
+
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    asyncio.get_running_loop().call_later(0.05, reached.set)
+                    await db.write(slow)
+                    await asyncio.sleep(3600)
+
+    asyncio.run(run())
+
+
+def test_end_of_the_writer_is_told_to_all_who_wait(tmp_path: Path) -> None:
+    async def run() -> None:
+        db = await Database.open(tmp_path / "db")
+        entered = asyncio.Event()
+
+        async def stuck(tx: Transaction) -> None:
+            entered.set()
+            await asyncio.Event().wait()
+
+        running = asyncio.create_task(db.run())
+        writes = [asyncio.create_task(db.write(stuck)) for _ in range(8 * limits.WRITES_PER_COMMIT)]
+        await entered.wait()
+        running.cancel()
+
+        results = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 20)
+
+        assert {type(result) for result in results} == {Unavailable}
+        with pytest.raises(Unavailable):
+            await db.write(stuck)
+        await db.close()
+        await make(tmp_path / "db")
+
+    asyncio.run(run())
+
+
+# --- a full disk ------------------------------------------------------------------------------------
+
+
+def test_full_database_refuses_and_recovers_without_a_restart(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            ((pages,),) = await db._writer.execute_fetchall("PRAGMA page_count")
+            await db._writer.execute_fetchall(f"PRAGMA max_page_count = {pages}")
+            big = "x" * 100_000
+
+            results = await asyncio.gather(
+                db.write(lambda tx: add(tx, "small")),
+                db.write(lambda tx: add(tx, big)),
+                return_exceptions=True,
+            )
+
+            assert [type(result) for result in results] == [Unavailable, Unavailable]
+            assert "disk full" in str(results[0])
+            assert await names(db) == []
+            await db._writer.execute_fetchall("PRAGMA max_page_count = 1000000")
+            await db.write(lambda tx: add(tx, big))
+            assert await names(db) == [big]
+
+    asyncio.run(run())
+    assert "database-write-failed" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_full_disk_refuses_and_recovers_without_a_restart(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+
+    async def run() -> None:
+        async with opened(disk / "db") as db:
+            await db.write(lambda tx: add(tx, "before"))
+            ballast = disk / "ballast"
+            with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+
+            failed = 0
+            for number in range(50):  # what is left of the last page of the log may still take some
+                try:
+                    await db.write(lambda tx, number=number: add(tx, f"{number:01000}"))
+                except Unavailable:
+                    failed += 1
+            assert failed
+            acknowledged = 50 - failed
+            ballast.unlink()
+            await db.write(lambda tx: add(tx, "after"))
+            assert len(await names(db)) == acknowledged + 2
+        async with opened(disk / "db") as db:
+            assert len(await names(db)) == acknowledged + 2
+
+    try:
+        asyncio.run(run())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert "database-write-failed" in capfd.readouterr().err
+
+
+def test_killed_while_writing_loses_nothing_that_was_answered(tmp_path: Path) -> None:
+    program = """\
+import asyncio, pathlib, sys
+from nanoclawd.db import Database, now_ms
+async def main():
+    db = await Database.open(pathlib.Path(sys.argv[1]))
+    running = asyncio.create_task(db.run())
+    async def one(n):
+        await db.write(lambda tx: tx.all("add_agent", name=f"a{n}", now=now_ms()))
+        print(f"a{n}", flush=True)
+    for start in range(0, 100000, 8):
+        await asyncio.gather(*(one(n) for n in range(start, start + 8)))
+asyncio.run(main())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "db"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        answered = [process.stdout.readline().strip() for _ in range(200)]
+        process.kill()
+        answered += [line.strip() for line in process.stdout if line.endswith("\n")]
+
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            assert set(answered) <= set(await names(db))
+
+    asyncio.run(run())
+
+
+def test_reader_waits_for_nobody(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            release = asyncio.Event()
+            entered = asyncio.Event()
+
+            async def slow(tx: Transaction) -> None:
+                await add(tx, "slow")
+                entered.set()
+                await release.wait()
+
+            writing = asyncio.create_task(db.write(slow))
+            await entered.wait()
+            assert await names(db) == []
+            release.set()
+            await writing
+            await eventually(lambda: db.commits == 1)
+
+    asyncio.run(run())
