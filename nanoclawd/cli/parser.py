@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from nanoclawd.cli.table import COMMANDS, NOUNS, PROGRAM, Command, Option
+from nanoclawd.cli.table import COMMANDS, INTERNAL, NOUNS, PROGRAM, Command, Option
 from nanoclawd.errors import NanoclawError
 
 
@@ -79,7 +79,7 @@ def _find(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
         raise Help(render_help())
     if noun == "--version":
         noun = "version"
-    for command in COMMANDS:
+    for command in (*COMMANDS, *INTERNAL):
         if command.words == (noun,):
             return command, rest
     if noun not in NOUNS:

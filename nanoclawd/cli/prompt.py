@@ -52,7 +52,7 @@ class Prompt:
     def wake(self) -> None:
         """Let read() raise Woken, if it is waiting; from another thread. Returns when that has happened."""
         # Again and again, since a signal may come when it cannot act: readline drops exceptions while it
-        # starts, and looks for signals only when one interrupts its select(2), not when one comes just before.
+        # starts, and looks for signals only when one interrupts its select(2), not when one came before.
         while not self._away.is_set():
             signal.pthread_kill(self._main, signal.SIGUSR1)
             self._away.wait(WAKE_AGAIN_S)

@@ -250,3 +250,6 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(words=("version",), help="print the version", run="version:run", options=(JSON,)),
 )
+
+#: For completion scripts; no promise to anybody.
+INTERNAL = (Command(words=("_agents",), help="print the names of agents", run="completion:agents"),)

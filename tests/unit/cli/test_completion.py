@@ -1,0 +1,118 @@
+"""Completion scripts, read and used by the real shells where they are there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanoclawd.cli.table import COMMANDS
+from tests.unit.cli.conftest import COMMAND, Run, fake_program
+from tests.unit.cli.double import RouterDouble
+
+Complete = Callable[[str], set[str]]
+CHECKS = {"bash": ["bash", "-n"], "zsh": ["zsh", "-n"], "fish": ["fish", "--no-execute"]}
+
+
+@pytest.fixture
+def complete(run: Run, home: Path, programs: Path) -> Complete:
+    """Return what bash offers for a line, with nanoclawctl in PATH."""
+    fake_program(programs, "nanoclawctl", f'exec {" ".join(COMMAND)} "$@"')
+    (home / "script").write_text(run("completion", "bash").stdout)
+
+    def offer(line: str) -> set[str]:
+        words = line.split(" ")
+        quoted = " ".join(f"'{word}'" for word in words)
+        code = (
+            f"source ./script; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _nanoclawctl; "
+            'printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True, cwd=home)
+        assert done.stderr == ""
+        return set(done.stdout.split())
+
+    return offer
+
+
+@pytest.mark.parametrize("shell", CHECKS)
+def test_script_is_read_by_its_shell(run: Run, home: Path, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    script = home / "script"
+    script.write_text(run("completion", shell).stdout)
+
+    done = subprocess.run([*CHECKS[shell], str(script)], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("shell", CHECKS)
+def test_script_knows_all_commands_and_options(run: Run, shell: str) -> None:
+    script = run("completion", shell).stdout
+
+    for command in COMMANDS:
+        for word in (*command.words, *(o.name.lstrip("-") for o in command.options if not o.positional)):
+            assert word in script
+
+
+def test_bash_offers_nouns_verbs_options_and_choices(complete: Complete) -> None:
+    assert {"agent", "status", "chat"} <= complete("nanoclawctl ")
+    assert complete("nanoclawctl sta") == {"status"}
+    assert complete("nanoclawctl agent re") == {"remove", "restart"}
+    assert complete("nanoclawctl agent add x --me") == {"--memory-max"}
+    assert complete("nanoclawctl completion ") >= {"bash", "zsh", "fish"}
+
+
+def test_bash_offers_the_agents_that_there_are(complete: Complete, router: RouterDouble) -> None:
+    router.agents["bruno"] = router.agents["berta"]
+
+    assert complete("nanoclawctl chat b") == {"berta", "bruno"}
+    assert complete("nanoclawctl agent show be") == {"berta"}
+
+
+def test_bash_offers_files_where_files_are_meant(complete: Complete, home: Path) -> None:
+    (home / "be-kind.md").touch()
+    (home / "base").mkdir()
+
+    assert complete("nanoclawctl agent add x --instructions be") == {"be-kind.md"}
+    assert complete("nanoclawctl image build --base-directory b") == {"base", "bin"}
+
+
+def test_without_the_daemon_tab_stays_silent(complete: Complete) -> None:
+    assert complete("nanoclawctl chat b") == set()
+
+
+def test_zsh_offers_what_there_is(run: Run, home: Path, programs: Path, router: RouterDouble) -> None:
+    if shutil.which("zsh") is None:
+        pytest.skip("no zsh here")
+    fake_program(programs, "nanoclawctl", f'exec {" ".join(COMMAND)} "$@"')
+    (home / "functions").mkdir()
+    (home / "functions/_nanoclawctl").write_text(run("completion", "zsh").stdout)
+    code = (
+        "fpath=($PWD/functions $fpath); autoload -U compinit; compinit -u -d $PWD/dump; "
+        "functions _nanoclawctl > /dev/null || exit 3; print $_comps[nanoclawctl]"
+    )
+
+    done = subprocess.run(["zsh", "-fc", code], capture_output=True, text=True, check=False, cwd=home)
+
+    assert (done.returncode, done.stdout.strip()) == (0, "_nanoclawctl"), done.stderr
+
+
+def test_fish_offers_what_there_is(run: Run, home: Path, programs: Path, router: RouterDouble) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("no fish here")
+    fake_program(programs, "nanoclawctl", f'exec {" ".join(COMMAND)} "$@"')
+    (home / "script").write_text(run("completion", "fish").stdout)
+
+    def offer(line: str) -> set[str]:
+        code = f"source script; complete -C'{line}'"
+        done = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True, cwd=home)
+        return {shown.split("\t")[0] for shown in done.stdout.splitlines()}
+
+    assert {"agent", "status", "chat"} <= offer("nanoclawctl ")
+    assert offer("nanoclawctl agent re") == {"remove", "restart"}
+    assert offer("nanoclawctl agent add x --me") == {"--memory-max"}
+    assert offer("nanoclawctl chat b") == {"berta"}
