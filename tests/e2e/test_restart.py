@@ -64,7 +64,7 @@ def test_a_held_agent_stays_held_when_the_router_is_new(product: Product, machin
     assert (shown["state"], shown["queued"], shown["running"]) == ("held", 1, 0)
 
 
-#: Delivers messages in order, each again until it is taken, and prints all that comes for them. Connects anew
+#: Delivers messages in order, each again until it is taken, and prints what comes for them. Connects anew
 #: whenever the router goes away, as a channel adapter does.
 ADAPTER = r"""
 import json, socket, sys, threading, time
