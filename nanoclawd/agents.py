@@ -311,6 +311,15 @@ KEYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def is_image(name: str) -> bool:
+    """Say whether `name` is one that an agent's image can have."""
+    try:
+        KEYS["image"](name)
+    except _BadValue:
+        return False
+    return True
+
+
 # --- errors -----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd import images, journal, limits, paths, quadlet, queue
-from nanoclawd.agents import DEFAULT_IMAGE, AgentConfig, Mount
+from nanoclawd.agents import DEFAULT_IMAGE, AgentConfig, Mount, is_image
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import Failed, NanoclawError, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
@@ -297,6 +297,8 @@ async def _send_list(call: Call, replies: list[Json], empty: Json) -> Json:
 
 async def _require_image(image: str) -> None:
     """Raise NotFound if there is no such image: now somebody reads what to do. Silent if Podman is away."""
+    if not is_image(image):
+        return  # what parses it will say so better
     try:
         await images.require_image(image)
     except (Failed, Unavailable) as exc:

@@ -223,6 +223,7 @@ class Registry:
         """
         async with self._changing:
             self.config(name)
+            self.instructions(name)  # the runner would be told of nothing else, and has nobody to tell
             await self._install(self._agents[name])
 
     async def _install(self, agent: Agent) -> Agent:
