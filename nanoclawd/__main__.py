@@ -30,6 +30,7 @@ from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError, Refused
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.ids import unit_name
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import leased_turn, session_row
 from nanoclawd.registry import Registry
@@ -174,6 +175,8 @@ async def _recover(
         await tx.all("extend_leases", expires=now_ms() + int(limits.LEASE_S * 1000))
         rows = await tx.all("list_sessions", agent=None)
         for row in rows:
+            if row["message"] is None and unit_name(row["agent"], row["name"]) not in running:
+                continue  # nearly all of them, and there may be thousands
             session = Session(session_row(row))
             agent, name = session.row.agent, session.row.name
             host = listeners.get(f"host.{agent}.{name}")

@@ -70,7 +70,8 @@ def resolve_mounts(mounts: Iterable[Mount], allowed: Sequence[AllowedMount]) -> 
     Raises ConfigError naming the first mount that may not be, and why. Call it again before each start of a
     container: Podman follows the path again, and what is below a writable mount may be a symlink by then.
     """
-    private = private_paths()
+    mounts = tuple(mounts)
+    private = private_paths() if mounts else []
     # Refused, not skipped, when an entry is broken: less than the person believes is no harm, more would be.
     roots = [(root, entry.read_only) for entry in allowed if (root := _resolve(entry.path)) is not None]
     resolved: list[BindMount] = []

@@ -265,7 +265,7 @@ class Sessions:
             self._waiting -= 1
 
     def _make_room(self) -> None:
-        """If a session waits for a slot, end a container that has nothing to do: the one idle for longest."""
+        """If a session waits for a slot, end the container that has been idle for longest."""
         leaving = sum(session.left for session in self._live.values())
         if not self._slots.locked() or leaving >= self._waiting:
             return

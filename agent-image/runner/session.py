@@ -72,7 +72,8 @@ class Session:
         self._work.send(render_call("Work", {}, more=True))
         if self._settings is None:  # a router that was restarted does not change a running agent
             self._settings = settings
-            notify("READY=1", f"STATUS=Waiting for work (provider {settings.provider})")
+            # No STATUS= for each turn: the user's manager would tell it to everybody on the bus.
+            notify("READY=1", f"STATUS=provider {settings.provider}")
             try:
                 self._provider = make_provider(settings, self._paths)
             except LookupError as exc:
@@ -114,7 +115,6 @@ class Session:
             if not self._run.is_over:
                 return None
             self._run, self._idle_since = None, time.monotonic()
-            notify("STATUS=Waiting for work")
         return self._settings.idle_s - (time.monotonic() - self._idle_since)
 
     def _handle(self, reply: dict[str, object]) -> None:
@@ -138,5 +138,4 @@ class Session:
             heartbeat_s=self._settings.heartbeat_s,
             on_end=self.wake,
         )
-        notify(f"STATUS=Working on turn {turn.id}, attempt {turn.attempt}")
         self._run.start()

@@ -27,7 +27,7 @@ def test_ready_is_said_after_hello(make_runner: MakeRunner) -> None:
 
     first = runner.notification()
 
-    assert first.startswith("READY=1\nSTATUS=Waiting")
+    assert first.startswith("READY=1\nSTATUS=provider ")
     assert runner.router.count("Hello") >= 1
 
 
