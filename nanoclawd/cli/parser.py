@@ -30,7 +30,10 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
     command, rest = _find(arguments)
     end = rest.index("--") if "--" in rest else len(rest)
     # argparse reads the options alone: it cannot take 'send berta --wait hello', where TEXT is optional.
-    namespace, others = make_parser(command, positional=False).parse_known_args(list(rest[:end]))
+    try:
+        namespace, others = make_parser(command, positional=False).parse_known_args(list(rest[:end]))
+    except Help:
+        raise Help(make_parser(command).format_help().rstrip()) from None
     more = f"'{PROGRAM} {command.name} --help' says more"
     for other in others:
         if other.startswith("-") and other != "-":
@@ -145,12 +148,9 @@ def _settings(option: Option) -> dict[str, Any]:
     if not option.positional and not option.metavar:
         return {"action": "store_true", "help": option.help}
     settings: dict[str, Any] = {"help": option.help, "default": option.default, "type": _KINDS[option.kind]}
-    if option.choices:
-        settings["choices"] = option.choices
-    if option.positional:
-        settings |= {} if option.needed else {"nargs": "?"}
-    else:
-        settings["metavar"] = option.metavar
+    settings["metavar"] = option.metavar or option.name
+    if option.positional and not option.needed:
+        settings["nargs"] = "?"
     if option.repeat:
         settings["action"] = "append"
     return settings
