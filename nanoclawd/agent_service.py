@@ -52,7 +52,7 @@ class AgentService:
     async def _hello(self, call: Call) -> Json:
         session = cast(Session, call.caller.identity)
         if call.parameters["protocol"] != PROTOCOL:
-            session.refused = self._mismatch(session)
+            self._sessions.refuse(session, self._mismatch(session))
             journal.error(
                 "protocol-mismatch",
                 str(session.refused),

@@ -11,10 +11,10 @@ from typing import Any
 from nanoclawd import images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, AgentConfig, Mount, is_image
 from nanoclawd.db import Database, Row, Transaction
-from nanoclawd.errors import Failed, NanoclawError, Refused, Unavailable
+from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
-from nanoclawd.ids import parse_agent_name, unit_name
+from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry, config_file
@@ -146,9 +146,31 @@ class ControlService:
         return problems
 
     async def start_waiting(self) -> None:
-        """Wake every session that has work and an agent that may run."""
-        for row in await self._db.read("find_work"):
-            self._sessions.wake(session_row(row))
+        """Wake every session that has work and an agent that may run; give up those whose agent is gone."""
+        rows = [session_row(row) for row in await self._db.read("find_work")]
+        names = self._registry.names()
+        gone = {row.agent for row in (*rows, *(s.row for s in self._sessions.live()))}.difference(names)
+        for agent in gone:
+            journal.warning("agent-gone", "its file is not there any more, giving up its work", agent=agent)
+            await self._give_up(agent, f"there is no agent '{agent}' any more")
+        for row in rows:
+            if row.agent in names:
+                self._sessions.wake(row)
+
+    async def _give_up(self, agent: AgentName, reason: str) -> None:
+        """Stop all containers of an agent, and tell its chats that nobody will answer."""
+        await self._sessions.stop_containers(agent)
+
+        async def bury(tx: Transaction) -> list[Row]:
+            deliveries = []
+            for row in await tx.all("list_sessions", agent=agent):
+                session = session_row(row)
+                while (message := await tx.one("next_message", session=session.id)) is not None:
+                    await queue.bury_message(tx, session, message, reason)
+                    deliveries += await self._outlets.claim(tx, session, message["event"])
+            return deliveries
+
+        self._outlets.publish(await self._db.write(bury))
 
     # --- agents ------------------------------------------------------------------------------------
 
@@ -190,18 +212,7 @@ class ControlService:
 
     async def _remove_agent(self, call: Call) -> Json:
         agent = await self._registry.hold(call.parameters["name"], True)
-        await self._sessions.stop_containers(agent.name)
-
-        async def bury(tx: Transaction) -> list[Row]:
-            deliveries = []
-            for row in await tx.all("list_sessions", agent=agent.name):
-                session = session_row(row)
-                while (message := await tx.one("next_message", session=session.id)) is not None:
-                    await queue.bury_message(tx, session, message, f"agent '{agent.name}' was removed")
-                    deliveries += await self._outlets.claim(tx, session, message["event"])
-            return deliveries
-
-        self._outlets.publish(await self._db.write(bury))
+        await self._give_up(agent.name, f"agent '{agent.name}' was removed")
         trash = await self._registry.remove(agent.name)
         return {"trash": str(trash) if trash else None}
 
@@ -296,11 +307,13 @@ async def _send_list(call: Call, replies: list[Json], empty: Json) -> Json:
 
 
 async def _require_image(image: str) -> None:
-    """Raise NotFound if there is no such image: now somebody reads what to do. Silent if Podman is away."""
+    """Raise Refused if there is no such image: now somebody reads what to do. Goes on if Podman is away."""
     if not is_image(image):
         return  # what parses it will say so better
     try:
         await images.require_image(image)
+    except NotFound as exc:
+        raise Refused(exc.message, hint=exc.hint) from None
     except (Failed, Unavailable) as exc:
         journal.warning("image-unchecked", f"{exc}, going on", image=image)
 

@@ -148,6 +148,12 @@ class Sessions:
         elif session.can_take():
             await self.write(session.row, _nothing)
 
+    def refuse(self, session: Session, reason: NanoclawError) -> None:
+        """Nothing can come of this runner: stop it, and let its message have the reason."""
+        if session.refused is None:
+            session.refused = reason
+            self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
+
     def expect_work(self, session: Session) -> None:
         """From now on the runner has a while to ask for work: one that never does would block its chat."""
         if session.silence is not None:
@@ -523,11 +529,9 @@ class Sessions:
         if session.stream is not None or session.turn is not None:
             return
         reason = f"its runner did not ask for work within {limits.HELLO_S:.0f} s"
-        session.refused = session.refused or Failed(
-            reason, hint=f"'nanoclawctl agent logs {session.row.agent}' shows more"
-        )
         journal.warning("runner-silent", f"{reason}, stopping the container", unit=session.unit)
-        self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
+        hint = f"'nanoclawctl agent logs {session.row.agent}' shows more"
+        self.refuse(session, Failed(reason, hint=hint))
 
     def _stop_straggler(self, session: Session) -> None:
         journal.warning("runner-stayed", "it said good-bye; stopping the container", unit=session.unit)
