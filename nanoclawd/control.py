@@ -286,14 +286,14 @@ class ControlService:
             if call.more:
                 await call.send({"line": line[: limits.ACTIVITY_BYTES], "imageId": None})
 
-        directory = parameters["baseDirectory"]
+        directory, image = parameters["baseDirectory"], parameters["image"] or images.DEFAULT_IMAGE
         image_id = await images.build_image(
-            parameters["image"],
+            image,
             base=parameters["base"],
             base_directory=Path(directory) if directory is not None else None,
             progress=report,
         )
-        journal.info("image-built", image=parameters["image"], image_id=image_id)
+        journal.info("image-built", image=image, image_id=image_id)
         return {"line": None, "imageId": image_id}
 
 
