@@ -25,7 +25,7 @@ class Screen:
         self._stream = stream
         self._preview = preview
         self._live = stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
-        self._rows = 0  #: drawn at present
+        self._drawn: list[str] = []  #: the rows on the screen at present
         self._drawn_at = 0.0
         self._began_at = time.monotonic()
         self._status = ""
@@ -54,10 +54,10 @@ class Screen:
 
     def erase(self) -> None:
         """Take the changing lines away; what is printed next takes their place."""
-        if self._rows:
+        if self._drawn:
             self._stream.write(self._to_first_row())
             self._stream.flush()
-            self._rows = 0
+            self._drawn = []
 
     def end(self) -> None:
         """Erase, and show nothing until begin()."""
@@ -65,7 +65,7 @@ class Screen:
         self._status = self._text = ""
 
     def _to_first_row(self) -> str:
-        up = f"\x1b[{self._rows - 1}A" if self._rows > 1 else ""
+        up = f"\x1b[{len(self._drawn) - 1}A" if len(self._drawn) > 1 else ""
         return f"{up}\r\x1b[J"
 
     def _draw(self) -> None:
@@ -77,12 +77,14 @@ class Screen:
         status = f"{self._status} ({output.duration(seconds)})" if seconds >= 2 else self._status
         rows = _wrap(self._text, cells)[-min(PREVIEW_ROWS, max(lines - 2, 0)) :] if self._text else []
         rows.append(text.cut(f"· {status}", cells))
-        before = self._to_first_row() if self._rows else "\r"
+        self._drawn_at = time.monotonic()
+        if rows == self._drawn:
+            return
+        before = self._to_first_row() if self._drawn else "\r"
         # One write, so that a terminal has no chance to show the gap.
         self._stream.write(before + "\n".join(output.colour(output.DIM, row, self._stream) for row in rows))
         self._stream.flush()
-        self._rows = len(rows)
-        self._drawn_at = time.monotonic()
+        self._drawn = rows
 
 
 def _wrap(words: str, cells: int) -> list[str]:

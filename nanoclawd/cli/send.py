@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import time
@@ -25,9 +26,10 @@ from nanoclawd.cli.conversation import (
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.cli.screen import Screen
 from nanoclawd.cli.shown import Shown, shown_file
-from nanoclawd.errors import Failed, Refused
+from nanoclawd.errors import Failed, NanoclawError, Refused
 
 STORE_S = 30.0  #: without --wait: for the message to be stored
+ASK_S = 2.0  #: for the reason of a delay, which nobody waits for
 
 
 def run(options: Namespace) -> int:
@@ -84,10 +86,7 @@ class _Wait:
             wait_s = until - time.monotonic() if left_s is None else left_s
             if wait_s <= 0:
                 self.screen.end()
-                raise Failed(
-                    f"no reply within {self.options.timeout} s",
-                    hint=f"it goes on; the reply will be in '{self.chat_command}'",
-                )
+                raise Failed(f"no reply within {self.options.timeout} s", hint=self._late())
             try:
                 item = self.inbox.get(timeout=min(wait_s, 1.0))
             except Empty:
@@ -110,6 +109,15 @@ class _Wait:
                     raise error
         self.screen.end()
         return list(replies.values())
+
+    def _late(self) -> str:
+        """Return what to do when there is no reply in time."""
+        agent = self.options.AGENT
+        with contextlib.suppress(NanoclawError):
+            runtime = control.call("ShowAgent", {"name": agent}, timeout_s=ASK_S)["runtime"]
+            if runtime["state"] == "held":
+                return f"'{agent}' is stopped; the message waits until 'nanoclawctl agent start {agent}'"
+        return f"it goes on; the reply will be in '{self.chat_command}'"
 
     def report(self, replies: list[Delivery]) -> None:
         """Report what is printed, as such."""

@@ -248,6 +248,9 @@ class RouterDouble:
         agent, event = call.parameters["agent"], call.parameters["event"]
         if agent not in self.agents:
             raise NotFound(f"no agent named '{agent}'", hint="'nanoclawctl agent list' shows all")
+        # The real one commits to disk first; who attached just before is there when it goes on.
+        for _ in range(10):
+            await asyncio.sleep(0)
         duplicate = event in self.messages
         self.messages[event] = call.parameters
         if not duplicate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -87,8 +88,6 @@ def test_reply_after_a_notice_is_an_answer(router: RouterDouble, run: Run) -> No
         router.send(reply("done", event=event), activity("idle", event=event))
 
     # Long after the grace that a notice alone would have had: the thinking says that it goes on.
-    import threading
-
     timer = threading.Timer(2.5, finish)
     timer.start()
     done = run("send", "berta", "hello", "--wait")
@@ -121,6 +120,13 @@ def test_time_out_says_where_the_reply_will_be(router: RouterDouble, run: Run) -
 
     assert (done.returncode, done.stdout) == (1, "")
     assert "nanoclawctl chat berta --chat 'my work'" in done.stderr
+
+
+def test_time_out_tells_of_an_agent_that_is_stopped(router: RouterDouble, run: Run) -> None:
+    router.answer = lambda _: []
+    router.agents["berta"]["state"] = "held"
+
+    assert "nanoclawctl agent start berta" in run("send", "berta", "x", "--wait", "--timeout", "1").stderr
 
 
 def test_broken_connection_is_tried_again_and_stored_once(router: RouterDouble, run: Run) -> None:
