@@ -27,6 +27,7 @@ FULL = 2  # PRAGMA synchronous
 #: Result codes of SQLite (sqlite.org/rescode.html) that say nothing against the file.
 _PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM)
 _DISK_HINT = "is the disk full? see 'df -h ~'"
+_DAMAGED_HINT = "put a backup (nanoclaw.db.backup-*) in its place; 'sqlite3 FILE .recover' may help"
 
 
 def now_ms() -> int:
@@ -108,7 +109,7 @@ class Database:
                 raise Unavailable(f"the database '{path}' cannot be opened: {exc}", hint=_DISK_HINT) from exc
             raise ConfigError(
                 f"the database '{path}' cannot be opened: {exc}",
-                hint="put a backup (nanoclaw.db.backup-*) in its place; 'sqlite3 FILE .recover' may help",
+                hint=_DAMAGED_HINT,
             ) from exc
 
     async def close(self) -> None:
@@ -119,7 +120,12 @@ class Database:
 
     async def read(self, query: str, **parameters: Any) -> list[Row]:
         """Run a statement of queries.sql that changes nothing; it sees all that was committed."""
-        return list(await self._reader.execute_fetchall(self._queries[query], parameters))
+        try:
+            return list(await self._reader.execute_fetchall(self._queries[query], parameters))
+        except sqlite3.OperationalError as exc:
+            raise Unavailable(f"the database cannot be read: {exc}", hint=_DISK_HINT) from exc
+        except sqlite3.DatabaseError as exc:
+            raise _explain(exc) from exc
 
     async def write(self, operation: Operation[T]) -> T:
         """Run `operation` in a transaction and return its result once that is on disk.
@@ -176,7 +182,7 @@ class Database:
                 except sqlite3.OperationalError:
                     raise  # the disk, not this operation
                 except Exception as exc:  # handed to whoever asked for it
-                    outcomes.append((write, None, exc))
+                    outcomes.append((write, None, _explain(exc)))
                     await self._writer.execute_fetchall("ROLLBACK TO write")
                 await self._writer.execute_fetchall("RELEASE write")
             await self._writer.execute_fetchall("COMMIT")
@@ -196,10 +202,23 @@ class Database:
                 write.done.set_exception(error)
 
 
+def _explain(exc: Exception) -> Exception:
+    """Return a damaged file as what it is: nobody's bug, and no restart heals it."""
+    if type(exc) is sqlite3.DatabaseError:  # SQLITE_CORRUPT, SQLITE_NOTADB; the others have classes below it
+        return ConfigError(f"the database is damaged: {exc}", hint=_DAMAGED_HINT)
+    return exc
+
+
 def _lock(path: Path) -> int:
     """Take the lock beside the database, for as long as the descriptor is open."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise Unavailable(
+            f"{lock}: cannot be opened: {exc.strerror}", hint=f"see 'df -h ~' and 'namei -l {lock}'"
+        ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
