@@ -246,7 +246,8 @@ def test_a_file_that_is_gone_takes_its_agent_along_at_the_next_reload(
     assert product.state(unit) == "inactive"
     assert (after.returncode, after.stderr.splitlines()[0]) == (4, f"error: no agent named '{agent}'")
     assert product.send(other, "still there") == "still there"
-    machine.expect_journal("<4> agent-gone: .* giving up its work")
+    # A runner that is stopped says so, and may be too late for systemd.
+    machine.expect_journal("<4> agent-gone: .* giving up its work|reception is disabled")
 
 
 @pytest.mark.parametrize("damage", ["echo garbage >", "rm", "truncate -s 100"], ids=str.split)

@@ -94,7 +94,7 @@ def test_runners_that_do_not_come_to_work_end_in_one_line_each(
     product.write(f"{drop_in}/50-local.conf", HURRY)
     machine.systemctl("daemon-reload")
 
-    machine.expect_journal("^nanoclaw-.*@terminal_[0-9]+.* <[34]> ")
+    machine.expect_journal("^nanoclaw-.*@terminal_[0-9]+.* <[34]> |^- <3> protocol-mismatch")
     sending = {name: product.send_later(agent, "hello") for name, agent in agents.items()}
     meanwhile = product.send(other, "still there")
     answers = {name: process.communicate(timeout=120)[0] for name, process in sending.items()}
