@@ -118,6 +118,8 @@ class AgentService:
         _check_text("text", text)
 
         async def send(tx: Transaction) -> list[Row]:
+            if session.turn is not turn:  # ended meanwhile
+                raise _no_such_turn(turn.id)
             await queue.send_message(tx, session.row, turn, key, text)
             return await self._outlets.claim(tx, session.row, turn.event)
 
@@ -168,10 +170,12 @@ class AgentService:
 
     async def _goodbye(self, call: Call) -> Json:
         session = _introduced(call)
-        if session.turn is not None:
+        if session.turn is not None or session.taking:
             return {"stay": True}
-        # A message that is on its way into the database wakes a new life; one that is there keeps this one.
-        if await self._db.read("next_message", session=session.row.id) or session.turn is not None:
+        # A message that is on its way into the database wakes a new life, unless it is being leased to this
+        # one; one that is there keeps this one.
+        waiting = await self._db.read("next_message", session=session.row.id)
+        if waiting or session.turn is not None or session.taking:
             await self._sessions.offer(session)
             return {"stay": True}
         self._sessions.leave(session)

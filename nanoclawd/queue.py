@@ -167,19 +167,18 @@ async def renew_lease(tx: Transaction, session: SessionRow, turn: TurnId) -> boo
 
 async def send_message(tx: Transaction, session: SessionRow, turn: Turn, key: str, text: str) -> None:
     """Publish what the agent sends in mid-turn; the same key again changes nothing. Raises Refused."""
-    (count,) = await tx.all("count_sends", message=turn.message)
+    full_key = f"{turn.message}/{key}"
+    (count,) = await tx.all("count_sends", message=turn.message, key=full_key)
     if count["sends"] >= limits.SENDS_PER_TURN:
         raise Refused(f"more than {limits.SENDS_PER_TURN} messages in one turn")
-    await _publish(
-        tx, session, turn.message, f"{turn.message}/{key}", DeliveryKind.MESSAGE, text, turn.event
-    )
+    await _publish(tx, session, turn.message, full_key, DeliveryKind.MESSAGE, text, turn.event)
 
 
 async def finish_turn(
     tx: Transaction, session: SessionRow, turn: Turn, state: MessageState, replies: Sequence[str]
 ) -> None:
     """End a turn: its message is acknowledged and its replies are in the outbox, or neither."""
-    if await tx.one("finish_message", id=turn.message, state=state, now=now_ms(), reason=None) is None:
+    if await tx.one("finish_turn", id=turn.message, turn=turn.id, state=state, now=now_ms()) is None:
         raise NotFound(f"turn {turn.id} has no lease any more")
     for number, text in enumerate(replies):
         await _publish(

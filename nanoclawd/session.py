@@ -100,7 +100,7 @@ class Session:
         self.result = ""
         self.exit_status = 0
         self.refused = None
-        self.gone.clear()
+        self.gone = asyncio.Event()  # a new one: a stop of the previous container may still have the old one
 
     def cancel_timers(self) -> None:
         for timer in (self.lease, self.retry, self.stopping, self.silence):

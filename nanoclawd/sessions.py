@@ -121,8 +121,9 @@ class Sessions:
             return bool(events)
         turn = session.turn
         session.push({"turn": None, "stop": turn.id})
-        loop = asyncio.get_running_loop()
-        session.stopping = loop.call_later(limits.STOP_TURN_S, self._stop_hard, session, turn)
+        if session.stopping is None:
+            loop = asyncio.get_running_loop()
+            session.stopping = loop.call_later(limits.STOP_TURN_S, self._stop_hard, session, turn)
         return True
 
     async def stop_containers(self, agent: AgentName) -> None:
@@ -133,7 +134,7 @@ class Sessions:
             session.wanted.set()
         running = [s for s in sessions if s.state not in (SessionState.QUEUED, SessionState.IDLE)]
         results = await asyncio.gather(
-            *(self._systemd.stop_unit(s.unit) for s in running), return_exceptions=True
+            *(self._end_unit(session) for session in running), return_exceptions=True
         )
         for failure in results:
             if isinstance(failure, BaseException):
@@ -169,17 +170,22 @@ class Sessions:
     ) -> T:
         """Run the write that ends `turn`, publish what it sent, and give the runner what is next."""
 
+        ended = False
+
         async def write(tx: Transaction) -> tuple[T, list[Row]]:
+            nonlocal ended
+            if session.turn is not turn:  # another call was faster
+                raise NotFound(f"turn {turn.id} is over")
             result = await operation(tx)
             # Ended as far as this transaction goes, so that the next turn can be leased in it.
-            session.turn = None
+            ended, session.turn = True, None
             session.state = SessionState.READY if session.state is SessionState.WORKING else session.state
             return result, await self._outlets.claim(tx, session.row, turn.event)
 
         try:
             result, deliveries = await self.write(session.row, write)
         except BaseException:
-            if session.turn is None:
+            if ended:
                 session.turn, session.state = turn, SessionState.WORKING
             raise
         if session.stopping is not None:
@@ -216,7 +222,7 @@ class Sessions:
         async def fail(tx: Transaction) -> int | None:
             message = await tx.one("leased_message", session=session.row.id)
             if message is None or message["turn"] != turn.id:
-                return None
+                raise NotFound(f"turn {turn.id} has no lease any more")
             return await queue.fail_message(
                 tx, session.row, message, reason=reason, retryable=retryable, retry_after_ms=retry_after_ms
             )
@@ -231,6 +237,8 @@ class Sessions:
         """The runner has said good-bye: it takes nothing more, and must be gone soon."""
         session.left = True
         session.state = SessionState.STOPPING
+        if session.stopping is not None:  # it said so before
+            session.stopping.cancel()
         session.stopping = asyncio.get_running_loop().call_later(
             limits.STOP_TURN_S, self._stop_straggler, session
         )
@@ -315,12 +323,15 @@ class Sessions:
             self._gateway.attach(session.row.agent, session.row.name, session.gateway)
             if not adopted:
                 await self._start(session)
+            await self._look(session)
             if session.stream is None:
                 self.expect_work(session)
             self._report_status()
             await self._wait_gone(session)
         except (ConfigError, Failed, NotFound, Refused, Unavailable) as exc:
             problem = exc
+            if isinstance(exc, Unavailable):  # systemd did not say that it does not run
+                await self._stop_unit(session)
         finally:
             session.end_stream()
             if serving is not None:
@@ -355,13 +366,15 @@ class Sessions:
         await self._registry.ensure_unit(session.row.agent)
         await self._systemd.start_unit(session.unit)
         session.alive = True
-        # It may have ended before we got here, without a signal that we would have taken for its end.
-        active = await self._systemd.unit_property(session.unit, "Unit", "ActiveState")
-        if active in ("inactive", "failed"):
-            session.gone.set()
         if session.state is SessionState.STARTING:
             session.state = SessionState.READY
         journal.info("session-started", agent=session.row.agent, session=session.row.name, unit=session.unit)
+
+    async def _look(self, session: Session) -> None:
+        """See whether the unit ended before we got here, without a signal that we took for its end."""
+        active = await self._systemd.unit_property(session.unit, "Unit", "ActiveState")
+        if active in ("inactive", "failed"):
+            session.gone.set()
 
     async def _wait_gone(self, session: Session) -> None:
         """Return when the unit is gone; meanwhile offer the runner what comes due."""
@@ -369,8 +382,10 @@ class Sessions:
         try:
             while not session.gone.is_set():
                 wanted = asyncio.ensure_future(session.wanted.wait())
-                await asyncio.wait((gone, wanted), return_when=asyncio.FIRST_COMPLETED)
-                wanted.cancel()
+                try:
+                    await asyncio.wait((gone, wanted), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    wanted.cancel()
                 if session.wanted.is_set():
                     session.wanted.clear()
                     if session.can_take():
@@ -386,9 +401,8 @@ class Sessions:
 
     async def _account(self, session: Session, problem: NanoclawError | None) -> None:
         """The container is gone: put back or bury what it had, so that nothing ends in silence."""
-        turn, session.turn = session.turn, None
         by_person = session.stopped_by_person
-        if turn is not None or by_person or session.left or session.worked:
+        if session.turn is not None or by_person or session.left or session.worked:
             reason = (
                 problem.message if problem is not None and not session.result else session.describe_end()
             )
@@ -405,10 +419,9 @@ class Sessions:
         )
 
         async def account(tx: Transaction) -> tuple[Row, int | None] | None:
-            if turn is not None:
-                message = await tx.one("leased_message", session=session.row.id)
-                if message is None:
-                    return None
+            # Asked here and not of session.turn: a write that leased one for it may be under way.
+            message = await tx.one("leased_message", session=session.row.id)
+            if message is not None:
                 if by_person:
                     await tx.all("requeue_message", id=message["id"], not_before=0, reason=None)
                     await tx.all("uncount_attempt", id=message["id"])
@@ -429,6 +442,7 @@ class Sessions:
             return failed, await self._outlets.claim(tx, session.row, event)
 
         failed, deliveries = await self._store(write)
+        session.turn = None
         self._outlets.publish(deliveries)
         if failed is not None:
             message, not_before = failed
@@ -538,15 +552,22 @@ class Sessions:
         self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
 
     async def _end_stopped(self, session: Session, turn: Turn) -> None:
-        with suppress(Unavailable):  # logged by the database; at the container's end the turn is put back
+        # NotFound: the runner has ended it meanwhile. Unavailable: logged by the database; at the end of
+        # the container the turn is put back.
+        with suppress(NotFound, Unavailable):
             await self.end_turn(session, turn, lambda tx: _finish_stopped(tx, session.row, turn))
         await self._stop_unit(session)
 
     async def _stop_unit(self, session: Session) -> None:
         try:
-            await self._systemd.stop_unit(session.unit)
+            await self._end_unit(session)
         except NanoclawError as exc:
             journal.warning("stop-failed", f"{exc}, waiting for systemd", unit=session.unit)
+
+    async def _end_unit(self, session: Session) -> None:
+        gone = session.gone  # of this life
+        await self._systemd.stop_unit(session.unit)
+        gone.set()  # of a unit that was gone already, systemd says nothing more
 
     def _note_failure(
         self, session: Session, message: str, attempts: int, reason: str, not_before: int | None

@@ -54,6 +54,11 @@ SELECT * FROM inbox WHERE session = :session AND state = 'leased' ORDER BY seq L
 UPDATE inbox SET lease_expires_at = :expires WHERE session = :session AND turn = :turn AND state = 'leased'
 RETURNING id;
 
+-- finish_turn --
+-- Only the turn that has the lease can end the message.
+UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = NULL
+ WHERE id = :id AND turn = :turn AND state = 'leased' RETURNING id;
+
 -- finish_message --
 UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = :reason
  WHERE id = :id AND state IN ('queued', 'leased') RETURNING id;
@@ -94,7 +99,8 @@ ON CONFLICT (key) DO NOTHING;
 SELECT key, body FROM outbox WHERE message = :message AND kind = 'message' ORDER BY seq;
 
 -- count_sends --
-SELECT count(*) AS sends FROM outbox WHERE message = :message;
+-- Besides this one, which may be there already.
+SELECT count(*) AS sends FROM outbox WHERE message = :message AND key != :key;
 
 -- claim_deliveries --
 -- Lease what is due for a chat, oldest first; an older one that must wait holds back the younger ones of its chat.
