@@ -104,7 +104,7 @@ class ChannelService:
             while (item := await self._outlets.next(outlet)) is not None:
                 await call.send(item)
         finally:
-            await self._outlets.detach(outlet)
+            self._outlets.detach(outlet)
         raise Refused("too much was waiting for this adapter", hint="attach again")
 
     async def _report_sent(self, call: Call) -> Json:

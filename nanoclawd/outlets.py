@@ -11,8 +11,6 @@ from nanoclawd.errors import Unavailable
 from nanoclawd.queue import SessionRow
 from nanoclawd.wire import Json
 
-_UNAVAILABLE_MS = 5000
-
 
 @dataclass(eq=False, slots=True)
 class Outlet:
@@ -43,6 +41,8 @@ class Outlets:
         self._outlets: list[Outlet] = []
         self._released = asyncio.Event()
         self._due: set[str] = set()
+        self._returned: set[str] = set()  #: keys that nobody has any more, still leased in the database
+        self._timers: dict[str, asyncio.TimerHandle] = {}  #: one a channel, for what is due first
 
     def attach(self, outlet: Outlet) -> None:
         """Register an adapter; it gets something as soon as it calls next()."""
@@ -54,17 +54,22 @@ class Outlets:
             await self._catch_up(outlet)
         return await outlet.queue.get()
 
-    async def detach(self, outlet: Outlet) -> None:
+    def detach(self, outlet: Outlet) -> None:
         """Forget an adapter; what nobody else has and it did not report goes back to the queue."""
         self._outlets.remove(outlet)
-        keys = [
-            key for key in outlet.unreported if not any(key in other.unreported for other in self._outlets)
-        ]
+        self._give_back(
+            outlet.channel,
+            [
+                key
+                for key in outlet.unreported
+                if not any(key in other.unreported for other in self._outlets)
+            ],
+        )
+
+    def _give_back(self, channel: str, keys: list[str]) -> None:
         if keys:
-            now = now_ms()
-            await self._db.write(lambda tx: _release(tx, keys, now))
-            self._due.add(outlet.channel)
-            self._released.set()
+            self._returned.update(keys)
+            self._wake(channel)
 
     async def run(self) -> None:
         """Hand what came back to the queue to whoever is attached, until cancelled."""
@@ -72,11 +77,25 @@ class Outlets:
             await self._released.wait()
             self._released.clear()
             due, self._due = self._due, set()
-            for outlet in [o for o in self._outlets if o.channel in due and o.live]:
-                try:
+            returned, self._returned = self._returned, set()
+            try:
+                if returned:
+                    await self._release(returned)
+                    returned = set()
+                for outlet in [o for o in self._outlets if o.channel in due and o.live]:
                     await self._catch_up(outlet)
-                except Unavailable:
-                    self.retry_at(outlet.channel, now_ms() + _UNAVAILABLE_MS)
+            except Unavailable:  # logged by the database
+                self._returned |= returned
+                for channel in due:
+                    self.retry_at(channel, now_ms() + int(limits.STORE_AGAIN_S * 1000))
+
+    async def _release(self, keys: set[str]) -> None:
+        async def release(tx: Transaction) -> None:
+            now = now_ms()
+            for key in keys:
+                await tx.all("release_delivery", key=key, not_before=now, reason=None)
+
+        await self._db.write(release)
 
     async def claim(self, tx: Transaction, session: SessionRow, event: str | None) -> list[Row]:
         """Within a write that published for `session`: lease it if an adapter is there to take it."""
@@ -117,8 +136,18 @@ class Outlets:
 
     def retry_at(self, channel: str, not_before: int) -> None:
         """Have a released delivery handed over again when it is due."""
-        wait_s = max(0.0, (not_before - now_ms()) / 1000)
-        asyncio.get_running_loop().call_later(wait_s, self._wake, channel)
+        loop = asyncio.get_running_loop()
+        at = loop.time() + max(0.0, (not_before - now_ms()) / 1000)
+        known = self._timers.get(channel)
+        if known is not None:
+            if known.when() <= at:
+                return
+            known.cancel()
+        self._timers[channel] = loop.call_at(at, self._timer_ended, channel)
+
+    def _timer_ended(self, channel: str) -> None:
+        del self._timers[channel]
+        self._wake(channel)
 
     def _wake(self, channel: str) -> None:
         self._due.add(channel)
@@ -139,7 +168,7 @@ class Outlets:
 
         rows = await self._db.write(claim)
         if outlet not in self._outlets:  # it left meanwhile
-            await self._db.write(lambda tx: _release(tx, [row["key"] for row in rows], now_ms()))
+            self._give_back(outlet.channel, [row["key"] for row in rows])
             return
         for row in rows:
             self._put(outlet, row)
@@ -168,8 +197,3 @@ class Outlets:
             while not outlet.queue.empty():
                 outlet.queue.get_nowait()
             outlet.queue.put_nowait(None)
-
-
-async def _release(tx: Transaction, keys: list[str], not_before: int) -> None:
-    for key in keys:
-        await tx.all("release_delivery", key=key, not_before=not_before, reason=None)
