@@ -37,7 +37,7 @@ class Session:
     worked: bool = False  #: this life has taken a turn
     left: bool = False  #: the runner said good-bye
     stopped_by_person: bool = False
-    idle_since: float = 0.0  #: the loop's time when the last turn ended
+    idle_since: float | None = None  #: the loop's time when there was nothing for the runner to do
     alive: bool = False  #: systemd has said that the unit runs
     result: str = ""  #: systemd's Result= of the unit
     exit_status: int = 0  #: of its main process
@@ -100,6 +100,7 @@ class Session:
         self.result = ""
         self.exit_status = 0
         self.refused = None
+        self.idle_since = None
         self.gone = asyncio.Event()  # a new one: a stop of the previous container may still have the old one
 
     def cancel_timers(self) -> None:

@@ -197,8 +197,7 @@ class Sessions:
             session.lease = None
         self._outlets.report_activity(session.row, "idle", event=turn.event)
         if session.turn is None:
-            session.idle_since = asyncio.get_running_loop().time()
-            self._make_room()
+            self._note_idle(session)
         return result
 
     def retry_later(self, session: Session, not_before: int) -> None:
@@ -278,14 +277,24 @@ class Sessions:
         finally:
             self._waiting -= 1
 
+    def _note_idle(self, session: Session) -> None:
+        if session.idle_since is None:
+            session.idle_since = asyncio.get_running_loop().time()
+        self._make_room()
+
     def _make_room(self) -> None:
         """If a session waits for a slot, end the container that has been idle for longest."""
         leaving = sum(session.left for session in self._live.values())
         if not self._slots.locked() or leaving >= self._waiting:
             return
-        idle = [s for s in self._live.values() if s.state is SessionState.READY and s.can_take()]
+        # One that has just come up is not idle: its message is about to be leased to it.
+        idle = [
+            (s.idle_since, s.row.id, s)
+            for s in self._live.values()
+            if s.idle_since is not None and s.state is SessionState.READY and s.can_take()
+        ]
         if idle:
-            session = min(idle, key=lambda s: s.idle_since)
+            session = min(idle)[2]
             session.left = True  # from now on it takes nothing
             self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
 
@@ -505,8 +514,9 @@ class Sessions:
         """After the commit: the turn is leased, the runner gets it."""
         session.taking = False
         if turn is None:
+            self._note_idle(session)
             return
-        session.turn = turn
+        session.turn, session.idle_since = turn, None
         session.worked = True
         session.state = SessionState.WORKING
         self._start_lease(session)
