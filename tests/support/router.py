@@ -1,0 +1,474 @@
+"""A router for tests: the real database, sessions, outlets and services on real sockets, without systemd.
+
+There is no user manager of systemd outside the nested machine, so SystemdDouble stands in for it: it "starts
+a unit" by running a scripted runner as a task, which speaks the real protocol to the session's real
+host.sock. RegistryDouble stands in for agents' files and units. All the rest is what nanoclawd runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from nanoclawd import __main__ as nanoclawd
+from nanoclawd import paths, sessions
+from nanoclawd.agent_service import AgentService
+from nanoclawd.agents import AgentConfig
+from nanoclawd.channel_service import ChannelService
+from nanoclawd.db import Database, Row
+from nanoclawd.errors import ConfigError, Failed, NotFound
+from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.outlets import Outlets
+from nanoclawd.queue import session_row
+from nanoclawd.registry import Agent, Registry
+from nanoclawd.server import Server
+from nanoclawd.sessions import Sessions
+from nanoclawd.systemd import LoadedUnit, Systemd, UnitChange
+from nanoclawd.wire import Json
+from tests.support.varlink_peer import WAIT_S, Peer, eventually
+
+AGENT = "io.nanoclaw.Agent"
+CHANNEL = "io.nanoclaw.Channel"
+
+
+class Container:
+    """What a scripted runner sees of its world: its unit's name, and host.sock."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        agent, _, session = unit.removeprefix("nanoclaw-").removesuffix(".service").partition("@")
+        runtime = paths.session_runtime(AgentName(agent), SessionName(session))
+        self.socket = runtime / "host.sock"
+        self.ready = asyncio.Event()  #: READY=1
+        self.turns: list[Json] = []
+        self._peers: list[Peer] = []
+        self.calls: Peer
+        self.stream: Peer
+
+    async def connect(self, *, hello: bool = True) -> Peer:
+        peer = await Peer.connect(self.socket)
+        self._peers.append(peer)
+        if hello:
+            await peer.call(f"{AGENT}.Hello", {"protocol": 1, "version": "test"})
+        return peer
+
+    async def work(self) -> None:
+        """Ask for work on a new connection."""
+        self.stream = await self.connect()
+        await self.stream.send(f"{AGENT}.Work", more=True)
+
+    async def begin(self) -> None:
+        """Do what each runner does first."""
+        await self.work()
+        self.calls = await self.connect()
+        self.ready.set()
+
+    async def take(self) -> Json:
+        """Return the next turn. Waits without an end, as a runner does."""
+        while True:
+            work = await self.next()
+            if work["turn"] is not None:
+                turn: Json = work["turn"]
+                self.turns.append(turn)
+                return turn
+
+    async def next(self) -> Json:
+        data = await self.stream.reader.readuntil(b"\0")
+        self.stream.reader._buffer[:0] = data  # type: ignore[attr-defined]  # let receive() check it, now in time
+        return await self.stream.result()
+
+    async def call(self, method: str, parameters: Json | None = None, **flags: bool) -> Json:
+        return await self.calls.call(f"{AGENT}.{method}", parameters, **flags)
+
+    async def finish(self, turn: Json, *replies: str, outcome: str = "answered") -> Json:
+        return await self.call("FinishTurn", {"turn": turn["id"], "outcome": outcome, "replies": [*replies]})
+
+    async def fail(self, turn: Json, *, retryable: bool = True, after_s: float | None = None) -> Json:
+        error = {
+            "code": "internal",
+            "message": "it broke",
+            "retryable": retryable,
+            "retryAfterSeconds": after_s,
+        }
+        return await self.call(
+            "FinishTurn", {"turn": turn["id"], "outcome": "failed", "replies": [], "error": error}
+        )
+
+    async def close(self) -> None:
+        for peer in self._peers:
+            await peer.close()
+
+
+Program = Callable[[Container], Awaitable[None]]
+
+
+async def echo(container: Container) -> None:
+    """Answer everything, for ever."""
+    await container.begin()
+    while True:
+        turn = await container.take()
+        await container.finish(turn, *(f"echo: {message['text']}" for message in turn["messages"]))
+
+
+class _Killed(Exception):
+    """The unit's processes were killed."""
+
+
+class SystemdDouble:
+    """Has the methods of Systemd that the router uses; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self.on_unit_change: Callable[[UnitChange], None] = lambda change: None
+        self.programs: list[Program] = []  #: of the next starts; then `program`
+        self.program: Program = echo
+        self.containers: dict[str, Container] = {}  #: running, or the last that ran
+        self.starts: list[str] = []
+        self.stops: list[str] = []
+        self.most_at_once = 0
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    async def start_unit(self, unit: str) -> None:
+        self.starts.append(unit)
+        if unit in self._running:
+            return
+        program = self.programs.pop(0) if self.programs else self.program
+        container = self.containers[unit] = Container(unit)
+        self._tell(unit, active_state="activating")
+        running = asyncio.create_task(self._run(program, container), name=f"double of {unit}")
+        self._running[unit] = running
+        self.most_at_once = max(self.most_at_once, len(self._running))
+        ready = asyncio.create_task(container.ready.wait())
+        await asyncio.wait((ready, running), return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if not container.ready.is_set():
+            raise Failed(f"StartUnit of {unit}: failed")
+        self._tell(unit, active_state="active")
+
+    async def _run(self, program: Program, container: Container) -> None:
+        result = "success"
+        try:
+            await program(container)
+            if not container.ready.is_set():
+                result = "protocol"
+        except asyncio.CancelledError:
+            pass
+        except (_Killed, OSError, EOFError):
+            result = "signal"
+        self._tell(container.unit, active_state="deactivating")
+        await container.close()
+        del self._running[container.unit]
+        if result != "success":
+            self._tell(container.unit, result=result)
+        self._tell(container.unit, active_state="inactive" if result == "success" else "failed")
+
+    def _tell(self, unit: str, *, active_state: str | None = None, result: str | None = None) -> None:
+        self.on_unit_change(UnitChange(unit=unit, active_state=active_state, result=result))
+
+    def is_running(self, unit: str) -> bool:
+        return unit in self._running
+
+    async def stop_unit(self, unit: str) -> None:
+        self.stops.append(unit)
+        await self.end(unit)
+
+    async def end(self, unit: str) -> None:
+        """End a unit without the router's asking, e.g. because its last process is gone."""
+        if (task := self._running.get(unit)) is not None:
+            task.cancel()
+            await asyncio.wait((task,))
+
+    async def end_all(self) -> None:
+        for unit in list(self._running):
+            await self.end(unit)
+
+    async def reset_failed(self, unit: str) -> None:
+        pass
+
+    async def unit_property(self, unit: str, interface: str, name: str) -> Any:
+        assert (interface, name) == ("Unit", "ActiveState")
+        return "active" if unit in self._running else "inactive"
+
+    async def list_units(self, patterns: list[str]) -> list[LoadedUnit]:
+        return [
+            LoadedUnit(name=unit, load_state="loaded", active_state="active", sub_state="running", path="/")
+            for unit in self._running
+        ]
+
+
+async def killed(container: Container) -> None:
+    """A program's end by signal."""
+    raise _Killed
+
+
+class RegistryDouble:
+    """Agents without files and units."""
+
+    def __init__(self) -> None:
+        self.agents: dict[str, AgentConfig] = {}
+        self.held: set[str] = set()
+        self.add("berta")
+
+    def add(self, name: str) -> None:
+        self.agents[name] = AgentConfig(name=AgentName(name), provider="echo")
+
+    def names(self) -> list[str]:
+        return sorted(self.agents)
+
+    def find(self, name: str) -> Agent | None:
+        if name not in self.agents:
+            return None
+        return Agent(name=AgentName(name), config=self.agents[name], index=0, held=name in self.held)
+
+    def config(self, name: str) -> AgentConfig:
+        if name not in self.agents:
+            raise NotFound(f"no agent named '{name}'")
+        if name == "broken":
+            raise ConfigError("agents/broken.toml:1: is broken", hint="repair it")
+        return self.agents[name]
+
+    def instructions(self, name: str) -> str:
+        return "Be brief."
+
+    def may_run(self, name: str) -> bool:
+        return name in self.agents and name not in self.held
+
+    async def ensure_unit(self, name: str) -> None:
+        self.config(name)
+
+
+class Adapter:
+    """A channel adapter: one connection streams, the other reports."""
+
+    def __init__(self, stream: Peer, calls: Peer, channel: str) -> None:
+        self.stream, self.calls, self.channel = stream, calls, channel
+        self.activity: list[str] = []
+
+    async def delivery(self) -> Json:
+        """Return the next delivery, and collect activity that comes before it."""
+        while True:
+            item = await self.stream.result()
+            if item["delivery"] is not None:
+                delivery: Json = item["delivery"]
+                return delivery
+            self.activity.append(item["activity"]["kind"])
+
+    async def sent(self, delivery: Json) -> None:
+        parameters = {"channel": self.channel, "key": delivery["key"], "receipt": "r"}
+        assert await self.calls.call(f"{CHANNEL}.ReportSent", parameters) == {}
+
+    async def failed(self, delivery: Json, *, retryable: bool, after_s: float | None = None) -> None:
+        await self.calls.call(
+            f"{CHANNEL}.ReportFailed",
+            {
+                "channel": self.channel,
+                "key": delivery["key"],
+                "reason": "no\nconnection",
+                "retryable": retryable,
+                "retryAfterSeconds": after_s,
+            },
+        )
+
+    async def reply(self) -> str:
+        """Return the text of the next delivery, and report it as sent."""
+        delivery = await self.delivery()
+        await self.sent(delivery)
+        return cast(str, delivery["text"])
+
+    async def close(self) -> None:
+        await self.stream.close()
+        await self.calls.close()
+
+
+class Router:
+    """One life of the router; see Place.router()."""
+
+    def __init__(self, place: Place, slots: int) -> None:
+        self.place = place
+        self.started = asyncio.Event()
+        self.peers: list[Peer] = []
+        self.db: Database
+        self.sessions: Sessions
+        self.outlets: Outlets
+        self._slots = slots
+
+    async def run(self) -> None:
+        place = self.place
+        place.channel.parent.mkdir(parents=True, exist_ok=True)
+        self.db = db = await Database.open(paths.state() / "nanoclaw.db")
+        systemd, registry = cast(Systemd, place.systemd), cast(Registry, place.registry)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(db.run(), name="database")
+                self.outlets = outlets = Outlets(db)
+                self.sessions = Sessions(
+                    db=db,
+                    systemd=systemd,
+                    registry=registry,
+                    outlets=outlets,
+                    gateway=GatewayLink(),
+                    tasks=tasks,
+                    slots=self._slots,
+                )
+                parts: dict[str, Any] = {
+                    "version": "1",
+                    "db": db,
+                    "registry": registry,
+                    "sessions": self.sessions,
+                    "outlets": outlets,
+                }
+                self.sessions.service = AgentService(**parts).service
+                channel = ChannelService(**parts).service
+                listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
+                place.open += listeners.values()
+                await nanoclawd._recover(db, systemd, self.sessions, listeners)
+                await self.start_waiting()
+                tasks.create_task(outlets.run(), name="outlets")
+                tasks.create_task(Server(channel, place.listener).run(), name="channel")
+                self.started.set()
+        finally:
+            await db.close()
+
+    async def start_waiting(self) -> None:
+        for row in await self.db.read("find_work"):
+            self.sessions.wake(session_row(row))
+
+    async def peer(self) -> Peer:
+        peer = await Peer.connect(self.place.channel)
+        self.peers.append(peer)
+        return peer
+
+    async def deliver(self, text: str, **more: Any) -> Json:
+        """Hand over a message of a person; each call is another event unless `event` says otherwise."""
+        parameters = {
+            "channel": "test",
+            "chat": "chat",
+            "thread": "",
+            "event": f"e{next(self.place.events)}",
+            "revision": 0,
+            "sender": "someone",
+            "text": text,
+            "agent": "berta",
+            **more,
+        }
+        peer = await self.peer()
+        try:
+            return await peer.call(f"{CHANNEL}.Deliver", parameters)
+        finally:
+            await peer.close()
+
+    async def stop_turn(self, chat: str = "chat") -> bool:
+        peer = await self.peer()
+        reply = await peer.call(f"{CHANNEL}.StopTurn", {"channel": "test", "chat": chat, "thread": ""})
+        return cast(bool, reply["stopped"])
+
+    async def attach(self, chat: str | None = None, event: str | None = None) -> Adapter:
+        """Return an adapter that has been handed all that was pending."""
+        adapter = Adapter(await self.peer(), await self.peer(), "test")
+        known = len(self.outlets._outlets)
+        await adapter.stream.send(
+            f"{CHANNEL}.Attach", {"channel": "test", "chat": chat, "event": event}, more=True
+        )
+        await eventually(lambda: len(self.outlets._outlets) > known)
+        outlet = self.outlets._outlets[-1]
+        await eventually(lambda: outlet.live or outlet.queue.qsize() or outlet.unreported)
+        return adapter
+
+    async def inbox(self) -> list[Row]:
+        return list(await self.db._reader.execute_fetchall("SELECT * FROM inbox ORDER BY seq"))
+
+    async def outbox(self) -> list[Row]:
+        return list(await self.db._reader.execute_fetchall("SELECT * FROM outbox ORDER BY seq"))
+
+    async def states(self) -> list[str]:
+        return [row["state"] for row in await self.inbox()]
+
+    async def settled(self) -> None:
+        """Return when every message has ended."""
+        async with asyncio.timeout(WAIT_S):
+            while await self.db.read("find_work"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+
+class Place:
+    """What outlives a router: directories, the channel's listener, systemd with its fd store, agents."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        for variable in ("RUNTIME_DIR", "STATE_HOME", "CONFIG_HOME"):
+            (root / variable).mkdir()
+            patch.setenv(f"XDG_{variable}", str(root / variable))
+        patch.delenv("NOTIFY_SOCKET", raising=False)
+        self.systemd = SystemdDouble()
+        self.registry = RegistryDouble()
+        self.fd_store: dict[str, socket.socket] = {}
+        self.open: list[socket.socket] = []  #: of the router that runs
+        for module in (sessions, nanoclawd):
+            patch.setattr(module, "store_listener", self._store, raising=False)
+            patch.setattr(module, "forget_listener", self._forget, raising=False)
+        self.events = itertools.count(1)
+        self.channel = root / "channel" / "socket"
+        self.channel.parent.mkdir()
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.channel))
+        self.listener.listen(128)
+
+    def _store(self, name: str, listener: socket.socket) -> None:
+        self.open.append(listener)
+        self.fd_store[name] = listener.dup()
+
+    def _forget(self, name: str) -> None:
+        if name in self.fd_store:
+            self.fd_store.pop(name).close()
+
+    @asynccontextmanager
+    async def router(self, slots: int = 4) -> AsyncIterator[Router]:
+        """Run a router while the body runs; fails if it ends by itself, as it does after a bug."""
+        router = Router(self, slots)
+        running = asyncio.create_task(router.run(), name="router")
+        started = asyncio.create_task(router.started.wait())
+        try:
+            await asyncio.wait((started, running), return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+            yield router
+            if running.done():
+                running.result()
+                raise AssertionError("the router ended")
+        finally:
+            for peer in router.peers:
+                await peer.close()
+            started.cancel()
+            running.cancel()
+            ended, _ = await asyncio.wait((running,), timeout=WAIT_S)
+            assert ended, "the router does not stop"
+            for listener in self.open:  # which the end of the process closes
+                listener.close()
+            self.open.clear()
+
+    def run(self, body: Callable[[], Awaitable[None]]) -> None:
+        """Run a test; fails if it leaves a task."""
+
+        async def main() -> None:
+            try:
+                async with asyncio.timeout(2 * WAIT_S):
+                    await body()
+            finally:
+                await self.systemd.end_all()
+            for _ in range(3):  # what was cancelled just now ends
+                await asyncio.sleep(0)
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            assert not left, left
+
+        try:
+            asyncio.run(main())
+        finally:
+            self.listener.close()
+            for sock in self.fd_store.values():
+                sock.close()
