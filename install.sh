@@ -103,31 +103,53 @@ completions() { # SHELL: where this user's completions for it lie
   esac
 }
 
-remove_programs() {
-  rm -rf "$LIB"
-  rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclawctl} "$UNITS"/nanoclaw{,-gateway,-podman}.service \
-    "$UNITS"/nanoclaw{,-channel,-gateway}.socket "$UNITS"/nanoclaw{,-agents}.slice
-  rm -f "$(completions bash)" "$(completions zsh)" "$(completions fish)" "$DATA"/man/man[1-8]/nanoclaw{,ctl,d,-gateway,.toml}.[1-8]
+prune_images() { # former versions of our image that no container runs on
+  podman image prune --force --filter label=io.nanoclaw.base > /dev/null 2>&1 || true
+}
+
+man_pages() { # where this user's copies of our manual lie
+  local page
+  for page in "$HERE"/packaging/man/*.[1-8]; do
+    [ ! -e "$page" ] || echo "$DATA/man/man${page##*.}/$(basename "$page")"
+  done
 }
 
 uninstall() {
+  local unit
+  if [ -n "$PURGE" ] && ! ask "Delete configuration, credentials, workspaces and messages for ever?"; then PURGE=; fi
   step "Stopping and removing"
-  systemctl --user disable --now "${ENABLED[@]}" 2> /dev/null || true
-  systemctl --user stop 'nanoclaw-*@*.service' nanoclaw-gateway.service nanoclaw-agents.slice 2> /dev/null || true
-  remove_programs
-  rm -rf "$CONFIG/containers/systemd/nanoclaw"
+  for unit in "${ENABLED[@]}" nanoclaw-gateway.service; do
+    systemctl --user disable --quiet --now "$unit" 2> /dev/null || true # the unit may be gone already
+  done
+  systemctl --user stop 'nanoclaw-*@*.service' nanoclaw-podman.service nanoclaw-agents.slice nanoclaw.slice 2> /dev/null || true
+  systemctl --user clean --what=fdstore nanoclaw.service 2> /dev/null || true
+  [ ! -e "$LIB/podman.socket" ] || systemctl --user disable --quiet --now podman.socket
+  rm -rf "$LIB" "$CONFIG/containers/systemd/nanoclaw" "${XDG_RUNTIME_DIR:?}/nanoclaw"
+  rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclawctl} "$UNITS"/nanoclaw{,-gateway,-podman}.service \
+    "$UNITS"/nanoclaw{,-channel,-gateway}.socket "$UNITS"/nanoclaw{,-agents}.slice
+  local files=("$(completions bash)" "$(completions zsh)" "$(completions fish)") directory
+  mapfile -t -O 3 files < <(man_pages)
+  rm -f "${files[@]}"
   systemctl --user daemon-reload
   systemctl --user reset-failed 'nanoclaw*' 2> /dev/null || true
-  systemctl --user clean --what=fdstore nanoclaw.service 2> /dev/null || true
   podman image rm -f localhost/nanoclaw-agent:latest localhost/nanoclaw-base:latest > /dev/null 2>&1 || true
-  if [ -n "$PURGE" ] && ask "Delete configuration, credentials, workspaces and messages for ever?"; then
+  prune_images
+  if [ -n "$PURGE" ]; then
     # Files of agents belong to subordinate uids.
     podman unshare rm -rf "$STATE/nanoclaw"
-    rm -rf "$CONFIG/nanoclaw" "$CONFIG"/credstore.encrypted/nanoclaw.* "${XDG_RUNTIME_DIR:?}/nanoclaw"
+    rm -rf "$CONFIG/nanoclaw" "$CONFIG"/credstore.encrypted/nanoclaw.*
     say "Removed, with all data."
   else
     say "Removed. Kept: $CONFIG/nanoclaw, $STATE/nanoclaw and the credentials ('--purge' deletes them)."
   fi
+  # Directories in which nothing but ours was.
+  for directory in "$BIN" "$(dirname "$LIB")" "$UNITS" "$CONFIG/containers/systemd" "$CONFIG/credstore.encrypted" "$STATE" \
+    "$CONFIG"/systemd/user{/sockets.target.wants,/default.target.wants,}; do
+    files+=("$directory/.")
+  done
+  for directory in "${files[@]%/*}"; do
+    while [[ $directory == "$HOME"/* ]] && rmdir "$directory" 2> /dev/null; do directory=${directory%/*}; done
+  done
 }
 if [ -n "$UNINSTALL" ]; then
   uninstall
@@ -137,7 +159,7 @@ fi
 # --- what it needs ----------------------------------------------------------------------------------
 
 missing_modules() { # the Python modules that are not there
-  "$PYTHON" -c 'import importlib.util, sys
+  "$PYTHON" -I -c 'import importlib.util, sys
 print(*[m for m in sys.argv[1:] if importlib.util.find_spec(m) is None])' jeepney podman systemd aiosqlite tomli_w h11
 }
 
@@ -154,15 +176,23 @@ install_packages() {
   fi
   [ ${#packages[@]} != 0 ] || return 0
   [ -n "${install[*]:-}" ] || die "missing: ${packages[*]}" "install them with your package tool, then run this again"
+  command -v sudo > /dev/null || die "missing: ${packages[*]}" "as root: ${install[*]:1} ${packages[*]}"
   ask "Install ${packages[*]} with '${install[*]}'?" || die "these packages are needed: ${packages[*]}"
-  "${install[@]}" "${packages[@]}"
+  "${install[@]}" "${packages[@]}" || die "not installed: ${packages[*]}"
+}
+
+ensure_linger() {
+  local name
+  name=$(id -un)
+  [ "$(loginctl show-user "$name" -P Linger 2> /dev/null)" != yes ] || return 0
+  if ask "Let your services run while you are logged out (loginctl enable-linger)?"; then
+    loginctl enable-linger || die "your services would end when you log out" "as root: loginctl enable-linger $name"
+  fi
 }
 
 step "Checking what is needed"
 [ -x "$PYTHON" ] || die "there is no $PYTHON" "install python3 (3.11 or newer)"
-if [ "$(loginctl show-user "$(id -un)" -P Linger 2> /dev/null)" != yes ] && ask "Let your services run while you are logged out (loginctl enable-linger)?"; then
-  loginctl enable-linger
-fi
+ensure_linger
 install_packages
 (cd "$HERE" && "$PYTHON" -m nanoclawd.cli.doctor --floor) || die "this machine lacks what is named above"
 
@@ -179,6 +209,8 @@ rm -rf "$LIB.new"
 mkdir "$LIB.new"
 (cd "$HERE" && cp -r nanoclawd quadlets agent-image "$LIB.new/")
 find "$LIB.new" -name __pycache__ -prune -exec rm -rf {} +
+# Noted, for an uninstallation to leave it as it was.
+if [ -e "$LIB/podman.socket" ] || ! systemctl --user is-enabled --quiet podman.socket; then : > "$LIB.new/podman.socket"; fi
 "$PYTHON" -m compileall -q -s "$LIB.new" -p "$LIB" "$LIB.new/nanoclawd"
 rm -rf "$LIB" && mv "$LIB.new" "$LIB"
 launcher nanoclawd nanoclawd
@@ -191,24 +223,25 @@ for shell in bash zsh fish; do
   mkdir -p "$(dirname "$(completions $shell)")"
   "$BIN/nanoclawctl" completion $shell > "$(completions $shell)"
 done
-for page in "$HERE"/packaging/man/*.[1-8]; do
-  install -D -m 644 "$page" "$DATA/man/man${page##*.}/$(basename "$page")"
-done
+while read -r page; do
+  install -D -m 644 "$HERE/packaging/man/$(basename "$page")" "$page"
+done < <(man_pages)
 systemctl --user daemon-reload
 systemctl --user enable --quiet --now podman.socket
 systemctl --user enable --quiet "${ENABLED[@]}"
 systemctl --user start nanoclaw.socket nanoclaw-channel.socket nanoclaw-gateway.socket
 # A router or gateway of an earlier version makes room; agents go on and do not notice.
 systemctl --user try-restart nanoclaw-gateway.service
-systemctl --user restart nanoclaw.service
+systemctl --user restart nanoclaw.service || die "nanoclaw.service does not start" "see 'journalctl --user -u nanoclaw'"
 say "nanoclaw.service is $(systemctl --user is-active nanoclaw.service)"
 
 # --- image and first agent --------------------------------------------------------------------------
 
 if [ -n "$IMAGE" ]; then
   step "Building the agent image"
-  "$BIN/nanoclawctl" image build ${BASE:+--base-directory "$BASE"} || die "the agent image was not built" \
+  "$BIN/nanoclawctl" image build ${BASE:+--base-directory "$BASE"} > /dev/null || die "the agent image was not built" \
     "without a registry: 'agent-image/make-base DIR', then this again with --base-directory DIR"
+  prune_images
 fi
 if [ -n "$DEMO" ]; then
   step "The agent \"demo\""
