@@ -28,7 +28,7 @@ from nanoclawd.agent_service import AgentService
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
-from nanoclawd.errors import ConfigError, NanoclawError, Refused
+from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import unit_name
 from nanoclawd.outlets import Outlets
@@ -92,18 +92,24 @@ async def _run() -> None:
             "no sockets were passed in",
             hint="nanoclawd is started by systemd: 'systemctl --user start nanoclaw'",
         )
+    started = asyncio.Event()
     try:
-        await _route(control, channel, listeners)
-    except* (ConfigError, Refused) as group:
-        # Both wait for a person: others who call must not, and systemd would start us for each of them.
-        error = next(_leaves(group))
-        turn_away(control, "io.nanoclaw.Control", error)
-        turn_away(channel, "io.nanoclaw.Channel", error)
+        await _route(control, channel, listeners, started)
+    except* NanoclawError as group:
+        # Who called meanwhile must not wait for a person to act, nor make systemd start us again for it. But
+        # the restart of a router that was in order is none of their business.
+        if not started.is_set() or group.subgroup(ConfigError):
+            error = next(_leaves(group))
+            turn_away(control, "io.nanoclaw.Control", error)
+            turn_away(channel, "io.nanoclaw.Channel", error)
         raise
 
 
 async def _route(
-    control: socket.socket, channel: socket.socket, listeners: dict[str, socket.socket]
+    control: socket.socket,
+    channel: socket.socket,
+    listeners: dict[str, socket.socket],
+    started: asyncio.Event,
 ) -> None:
     settings = read_settings()
     db = await Database.open(paths.state() / "nanoclaw.db")
@@ -153,6 +159,7 @@ async def _route(
             # What was made while starting lives for ever: the collector need not look at it again.
             gc.collect()
             gc.freeze()
+            started.set()
             daemon.notify(f"READY=1\nSTATUS={len(registry.names())} agents")
             journal.info("started", version=VERSION, agents=len(registry.names()))
     finally:

@@ -286,7 +286,7 @@ class ControlService:
             if call.more:
                 await call.send({"line": line[: limits.ACTIVITY_BYTES], "imageId": None})
 
-        directory, image = parameters["baseDirectory"], parameters["image"] or images.DEFAULT_IMAGE
+        directory, image = parameters["baseDirectory"], parameters["image"] or DEFAULT_IMAGE
         image_id = await images.build_image(
             image,
             base=parameters["base"],
