@@ -66,9 +66,15 @@ async def connect() -> AsyncIterator[Systemd]:
             f"cannot connect to the user's D-Bus: {exc}",
             hint="is dbus-user-session (Debian) or dbus-broker installed?",
         ) from exc
-    async with DBusRouter(connection) as router:
+    router = DBusRouter(connection)
+    try:
         yield Systemd(router)
-    await connection.close()
+    finally:
+        # At the end of the user's session the bus may be gone before we are; that is no reason to fail.
+        with suppress(EOFError, OSError):
+            await router.__aexit__(None, None, None)
+        with suppress(OSError):
+            await connection.close()
 
 
 class Systemd:
