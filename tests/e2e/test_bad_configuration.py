@@ -261,6 +261,7 @@ def test_a_unit_that_somebody_damaged_is_written_again(
 
     assert product.send(agent, "hello") == "hello"
     assert machine.read(unit) == text
+    machine.expect_journal("podman-user-generator failed")  # said by systemd of the damaged one
 
 
 def test_a_drop_in_that_systemd_refuses_is_named_and_the_change_undone(

@@ -79,7 +79,7 @@ def full_disk(host: NestedMachine, directory: str) -> Iterator[None]:
         host.systemctl("start", "nanoclaw.service")
         host.sh(f"cat /dev/zero > {path}/ballast || true")
         yield
-        host.run("rm", f"{path}/ballast")
+        host.run("rm", "-f", f"{path}/ballast")
     finally:
         host.systemctl("stop", "nanoclaw.service", "nanoclaw-agents.slice")
         host.sh(f"cp -a {path}/. /run/kept 2>/dev/null; umount {path}", user="root")
@@ -155,8 +155,28 @@ def test_a_full_disk_under_the_database_is_told_and_loses_nothing(
         host.sh("rm ~/.local/state/nanoclaw/ballast")
         assert product.send(agent, "after") == "after"
         assert product.status()["pid"] == pid
-        host.sh("touch ~/.local/state/nanoclaw/ballast")
     host.expect_journal("<3> database-write-failed: .*nothing of it was acknowledged")
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_until_there_is_room(
+    product: Product, host: NestedMachine
+) -> None:
+    agent = product.add()
+    with full_disk(host, ".local/state/nanoclaw"):
+        host.systemctl("restart", "nanoclaw.service", check=False)
+
+        answers = [
+            product.ctl(*command, check=False, timeout_s=20)
+            for command in (("status",), ("send", agent, "hello", "--wait"))
+        ]
+        host.sh("rm ~/.local/state/nanoclaw/ballast")
+
+        for answer in answers:
+            assert (answer.returncode, answer.stdout) == (3, "")
+            assert "error: the router cannot start: the database '" in answer.stderr
+            assert answer.stderr.endswith("hint: is the disk full? see 'df -h ~'\n")
+        assert product.send(agent, "there is room") == "there is room"
+    host.expect_journal("nanoclaw.service <[34]> ")
 
 
 def test_missing_subordinate_uids_are_told_at_once(product: Product, host: NestedMachine) -> None:
