@@ -1,0 +1,308 @@
+"""Adapters: each delivery reaches one, is reported once, and survives adapters that go, stall or fail."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import pytest
+
+from nanoclawd import limits
+from nanoclawd.wire import VarlinkError
+from tests.support.router import CHANNEL, Container, Place
+from tests.support.varlink_peer import eventually
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BACKOFF_FIRST_S", 0.001)
+    monkeypatch.setattr(limits, "STORE_AGAIN_S", 0.001)
+
+
+async def talkative(container: Container) -> None:
+    """Send as many messages as the text says, then answer."""
+    await container.begin()
+    while True:
+        turn = await container.take()
+        for number in range(int(turn["messages"][0]["text"])):
+            await container.call(
+                "SendMessage", {"turn": turn["id"], "key": f"{number}", "text": f"m{number}"}
+            )
+        await container.finish(turn, "end")
+
+
+def test_what_was_pending_comes_first_and_in_order(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            for number in range(400):  # more than fits into a stream's queue
+                await router.deliver(str(number), chat=f"chat{number % 3}")
+            await router.settled()
+
+            adapter = await router.attach()
+            deliveries = [await adapter.delivery() for _ in range(400)]
+
+            texts = {
+                f"chat{n}": [d["text"] for d in deliveries if d["chat"] == f"chat{n}"] for n in range(3)
+            }
+            assert texts == {f"chat{n}": [f"echo: {m}" for m in range(n, 400, 3)] for n in range(3)}
+            assert len({delivery["key"] for delivery in deliveries}) == 400
+
+    place.run(run)
+
+
+def test_unreported_delivery_comes_again_with_the_same_key(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            first = await router.attach()
+            await router.deliver("hello")
+            delivery = await first.delivery()
+            await first.close()
+            second = await router.attach()
+
+            again = await second.delivery()
+
+            assert again == delivery
+            await second.sent(again)
+            await second.sent(again)  # harmless
+            await second.close()
+            third = await router.attach()
+            await router.deliver("next")
+            assert (await third.delivery())["text"] == "echo: next"
+
+    place.run(run)
+
+
+def test_two_adapters_of_a_chat_both_get_it_and_the_first_receipt_counts(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            one, two = await router.attach(), await router.attach("chat")
+            await router.deliver("hello")
+            first, second = await one.delivery(), await two.delivery()
+            assert first == second
+            await one.close()  # without a report: the other one has it still
+            await eventually(lambda: len(router.outlets._outlets) == 1)
+            assert (await router.outbox())[0]["state"] == "leased"
+
+            await two.sent(second)
+            await two.failed(second, retryable=True)  # too late
+
+            assert (await router.outbox())[0]["state"] == "sent"
+            assert router.outlets._outlets[0].unreported == set()
+
+    place.run(run)
+
+
+def test_adapter_of_one_event_or_chat_gets_only_that(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            event, chat = await router.attach("a", "e-mine"), await router.attach("b")
+            await router.deliver("other", chat="a", event="e-other")
+            await router.deliver("b", chat="b")
+            await router.deliver("mine", chat="a", event="e-mine")
+
+            assert await event.reply() == "echo: mine"
+            assert await chat.reply() == "echo: b"
+            await eventually(lambda: not list(router.outlets._returned))
+            everything = await router.attach()
+            assert await everything.reply() == "echo: other"
+
+    place.run(run)
+
+
+def test_adapter_that_reads_nothing_is_cut_off_and_loses_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> None:
+        monkeypatch.setattr(limits, "STREAM_QUEUE", 8)
+        place.systemd.program = talkative
+        async with place.router() as router:
+            slow = await router.attach()
+            (outlet,) = router.outlets._outlets
+            reads = router.outlets.next
+            blocked = asyncio.Event()
+
+            async def stalled(which):  # type: ignore[no-untyped-def]
+                if which is outlet:
+                    await blocked.wait()
+                return await reads(which)
+
+            router.outlets.next = stalled  # type: ignore[method-assign]
+            await router.deliver("50")
+            await router.settled()
+            blocked.set()
+            with pytest.raises(VarlinkError, match="too much was waiting"):
+                while True:
+                    await slow.delivery()
+            await slow.close()
+            again = await router.attach()
+            got = [(await again.delivery())["text"] for _ in range(51)]
+
+            assert got == [*(f"m{n}" for n in range(50)), "end"]
+
+    place.run(run)
+    assert "adapter-too-slow" in capfd.readouterr().err
+
+
+def test_failed_delivery_is_tried_again_and_then_dead(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        monkeypatch.setattr(limits, "DELIVERY_ATTEMPTS", 3)
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("hello")
+            keys = set()
+            for _ in range(3):
+                delivery = await adapter.delivery()
+                keys.add(delivery["key"])
+                await adapter.failed(delivery, retryable=True)
+
+            (row,) = await router.outbox()
+            assert (len(keys), row["state"], row["attempts"]) == (1, "dead", 3)
+            assert row["reason"] == "no connection"
+            await router.deliver("refused")
+            await adapter.failed(await adapter.delivery(), retryable=False)
+            assert [row["state"] for row in await router.outbox()] == ["dead", "dead"]
+
+    place.run(run)
+
+
+def test_younger_delivery_waits_for_an_older_one_of_its_chat(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("first")
+            await adapter.failed(await adapter.delivery(), retryable=True, after_s=3600)
+            await router.deliver("second")
+            await router.deliver("elsewhere", chat="other")
+
+            assert await adapter.reply() == "echo: elsewhere"
+            assert [row["state"] for row in await router.outbox()] == ["pending", "pending", "sent"]
+
+    place.run(run)
+
+
+def test_report_of_what_does_not_exist_is_refused(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            peer = await router.peer()
+            for call in (
+                ("ReportSent", {"channel": "test", "key": "nothing", "receipt": ""}),
+                ("ReportFailed", {"channel": "test", "key": "nothing", "reason": "x", "retryable": True}),
+                ("ReportFailed", {"channel": "x", "key": "x" * 5000, "reason": "x", "retryable": False}),
+            ):
+                with pytest.raises(VarlinkError, match="NotFound"):
+                    await peer.call(f"{CHANNEL}.{call[0]}", call[1])
+            with pytest.raises(VarlinkError, match="Refused"):
+                await peer.call(f"{CHANNEL}.Attach", {"channel": "a\nb"}, more=True)
+
+    place.run(run)
+
+
+def test_adapters_that_come_and_go_at_any_moment_lose_nothing(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            for number in range(40):
+                await router.deliver(str(number), chat=f"chat{number % 4}")
+                peer = await router.peer()
+                await peer.send(f"{CHANNEL}.Attach", {"channel": "test"}, more=True)
+                for _ in range(number):  # hangs up while it attaches, catches up, or waits
+                    await asyncio.sleep(0)
+                await peer.close()
+            await router.settled()
+            await eventually(lambda: not router.outlets._outlets and not router.outlets._returned)
+
+            adapter = await router.attach()
+            texts = sorted([await adapter.reply() for _ in range(40)])
+
+            assert texts == sorted(f"echo: {n}" for n in range(40))
+
+    place.run(run)
+
+
+@pytest.mark.parametrize("method", ["Deliver", "StopTurn", "ReportSent"])
+def test_call_whose_client_hangs_up_has_its_whole_effect(place: Place, method: str) -> None:
+    """With "more" the server ends a handler whose client has gone: not between a write and what follows."""
+
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            for number in range(20):
+                chat = f"chat{number}"
+                peer = await router.peer()
+                parameters = {"channel": "test", "chat": chat, "thread": ""}
+                if method == "Deliver":
+                    parameters |= {"event": f"e{number}", "sender": "s", "text": "x", "agent": "berta"}
+                    parameters["revision"] = 0  # type: ignore[assignment]
+                elif method == "ReportSent":
+                    parameters = {"channel": "test", "key": "none", "receipt": ""}
+                await peer.send(f"{CHANNEL}.{method}", parameters, more=True)
+                for _ in range(number):
+                    await asyncio.sleep(0)
+                await peer.close()
+            await router.settled()
+            rows = await router.inbox()
+            assert {row["state"] for row in rows} <= {"answered"}
+            for _ in rows:
+                await adapter.reply()
+
+    place.run(run)
+
+
+def test_reply_of_a_container_that_is_killed_as_it_answers_is_delivered(place: Place) -> None:
+    async def answers_and_dies(container: Container) -> None:
+        await container.begin()
+        turn = await container.take()
+        await container.calls.send(
+            "io.nanoclaw.Agent.FinishTurn",
+            {"turn": turn["id"], "outcome": "answered", "replies": ["last words"]},
+        )
+        for _ in range(delays.pop()):
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        place.systemd.program = answers_and_dies
+        async with place.router() as router:
+            adapter = await router.attach()
+            for number in range(40):
+                await router.deliver(str(number), chat=f"chat{number}")
+                delivery = await adapter.delivery()
+                await adapter.sent(delivery)
+                assert delivery["text"] == "last words"
+            await router.settled()
+            assert len(await router.outbox()) == 40
+
+    delays = [n % 20 for n in range(200)]
+    place.run(run)
+
+
+def test_full_disk_while_an_adapter_leaves_is_made_good(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("hello")
+            await adapter.delivery()
+            await router.db._writer.execute_fetchall("PRAGMA query_only = 1")  # each write fails
+            await adapter.close()
+            await eventually(lambda: router.outlets._timers)
+            await router.db._writer.execute_fetchall("PRAGMA query_only = 0")
+
+            again = await router.attach()
+            assert await again.reply() == "echo: hello"
+
+    place.run(run)
+
+
+def test_adapters_that_attach_while_a_delivery_backs_off_leave_no_timers(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("hello")
+            await adapter.failed(await adapter.delivery(), retryable=True, after_s=600)
+            for _ in range(20):
+                await (await router.attach()).close()
+
+            await eventually(lambda: len(router.outlets._outlets) == 1)
+            gc.collect()
+            timers = [t for t in asyncio.get_running_loop()._scheduled if not t.cancelled()]  # type: ignore[attr-defined]
+            assert sum("Outlets" in repr(timer) for timer in timers) == 1
+
+    place.run(run)

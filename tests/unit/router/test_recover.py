@@ -1,0 +1,202 @@
+"""A router that ends and comes back: turns go on, lost ones are retried, nobody is answered twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from contextlib import suppress
+
+import pytest
+
+from nanoclawd import limits
+from nanoclawd.wire import VarlinkError
+from tests.support.router import Container, Place
+from tests.support.varlink_peer import eventually
+
+UNIT = "nanoclaw-berta@test_1.service"
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BACKOFF_FIRST_S", 0.001)
+
+
+class Steady:
+    """A runner as ours: finishes its turn whatever the router does meanwhile, and comes back to it."""
+
+    def __init__(self, *, pause: asyncio.Event | None = None) -> None:
+        self.pause = pause
+        self.turns: list[tuple[str, int]] = []
+
+    async def __call__(self, container: Container) -> None:
+        running: dict[str, object] | None = None
+        while True:
+            with suppress(OSError, EOFError, AssertionError, VarlinkError, asyncio.IncompleteReadError):
+                await container.begin()
+                while True:
+                    turn = await container.take()
+                    if running is None or running["id"] != turn["id"]:
+                        running = turn
+                        self.turns.append((turn["messages"][0]["text"], turn["attempt"]))
+                        if self.pause is not None:
+                            await self.pause.wait()
+                    await container.finish(turn, f"done {turn['messages'][0]['text']}")
+                    running = None
+            await asyncio.sleep(0.001)  # and try again
+
+
+def test_turn_survives_a_restart_of_the_router(place: Place) -> None:
+    async def run() -> None:
+        runner = Steady(pause=asyncio.Event())
+        assert runner.pause is not None
+        place.systemd.program = runner
+        async with place.router() as router:
+            await router.deliver("long work")
+            await eventually(lambda: runner.turns)
+        async with place.router() as router:
+            adapter = await router.attach()
+            runner.pause.set()
+
+            assert await adapter.reply() == "done long work"
+            await router.deliver("next")
+            assert await adapter.reply() == "done next"
+            assert place.systemd.starts == [UNIT]
+            assert runner.turns == [("long work", 1), ("next", 1)]
+
+    place.run(run)
+
+
+def test_idle_container_gets_what_comes_after_a_restart(place: Place) -> None:
+    async def run() -> None:
+        place.systemd.program = Steady()
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("before")
+            assert await adapter.reply() == "done before"
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("after")
+
+            assert await adapter.reply() == "done after"
+            assert place.systemd.starts == [UNIT]
+
+    place.run(run)
+
+
+def test_turn_of_a_container_that_ended_with_the_router_is_retried(place: Place) -> None:
+    async def run() -> None:
+        runner = place.systemd.program = Steady(pause=asyncio.Event())
+        assert runner.pause is not None
+        async with place.router() as router:
+            await router.deliver("long work")
+            await eventually(lambda: runner.turns)
+        await place.systemd.end_all()
+        runner.pause.set()
+        async with place.router() as router:
+            adapter = await router.attach()
+
+            assert await adapter.reply() == "done long work"
+            assert runner.turns == [("long work", 1), ("long work", 2)]
+            assert set(place.fd_store) == {"host.berta.test_1", "gateway.berta.test_1"}
+
+    place.run(run)
+
+
+def test_container_that_ends_while_it_is_adopted_is_replaced(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        runner = place.systemd.program = Steady(pause=asyncio.Event())
+        assert runner.pause is not None
+        async with place.router() as router:
+            await router.deliver("long work")
+            await eventually(lambda: runner.turns)
+        listed = await place.systemd.list_units([])
+        await place.systemd.end_all()
+
+        async def list_units(patterns: object) -> object:
+            return listed
+
+        monkeypatch.setattr(place.systemd, "list_units", list_units)
+        runner.pause.set()
+        async with place.router() as router:
+            adapter = await router.attach()
+
+            assert await adapter.reply() == "done long work"
+
+    place.run(run)
+
+
+def test_container_without_listeners_is_stopped(place: Place) -> None:
+    async def run() -> None:
+        runner = place.systemd.program = Steady(pause=asyncio.Event())
+        assert runner.pause is not None
+        async with place.router() as router:
+            await router.deliver("long work")
+            await eventually(lambda: runner.turns)
+        for name in list(place.fd_store):
+            place._forget(name)
+        runner.pause.set()
+        async with place.router() as router:
+            adapter = await router.attach()
+
+            assert await adapter.reply() == "done long work"
+            assert place.systemd.stops == [UNIT]
+
+    place.run(run)
+
+
+def test_listeners_that_belong_to_nobody_are_forgotten(place: Place) -> None:
+    async def run() -> None:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            place.fd_store["host.anna.test_7"] = stranger.dup()
+            async with place.router():
+                assert place.fd_store == {}
+
+    place.run(run)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_restarts_at_any_moment_lose_nothing_and_repeat_nothing(
+    place: Place, seed: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> None:
+        chance = random.Random(seed)
+        place.systemd.program = Steady()
+        accepted: dict[str, bool] = {}
+        for life in range(12):
+            async with place.router() as router:
+                for number in range(5):
+                    text = f"{life}.{number}"
+                    await router.deliver(text, event=text, chat=f"chat{number % 3}")
+                    accepted[text] = True
+                    for _ in range(chance.randrange(30)):
+                        await asyncio.sleep(0)
+                if life % 4 == 3:
+                    await place.systemd.end(chance.choice(sorted(place.systemd.containers)))
+        async with place.router() as router:
+            await router.settled()
+            adapter = await router.attach()
+            replies = [await adapter.reply() for _ in range(len(accepted))]
+
+            assert sorted(replies) == sorted(f"done {text}" for text in accepted)
+            assert len(await router.outbox()) == len(accepted)
+            assert set(await router.states()) == {"answered"}
+
+    place.run(run)
+
+
+def test_router_stops_while_an_adapter_holds_unreported_deliveries(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("hello")
+            await adapter.delivery()
+            router.peers.clear()  # still attached while the router stops
+        await adapter.close()
+        async with place.router() as router:
+            again = await router.attach()
+            assert await again.reply() == "echo: hello"
+
+    place.run(run)
