@@ -26,7 +26,7 @@ class Client:
             self._sock.close()
             raise Unavailable(
                 f"cannot connect to '{path}': {exc.strerror}",
-                hint="try 'systemctl --user start nanoclaw.socket', then 'nanoclawctl doctor'",
+                hint="try 'systemctl --user start nanoclaw', then 'nanoclawctl doctor'",
             ) from exc
 
     def __enter__(self) -> Client:

@@ -341,3 +341,23 @@ def test_a_refused_credential_is_told_with_the_providers_words(
     )
     assert product.send(other, "still there") == "still there"
     host.expect_journal("<3> message-dead|nanoclaw-gateway.service <4> ")
+
+
+def test_a_router_that_is_stopped_with_its_sockets_is_started_by_what_the_hint_says(
+    product: Product, host: NestedMachine
+) -> None:
+    agent = product.add()
+    host.systemctl("stop", "nanoclaw.socket", "nanoclaw-channel.socket", "nanoclaw.service")
+
+    answers = {
+        name: product.ctl(*command, check=False)
+        for name, command in {"Control": ("status",), "Channel": ("send", agent, "hello")}.items()
+    }
+
+    for name, answer in answers.items():
+        path = f"/run/user/1000/nanoclaw/{name.lower()}/io.nanoclaw.{name}"
+        assert (answer.returncode, answer.stdout) == (3, "")
+        assert answer.stderr.startswith(f"error: cannot connect to '{path}': ")
+        assert "hint: try 'systemctl --user start nanoclaw', then 'nanoclawctl doctor'" in answer.stderr
+    host.systemctl("start", "nanoclaw")
+    assert product.send(agent, "it is back") == "it is back"
