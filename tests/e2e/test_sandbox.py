@@ -64,6 +64,21 @@ def test_there_is_only_loopback(seen: Seen) -> None:
     assert [route for route in seen.report["routes"] if not route.endswith(" lo")] == []
 
 
+def test_no_network_is_shared(seen: Seen, product: Product, machine: Machine) -> None:
+    # Counting interfaces is not enough: a machine may have nothing but loopback itself.
+    product.send(seen.agent, "hello")
+
+    own, machines = (
+        machine.sh(f"readlink /proc/{pid}/ns/net", user="root")
+        for pid in (
+            product.runner_pid(seen.agent),
+            machine.unit("nanoclaw-gateway.service", "MainPID")["MainPID"],
+        )
+    )
+
+    assert own != machines
+
+
 def test_every_connect_fails_but_to_the_two_sockets(seen: Seen) -> None:
     worked = {name for name, outcome in seen.report["connects"].items() if outcome == "worked"}
 
