@@ -19,7 +19,7 @@ set -euo pipefail
 umask 022
 
 HERE=$(dirname "$(realpath "$0")")
-YES= DEMO=1 IMAGE=1 BASE= UNINSTALL= PURGE=
+YES='' DEMO=1 IMAGE=1 BASE='' UNINSTALL='' PURGE=''
 ARGS=("$@")
 
 say() { printf '%s\n' "$*"; }
@@ -245,7 +245,7 @@ if [ -n "$IMAGE" ]; then
 fi
 if [ -n "$DEMO" ]; then
   step "The agent \"demo\""
-  provider=echo
+  provider="echo"
   if [ -n "${ANTHROPIC_API_KEY:-}" ]; then
     printf %s "$ANTHROPIC_API_KEY" | "$BIN/nanoclawctl" secret set anthropic
     provider=anthropic
