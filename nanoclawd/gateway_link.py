@@ -13,6 +13,7 @@ from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.wire import Json, VarlinkError
 
 _RETRY_S = 2.0
+_ANSWER_S = 10.0
 Key = tuple[AgentName, SessionName]
 
 
@@ -60,12 +61,11 @@ class GatewayLink:
             self._changed.clear()
             for key in has.keys() - self._wanted.keys():
                 del has[key]
-                await varlink.call(connection, "io.nanoclaw.Gateway.Detach", _names(key))
+                await _ask(connection, "Detach", key)
             for key, listener in list(self._wanted.items()):
-                if has.get(key) is not listener:
-                    await varlink.call(
-                        connection, "io.nanoclaw.Gateway.Attach", _names(key), fd=listener.fileno()
-                    )
+                # Looked up again: meanwhile the session may have ended and closed it.
+                if self._wanted.get(key) is listener and has.get(key) is not listener:
+                    await _ask(connection, "Attach", key, listener)
                     has[key] = listener
             if not self._changed.is_set() and await self._gone_before_change(connection):
                 return
@@ -93,5 +93,14 @@ class GatewayLink:
             connection.close()
 
 
-def _names(key: Key) -> Json:
-    return {"agent": key[0], "session": key[1]}
+async def _ask(
+    connection: varlink.Connection, method: str, key: Key, listener: socket.socket | None = None
+) -> None:
+    """Call the gateway. Raises VarlinkError, Unavailable."""
+    names = {"agent": key[0], "session": key[1]}
+    fd = None if listener is None else listener.fileno()
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            await varlink.call(connection, f"io.nanoclaw.Gateway.{method}", names, fd=fd)
+    except TimeoutError:
+        raise Unavailable(f"the gateway did not answer within {_ANSWER_S:.0f} s") from None

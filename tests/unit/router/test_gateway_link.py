@@ -1,0 +1,155 @@
+"""The router hands session listeners to the gateway: all of them, again after either of the two restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from nanoclawd import gateway_link, paths
+from nanoclawd.errors import Unavailable
+from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.idl import read_interface
+from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.server import Call, Method, Server, Service
+from nanoclawd.wire import Json
+from tests.support.varlink_peer import eventually
+
+BERTA = AgentName("berta")
+
+
+class GatewayDouble:
+    """The gateway's side of io.nanoclaw.Gateway: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.has: dict[str, int] = {}  #: inode of the listener by session
+        self.hang = asyncio.Event()
+        self.hang.set()
+        interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
+        handlers = {"Attach": self._attach, "Detach": self._detach}
+        methods = {name: Method(handler=handlers.get(name, self._other)) for name in interface.methods}
+        self.service = Service(version="1", interface=interface, methods=methods)
+
+    async def _attach(self, call: Call) -> Json:
+        await self.hang.wait()
+        fd = call.connection.take_fd()
+        assert fd is not None
+        self.has[call.parameters["session"]] = os.fstat(fd).st_ino
+        os.close(fd)
+        return {}
+
+    async def _detach(self, call: Call) -> Json:
+        del self.has[call.parameters["session"]]
+        return {}
+
+    async def _other(self, call: Call) -> Json:
+        raise AssertionError
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        path = paths.gateway_socket()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        self.has.clear()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            serving = asyncio.create_task(Server(self.service, listener).run())
+            try:
+                yield
+                assert not serving.done(), serving.exception()
+            finally:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+
+
+@asynccontextmanager
+async def running(link: GatewayLink) -> AsyncIterator[None]:
+    task = asyncio.create_task(link.run())
+    try:
+        yield
+        assert not task.done(), task.exception()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(gateway_link, "_RETRY_S", 0.001)
+
+
+def test_gateway_has_what_lives_also_after_its_restart() -> None:
+    async def run() -> None:
+        gateway, link = GatewayDouble(), GatewayLink()
+        with contextlib.ExitStack() as stack:
+            listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(5)}
+            inodes = {name: os.fstat(sock.fileno()).st_ino for name, sock in listeners.items()}
+            async with running(link):
+                for name, listener in listeners.items():  # before there is a gateway
+                    link.attach(BERTA, SessionName(name), listener)
+                for _ in range(2):
+                    async with gateway.served():
+                        await eventually(lambda: gateway.has == inodes)
+                async with gateway.served():
+                    link.detach(BERTA, SessionName("3"))
+                    del inodes["3"]
+                    await eventually(lambda: gateway.has == inodes)
+                    link.detach(BERTA, SessionName("0"))
+                    link.attach(BERTA, SessionName("0"), listeners["3"])  # the session's next life
+                    inodes["0"] = os.fstat(listeners["3"].fileno()).st_ino
+                    await eventually(lambda: gateway.has == inodes)
+
+    asyncio.run(run())
+
+
+def test_session_that_ends_while_others_are_handed_over_disturbs_none(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def run() -> None:
+        gateway, link = GatewayDouble(), GatewayLink()
+        gateway.hang.clear()
+        listeners = {name: socket.socket(socket.AF_UNIX) for name in "abc"}
+        async with gateway.served(), running(link):
+            for name, listener in listeners.items():
+                link.attach(BERTA, SessionName(name), listener)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            link.detach(BERTA, SessionName("b"))
+            listeners["b"].close()
+            gateway.hang.set()
+            await eventually(lambda: sorted(gateway.has) == ["a", "c"])
+        for listener in listeners.values():
+            listener.close()
+
+    asyncio.run(run())
+    assert "gateway-away" not in capfd.readouterr().err
+
+
+def test_gateway_that_does_not_answer_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> None:
+        monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
+        gateway, link = GatewayDouble(), GatewayLink()
+        gateway.hang.clear()
+        with socket.socket(socket.AF_UNIX) as listener:
+            async with gateway.served(), running(link):
+                link.attach(BERTA, SessionName("a"), listener)
+                await eventually(lambda: "did not answer" in capfd.readouterr().err)
+                gateway.hang.set()
+                await eventually(lambda: list(gateway.has) == ["a"])
+
+    asyncio.run(run())
+
+
+def test_status_of_a_gateway_that_is_away() -> None:
+    with pytest.raises(Unavailable, match="cannot connect"):
+        asyncio.run(GatewayLink().status())
