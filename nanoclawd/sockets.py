@@ -35,6 +35,7 @@ def bind_listener(path: Path) -> socket.socket:
 
     A stale socket there is replaced. Raises Unavailable.
     """
+    listener: socket.socket | None = None
     try:
         path.unlink(missing_ok=True)
         with _labelled():
@@ -51,6 +52,8 @@ def bind_listener(path: Path) -> socket.socket:
         path.chmod(0o666)
         listener.listen(limits.LISTEN_BACKLOG)
     except OSError as exc:
+        if listener is not None:
+            listener.close()
         raise Unavailable(f"cannot listen on '{path}': {exc.strerror}") from exc
     return listener
 

@@ -124,9 +124,11 @@ async def connect(path: Path) -> Connection:
     try:
         connection = Connection(sock)
         await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
-    except OSError as exc:
+    except BaseException as exc:  # also a cancel: nobody else knows of the socket
         sock.close()
-        raise Unavailable(f"cannot connect to '{path}': {exc.strerror}") from exc
+        if isinstance(exc, OSError):
+            raise Unavailable(f"cannot connect to '{path}': {exc.strerror}") from exc
+        raise
     return connection
 
 

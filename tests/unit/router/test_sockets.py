@@ -1,0 +1,58 @@
+"""Listening sockets: where they are, who may connect, and what is left of those that could not be made."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from nanoclawd import varlink
+from nanoclawd.errors import Unavailable
+from nanoclawd.sockets import bind_listener
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_listener_replaces_a_stale_one_below_a_long_path(tmp_path: Path) -> None:
+    directory = tmp_path / ("x" * 150)
+    directory.mkdir()
+    for _ in range(2):
+        listener = bind_listener(directory / "host.sock")
+        mode = (directory / "host.sock").stat().st_mode
+        assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o666
+        assert not os.get_inheritable(listener.fileno()) and not listener.getblocking()
+        listener.close()
+
+
+@pytest.mark.parametrize("name", ["y" * 200, "missing/host.sock"])
+def test_listener_that_cannot_be_made_leaves_nothing_open(tmp_path: Path, name: str) -> None:
+    before = open_fds()
+
+    with pytest.raises(Unavailable, match="cannot listen"):
+        bind_listener(tmp_path / name)
+
+    assert open_fds() == before
+
+
+def test_cancelled_connect_leaves_nothing_open(tmp_path: Path) -> None:
+    async def run() -> None:
+        with socket.socket(socket.AF_UNIX) as full:
+            full.bind(str(tmp_path / "socket"))
+            full.listen(0)
+            first = await varlink.connect(tmp_path / "socket")
+            before = open_fds()
+            waiting = asyncio.create_task(varlink.connect(tmp_path / "socket"))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            result = (await asyncio.gather(waiting, return_exceptions=True))[0]
+            assert isinstance(result, (asyncio.CancelledError, Unavailable)), result
+            assert open_fds() == before
+            first.close()
+
+    asyncio.run(run())
