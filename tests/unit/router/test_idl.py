@@ -90,7 +90,7 @@ def test_our_files_name_only_types_that_they_have(path: Path) -> None:
 @pytest.mark.parametrize(
     "method", [f"{path.stem}.{name}" for path in FILES for name in read_interface(path).methods]
 )
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_valid_parameters_pass_and_mutated_ones_do_not(method: str, data: st.DataObject) -> None:
     interface_name, _, name = method.rpartition(".")
@@ -180,6 +180,7 @@ def test_damaged_interface_is_refused(text: str) -> None:
         parse_interface(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*ALL.split(), "(", ")", ":", "->", "?", "[]", "#", "\n"]), max_size=40))
 def test_random_interface_is_parsed_or_refused(words: list[str]) -> None:
     with suppress(ValueError):

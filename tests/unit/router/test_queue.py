@@ -212,7 +212,7 @@ class Queue(RuleBasedStateMachine):
 
 
 TestQueue = Queue.TestCase
-TestQueue.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestQueue.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("attempt", [1, 2, 3, 10, 1000])

@@ -313,7 +313,7 @@ def test_random_bytes_never_end_the_server(tmp_path: Path) -> None:
     loop = asyncio.new_event_loop()
     subject = None
 
-    @settings(max_examples=150)
+    @settings(max_examples=150, deadline=None)
     @given(st.lists(st.binary(max_size=50) | PARTS, max_size=30).map(b"".join))
     def fuzz(data: bytes) -> None:
         async def run() -> None:
