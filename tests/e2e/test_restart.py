@@ -8,8 +8,9 @@ import re
 import pytest
 
 from tests.support.machine import Machine, MachineError
-from tests.support.product import CHANNEL, Product, wait_reply
+from tests.support.product import CHANNEL, SETTLE_S, Product, wait_reply
 
+TURN_S = 3  #: how long a turn takes in whose middle something ends, also on a busy machine
 KILLED = r"code=killed, status=9/KILL|Failed with result 'signal'|code=exited, status=137|result 'exit-code'"
 
 
@@ -32,10 +33,11 @@ def assert_answered_once(product: Product, agent: str, *, attempt: int) -> None:
 @pytest.mark.parametrize("how", ["restart", "stop and start", "kill -9"])
 def test_a_turn_does_not_notice_that_the_router_is_new(product: Product, machine: Machine, how: str) -> None:
     agent = product.add()
-    sending = product.send_later(agent, "/sleep 2.5\nslept\n/sent")
-    product.wait_state(agent, "working")
+    product.send(agent, "hello")
     runner = product.runner_pid(agent)
     router = machine.unit("nanoclaw.service", "MainPID")["MainPID"]
+    sending = product.send_later(agent, f"/sleep {TURN_S}\nslept\n/sent")
+    product.wait_state(agent, "working")
 
     if how == "restart":
         machine.systemctl("restart", "nanoclaw")
@@ -150,16 +152,17 @@ def test_a_killed_container_is_replaced_and_the_turn_tried_again(
     agent = product.add()
     machine.expect_journal(rf"nanoclaw-{agent}@")
     machine.expect_journal(r"message-failed: .*retrying")
-    sending = product.send_later(agent, "/send on its way\n/sleep 1.5\n/sent")
-    product.wait_event("delivery-sent", agent=agent)
-    runner = product.runner_pid(agent)
-    unit = product.session(agent)["unit"]
+    product.send(agent, "hello")
+    runner, unit = product.runner_pid(agent), product.session(agent)["unit"]
+    conmon = machine.unit(unit, "MainPID")["MainPID"]
+    sending = product.send_later(agent, f"/send on its way\n/sleep {TURN_S}\n/sent")
+    machine.wait_for(lambda: len(product.events("delivery-sent", agent=agent)) == 2, within_s=SETTLE_S)
 
     match victim:
         case "runner":
             machine.run("kill", "-KILL", str(runner), user="root")
         case "conmon":
-            machine.run("kill", "-KILL", machine.unit(unit, "MainPID")["MainPID"])
+            machine.run("kill", "-KILL", conmon)
         case "unit":
             machine.systemctl("kill", "--signal=KILL", unit)
 
@@ -174,10 +177,12 @@ def test_a_killed_container_is_replaced_and_the_turn_tried_again(
 def test_a_person_may_stop_the_unit_and_the_turn_is_tried_again(product: Product, machine: Machine) -> None:
     agent = product.add()
     machine.expect_journal(r"message-failed: .*retrying")
-    sending = product.send_later(agent, "/sleep 1.5\n/sent")
+    product.send(agent, "hello")
+    unit = product.session(agent)["unit"]
+    sending = product.send_later(agent, f"/sleep {TURN_S}\n/sent")
     product.wait_state(agent, "working")
 
-    machine.systemctl("stop", product.session(agent)["unit"])
+    machine.systemctl("stop", unit)
 
     assert wait_reply(sending) == "attempt 2, already sent: nothing"
     assert_answered_once(product, agent, attempt=2)
@@ -281,7 +286,7 @@ def test_messages_to_a_held_agent_wait_until_it_is_started(product: Product, mac
 
 def test_stop_and_start_give_a_running_turn_back(product: Product, machine: Machine) -> None:
     agent = product.add()
-    sending = product.send_later(agent, "/sleep 1.5\n/sent")
+    sending = product.send_later(agent, f"/sleep {TURN_S}\n/sent")
     product.wait_state(agent, "working")
 
     product.ctl("agent", "stop", agent)
@@ -296,10 +301,11 @@ def test_restart_takes_the_new_configuration_and_gives_a_running_turn_back(
     product: Product, machine: Machine
 ) -> None:
     agent = product.add()
-    sending = product.send_later(agent, "/sleep 1.5\n/sent")
-    product.wait_state(agent, "working")
+    product.send(agent, "hello")
     first = product.runner_pid(agent)
     product.ctl("agent", "set", agent, "--tasks-max", "44")
+    sending = product.send_later(agent, f"/sleep {TURN_S}\n/sent")
+    product.wait_state(agent, "working")
 
     product.ctl("agent", "restart", agent)
 
