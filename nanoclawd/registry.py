@@ -86,7 +86,7 @@ class Registry:
         A broken file stops only its own agent, which keeps its unit; a unit without a file goes.
         """
         async with self._changing:
-            found = await asyncio.to_thread(agents.read_agents, paths.agents())
+            found, misnamed = await asyncio.to_thread(agents.read_agents, paths.agents())
             rows = await self._db.write(lambda tx: _ensure_rows(tx, found))
             loaded: dict[AgentName, Agent] = {}
             specs: list[UnitSpec] = []
@@ -108,7 +108,7 @@ class Registry:
             if agent.problem:
                 problems.append(f"{agent.problem} ({agent.hint})" if agent.hint else agent.problem)
                 journal.error("agent-broken", problems[-1], agent=agent.name)
-        for stranger in await asyncio.to_thread(agents.misnamed_files, paths.agents()):
+        for stranger in misnamed:
             problems.append(str(stranger))
             journal.warning("agent-misnamed", f"{stranger}, ignoring it")
         return problems

@@ -70,7 +70,7 @@ def test_missing_file_is_not_found(path: Path) -> None:
     [
         ('\n\nmemory_max = "12 GB"\n', 3, "memory_max is not a size: '12 GB'", "512M"),
         ("idle_secs = 3\n", 1, "there is no key 'idle_secs'", "did you mean 'idle_seconds'?"),
-        ("# x\nidle_seconds = true", 2, "idle_seconds must be a whole number: True", "without quotes"),
+        ("# x\nidle_seconds = true", 2, "idle_seconds must be a whole number: true", "without quotes"),
         ('idle_seconds = "5"', 1, "idle_seconds must be a whole number: '5'", "without quotes"),
         ("idle_seconds = -1", 1, "idle_seconds must be from 0 to", ""),
         ("tasks_max = 1", 1, "tasks_max must be from 16 to", ""),
@@ -146,6 +146,8 @@ def test_hostile_files_are_refused(path: Path) -> None:
     assert str(path) in refusal()
     path.write_text("idle_seconds = " + "9" * 10_000)
     assert str(path) in refusal()
+    path.write_text("idle_seconds = 0x" + "f" * 10_000)
+    assert "a number of more than 64 bits" in refusal()
 
 
 def test_one_broken_agent_harms_no_other(tmp_path: Path) -> None:
@@ -155,12 +157,13 @@ def test_one_broken_agent_harms_no_other(tmp_path: Path) -> None:
     (tmp_path / "Draft-2.toml").write_text("not even toml")
     (tmp_path / "good.toml~").write_text("not even toml")
 
-    found = read_agents(tmp_path)
+    found, misnamed = read_agents(tmp_path)
 
     assert list(found) == ["bad", "gone", "good"]
     assert found[AgentName("good")] == AgentConfig(name=AgentName("good"), provider="echo")
     assert isinstance(found[AgentName("bad")], ConfigError)
     assert isinstance(found[AgentName("gone")], ConfigError)
+    assert ["Draft-2.toml" in str(problem) for problem in misnamed] == [True]
 
 
 def test_instructions_stand_beside_the_file(path: Path) -> None:
