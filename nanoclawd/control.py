@@ -23,7 +23,6 @@ from nanoclawd.server import Call, Method, Service
 from nanoclawd.session import SessionState
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
-from nanoclawd.subids import host_uid
 from nanoclawd.systemd import Systemd
 from nanoclawd.wire import Json
 
@@ -244,7 +243,7 @@ class ControlService:
                 "state": agent.state,
                 "problem": f"{agent.problem} ({agent.hint})" if agent.hint else agent.problem,
                 "unitTemplate": f"nanoclaw-{agent.name}@.service",
-                "hostUid": host_uid(quadlet.container_uid(agent.index, os.getuid())),
+                "hostUid": quadlet.host_uid(agent.index),
                 "sessions": len(rows),
                 "running": len(running),
                 "queued": sum(row["queued"] for row in rows),

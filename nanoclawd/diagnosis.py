@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import getpass
-import os
 
-from nanoclawd import images
+from nanoclawd import images, quadlet
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Unavailable
-from nanoclawd.quadlet import container_uid
 from nanoclawd.registry import Agent
 from nanoclawd.session import Session
-from nanoclawd.subids import UNKNOWN, host_uid
 
 #: Podman's own failure, a command that it cannot run, one that it does not find. Source: podman-run(1).
 PODMAN_STATUS = (125, 126, 127)
@@ -40,12 +37,12 @@ async def explain_start(
 
 
 async def _explain_podman(agent: Agent) -> NanoclawError | None:
-    if host_uid(container_uid(agent.index, os.getuid())) == UNKNOWN:
+    if quadlet.host_uid(agent.index) == quadlet.UNKNOWN_UID:
         person = getpass.getuser()
+        ids = "--add-subuids 100000-165535 --add-subgids 100000-165535"
         return ConfigError(
             f"/etc/subuid gives '{person}' no subordinate uids, or too few, for its container",
-            hint=f"run: sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {person};"
-            " podman system migrate",
+            hint=f"run: sudo usermod {ids} {person}; podman system migrate",
         )
     if agent.config is not None:
         try:

@@ -21,18 +21,17 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
     """
     try:
         # O_NONBLOCK: a FIFO in its place would otherwise block us until somebody writes into it.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigError(f"{path}: is not a regular file", hint="put a text file in its place")
-            with open(fd, "rb", closefd=False) as file:
-                data = file.read(max_bytes + 1)
-        finally:
-            os.close(fd)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            data = file.read(max_bytes + 1) if regular else b""
+    except IsADirectoryError:
+        regular = False
     except FileNotFoundError:
         raise NotFound(f"{path}: there is no such file") from None
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}", hint=_hint(path, exc)) from None
+    if not regular:
+        raise ConfigError(f"{path}: is not a regular file", hint="put a text file in its place")
     if len(data) > max_bytes:
         raise ConfigError(f"{path}: is larger than {max_bytes >> 10} KiB", hint="is it the right file?")
     try:
@@ -66,9 +65,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
             raise
         sync_directory(path.parent)
     except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of symlinks, before Python 3.13
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        hint = _hint(path, exc) if isinstance(exc, OSError) else ""
-        raise Failed(f"{path}: cannot be written: {reason}", hint=hint) from None
+        raise failed(path, "cannot be written", exc) from None
 
 
 def remove_file(path: Path) -> None:
@@ -76,19 +73,17 @@ def remove_file(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as exc:
-        raise Failed(
-            f"{path}: cannot be removed: {exc.strerror}",
-            hint="remove it yourself, then 'nanoclawctl reload'",
-        ) from None
+        hint = "remove it yourself, then 'nanoclawctl reload'"
+        raise Failed(f"{path}: cannot be removed: {exc.strerror}", hint=hint) from None
 
 
-def failed(path: Path, what: str, exc: OSError) -> Failed:
+def failed(path: Path, what: str, exc: OSError | RuntimeError) -> Failed:
     """Return the error that tells of `exc`; `what` is e.g. "cannot be made"."""
-    return Failed(f"{path}: {what}: {exc.strerror}", hint=_hint(path, exc))
+    return Failed(f"{path}: {what}: {getattr(exc, 'strerror', exc)}", hint=_hint(path, exc))
 
 
-def _hint(path: Path, exc: OSError) -> str:
-    match exc.errno:
+def _hint(path: Path, exc: OSError | RuntimeError) -> str:
+    match getattr(exc, "errno", None):
         case errno.ENOSPC | errno.EDQUOT:
             return f"make room: 'df -h {path.parent}' shows how much there is"
         case errno.EACCES | errno.EPERM | errno.EROFS:

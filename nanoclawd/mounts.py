@@ -28,21 +28,9 @@ OFTEN_LINKED = (
 )  # in ~/.config
 #: Of the system: the kernel's, devices, configuration, other users', services' data.
 PRIVATE = (
-    "/bin",
-    "/boot",
-    "/dev",
-    "/etc",
-    "/lib",
-    "/proc",
-    "/root",
-    "/run",
-    "/sbin",
-    "/sys",
-    "/tmp",
-    "/usr",
-    "/var",
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin", "/sys", "/tmp"),
+    *("/usr", "/var"),
 )
-TARGETS = Path("/mnt")
 # What is left has one spelling, and survives podman's SOURCE:TARGET:OPTIONS.
 TARGET = re.compile(r"/mnt(?:/[A-Za-z0-9_][A-Za-z0-9_. -]*)+", re.ASCII)
 
@@ -84,41 +72,33 @@ def resolve_mounts(mounts: Iterable[Mount], allowed: Sequence[AllowedMount]) -> 
 
 
 def _resolve_mount(mount: Mount, roots: list[tuple[Path, bool]], private: list[Path]) -> BindMount:
-    what = f"mount of '{mount.source}'"
+    def refusal(reason: str, hint: str = "") -> ConfigError:
+        return ConfigError(f"mount of '{mount.source}': {reason}", hint=hint)
+
     source = _resolve(Path(mount.source))
     if source is None:
-        raise ConfigError(f"{what}: there is no such file or directory, or it is not an absolute path")
+        raise refusal("there is no such file or directory, or it is not an absolute path")
     if not (source.is_dir() or source.is_file()):
-        raise ConfigError(f"{what}: is neither a directory nor a regular file")
+        raise refusal("is neither a directory nor a regular file")
     if ":" in str(source) or not str(source).isprintable():
-        raise ConfigError(f"{what}: podman cannot mount a path with a colon or a control character")
+        raise refusal("podman cannot mount a path with a colon or a control character")
     home = Path.home().resolve()
     if home.is_relative_to(source):
-        raise ConfigError(f"{what}: is the whole home directory", hint="name a directory in it")
+        raise refusal("is the whole home directory", "name a directory in it")
     for one in private:
         # Where homes lie below one of these (/var/home), the home is no part of it.
-        inside = source.is_relative_to(one) and not (
-            home.is_relative_to(one) and source.is_relative_to(home)
-        )
-        if inside or one.is_relative_to(source):
-            raise ConfigError(
-                f"{what}: '{one}' is never shown to agents", hint="move what the agent shall see"
-            )
+        by_home = home.is_relative_to(one) and source.is_relative_to(home)
+        if one.is_relative_to(source) or (source.is_relative_to(one) and not by_home):
+            raise refusal(f"'{one}' is never shown to agents", "move what the agent shall see")
     writable = [not read_only for root, read_only in roots if source.is_relative_to(root)]
     if not writable:
-        raise ConfigError(
-            f"{what}: is not allowed",
-            hint=f'add {{ path = "{source}", read_only = true }} to [mounts] allow in nanoclaw.toml',
-        )
+        hint = f'add {{ path = "{source}", read_only = true }} to [mounts] allow in nanoclaw.toml'
+        raise refusal("is not allowed", hint)
     if not mount.read_only and not any(writable):
-        raise ConfigError(
-            f"{what}: is allowed read-only", hint="set read_only = true, or allow writing in nanoclaw.toml"
-        )
+        raise refusal("is allowed read-only", "set read_only = true, or allow writing in nanoclaw.toml")
     # Not below /workspace: the agent writes there, and the host would follow what it made of the path.
     if not TARGET.fullmatch(mount.target) or ".." in mount.target.split("/"):
-        raise ConfigError(
-            f"{what}: the target '{mount.target}' is not below {TARGETS}", hint=f"write {TARGETS}/NAME"
-        )
+        raise refusal(f"the target '{mount.target}' is not below /mnt", "write /mnt/NAME")
     return BindMount(source=source, target=mount.target.rstrip(" "), read_only=mount.read_only)
 
 
@@ -129,11 +109,7 @@ def _check_pair(one: BindMount, other: BindMount) -> None:
         raise ConfigError(f"mounts to '{one.target}' and '{other.target}' hide each other")
     for inner, outer in ((one, other), (other, one)):
         # Through the outer one the agent could put a symlink in the inner one's place, for our next start.
-        if (
-            not outer.read_only
-            and inner.source != outer.source
-            and inner.source.is_relative_to(outer.source)
-        ):
+        if not outer.read_only and outer.source in inner.source.parents:
             raise ConfigError(
                 f"mount of '{inner.source}': lies in '{outer.source}', which the agent may write"
             )

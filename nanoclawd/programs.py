@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from subprocess import CompletedProcess
 
 from nanoclawd import limits
 from nanoclawd.errors import Failed, Unavailable
@@ -22,35 +22,21 @@ PASSED_ON = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """How a program ended, whatever its exit status."""
-
-    command: str  #: ready to paste into a shell
-    status: int  #: as subprocess has it: negative is a signal
-    stdout: str
-    stderr: str
-
-
 async def run(
     command: Sequence[str], *, timeout_s: float = limits.PROGRAM_S, env: Mapping[str, str] | None = None
-) -> Result:
-    """Run `command` to its end, with `env` added to the few variables that we pass on.
+) -> CompletedProcess[str]:
+    """Run `command` to its end, whatever its status, with `env` added to the few variables that we pass on.
 
     Raises Unavailable if it cannot be started, Failed if it takes longer than `timeout_s`. Ended on cancel.
     """
-    shown = paste(command, env)
     try:
         async with asyncio.timeout(timeout_s), start(command, env=env) as process:
             stdout, stderr = await process.communicate()
     except TimeoutError:
-        raise Failed(f"took longer than {timeout_s:g} s: {shown}") from None
+        raise Failed(f"took longer than {timeout_s:g} s: {paste(command, env)}") from None
     assert process.returncode is not None
-    return Result(
-        command=shown,
-        status=process.returncode,
-        stdout=stdout.decode(errors="replace"),
-        stderr=stderr.decode(errors="replace"),
+    return CompletedProcess(
+        command, process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace")
     )
 
 
@@ -62,13 +48,14 @@ async def start(
 
     Raises Unavailable if it cannot be started.
     """
+    ours = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=environment(env),
+            env=ours | dict(env or {}),
             limit=LINE_BYTES,
         )
     except OSError as exc:
@@ -95,14 +82,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return what a program of ours gets as its environment."""
-    ours = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return ours | dict(extra or {})
-
-
 def paste(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """Return the command as a person would type it."""
-    return " ".join(
-        [*(f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()), shlex.join(command)]
-    )
+    variables = [f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()]
+    return " ".join([*variables, shlex.join(command)])

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import getpass
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +22,12 @@ from nanoclawd.errors import ConfigError, Failed, NanoclawError, Refused
 from nanoclawd.files import failed, remove_file, sync_directory, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.mounts import BindMount
-from nanoclawd.unitfile import PLAIN, quote_argument
 
 TEMPLATE = paths.SHARE / "quadlets" / "agent.container.in"
 SECCOMP = paths.SHARE / "quadlets" / "seccomp.json"
+PLAIN = re.compile(r"[A-Za-z0-9_@+=./-]+", re.ASCII)  #: means itself wherever it stands in a unit
 FIRST_UID = 2000  #: in the container, of the agent with index 0
+UNKNOWN_UID = -1
 # A file that is not in Quadlet's syntax makes the generator drop its whole directory, so not all in one. But
 # it looks for each unit's drop-ins in each directory: a reload with 1,000 agents takes 17 s if each has its
 # own, 0.7 s with 16, 0.5 s with 8.
@@ -45,7 +48,7 @@ class UnitSpec:
         return self.config.name
 
 
-# --- pure -------------------------------------------------------------------------------------------
+# --- names and ids ----------------------------------------------------------------------------------
 
 
 def unit_file(agent: AgentName, index: int) -> Path:
@@ -64,9 +67,39 @@ def container_uid(index: int, person: int) -> int:
     return uid + 1 if FIRST_UID <= person <= uid else uid
 
 
+def host_uid(index: int) -> int:
+    """Return the host's uid of the agent, or UNKNOWN_UID if /etc/subuid does not tell.
+
+    UserNS=keep-id maps the person's own uid onto itself, and the first subordinate uids onto the others in
+    order: podman-run(1), subuid(5).
+    """
+    person = os.getuid()
+    uid = container_uid(index, person)
+    offset = uid if uid < person else uid - 1
+    try:
+        text = Path("/etc/subuid").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return UNKNOWN_UID
+    for line in text.splitlines():
+        name, *numbers = line.split(":")
+        if (
+            name in (getpass.getuser(), str(person))
+            and len(numbers) == 2
+            and all(map(str.isdecimal, numbers))
+        ):
+            start, count = map(int, numbers)
+            if offset < count:
+                return start + offset
+            offset -= count
+    return UNKNOWN_UID
+
+
 def selinux_level(index: int) -> str:
     """Return the agent's MCS level: two of 1024 categories, another pair for each of 262,144 agents."""
     return f"s0:c{index % 512},c{512 + index // 512 % 512}"
+
+
+# --- text -------------------------------------------------------------------------------------------
 
 
 def render(spec: UnitSpec) -> str:
@@ -82,14 +115,8 @@ def render(spec: UnitSpec) -> str:
         _volume(paths.runtime() / "agents" / agent, "/%i", "/run/nanoclaw", "ro,nosuid,nodev,noexec,z"),
     ]
     for mount in spec.mounts:
-        volumes.append(
-            _volume(
-                mount.source,
-                "",
-                mount.target,
-                "ro,nosuid,nodev,z" if mount.read_only else "rw,nosuid,nodev,z",
-            )
-        )
+        access = "ro" if mount.read_only else "rw"
+        volumes.append(_volume(mount.source, "", mount.target, f"{access},nosuid,nodev,z"))
     return _template().substitute(
         agent=agent,
         version=spec.version,
@@ -121,6 +148,20 @@ def _volume(source: Path, instance: str, target: str, options: str) -> str:
     return f'PodmanArgs={argument}{rest}"'
 
 
+def quote_argument(text: str) -> str:
+    """Return `text` as one word of a command line in a unit, e.g. for PodmanArgs=.
+
+    Quadlet takes the quotes off and puts its own on, systemd takes those off, expands %x and $NAME, and the
+    program gets `text`. Sources: systemd.syntax(7), "Quoting"; systemd.service(5), "Command Lines";
+    systemd.unit(5), "Specifiers". Raises Refused for control characters, which no path of ours needs.
+    """
+    if not text.isprintable():
+        raise Refused(f"a control character cannot stand in a unit: {text[:80]!r}")
+    for special, escaped in ("\\", "\\\\"), ('"', '\\"'), ("$", "$$"), ("%", "%%"):
+        text = text.replace(special, escaped)
+    return f'"{text}"'
+
+
 # --- files ------------------------------------------------------------------------------------------
 
 
@@ -129,26 +170,15 @@ def stale_units(specs: Iterable[UnitSpec]) -> list[UnitSpec]:
     files: dict[AgentName, list[Path]] = defaultdict(list)
     for agent, path in installed_units():
         files[agent].append(path)
-    return [
-        spec
-        for spec in specs
-        if files[spec.agent] != [unit_file(spec.agent, spec.index)]
-        or _installed(spec) != _rendered_or_none(spec)
-    ]
+    return [spec for spec in specs if not _is_current(spec, files[spec.agent])]
 
 
-def _rendered_or_none(spec: UnitSpec) -> str | None:
+def _is_current(spec: UnitSpec, files: list[Path]) -> bool:
+    path = unit_file(spec.agent, spec.index)
     try:
-        return render(spec)
-    except Refused:
-        return ""  # never what is installed, so install_units() will tell
-
-
-def _installed(spec: UnitSpec) -> str | None:
-    try:
-        return unit_file(spec.agent, spec.index).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
+        return files == [path] and path.read_bytes() == render(spec).encode()
+    except (OSError, Refused):  # install_units() will tell
+        return False
 
 
 def installed_units() -> list[tuple[AgentName, Path]]:
@@ -168,29 +198,26 @@ async def install_units(specs: Sequence[UnitSpec]) -> dict[AgentName, NanoclawEr
     Returns for each agent None or what is wrong with it; a broken one keeps its old unit and harms no other.
     Raises Unavailable or Failed if nothing could be checked at all.
     """
-    results: dict[AgentName, NanoclawError | None] = {}
+    problems: dict[AgentName, NanoclawError] = {}
     texts: dict[AgentName, str] = {}
     for spec in specs:
         try:
             texts[spec.agent] = render(spec)
         except Refused as exc:
-            results[spec.agent] = ConfigError(
-                f"{paths.agents() / spec.agent}.toml: {exc.message}", hint=exc.hint
-            )
-    problems = await quadlet_check.check_units(texts)
-    for spec in specs:
-        if spec.agent in texts:
-            results[spec.agent] = problems.get(spec.agent)
-    good = [spec for spec in specs if results[spec.agent] is None]
+            file = f"{paths.agents() / spec.agent}.toml"
+            problems[spec.agent] = ConfigError(f"{file}: {exc.message}", hint=exc.hint)
+    problems |= await quadlet_check.check_units(texts)
+    good = [spec for spec in specs if spec.agent not in problems]
     # In a thread: each file is written durably, and a thousand of them take seconds.
-    results |= await asyncio.to_thread(_write_units, good, texts)
-    return results
+    problems |= await asyncio.to_thread(_write_units, good, texts)
+    return {spec.agent: problems.get(spec.agent) for spec in specs}
 
 
 def _write_units(
-    specs: Sequence[UnitSpec], texts: Mapping[AgentName, str]
-) -> dict[AgentName, NanoclawError | None]:
-    results: dict[AgentName, NanoclawError | None] = {}
+    specs: Iterable[UnitSpec], texts: Mapping[AgentName, str]
+) -> dict[AgentName, NanoclawError]:
+    """Write the units; return what went wrong."""
+    problems: dict[AgentName, NanoclawError] = {}
     for spec in specs:
         path = unit_file(spec.agent, spec.index)
         try:
@@ -200,12 +227,11 @@ def _write_units(
             for other in path.parent.parent.glob(f"*/{path.name}"):
                 if other != path:
                     other.unlink(missing_ok=True)
-            results[spec.agent] = None
         except OSError as exc:
-            results[spec.agent] = failed(path, "cannot be written", exc)
+            problems[spec.agent] = failed(path, "cannot be written", exc)
         except Failed as exc:
-            results[spec.agent] = exc
-    return results
+            problems[spec.agent] = exc
+    return problems
 
 
 def remove_units(agents: Iterable[AgentName]) -> list[Path]:

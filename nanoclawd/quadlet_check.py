@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from nanoclawd import limits, paths, programs
@@ -27,24 +25,10 @@ CONVERTING = re.compile(r'converting "nanoclaw-([a-z0-9_]+)@\.container": (.*)')
 LOADING = re.compile(r'error loading "([^"]+)", (.*)')
 KEY = re.compile(r"'([A-Za-z]+)'")
 GENERATED = re.compile(r"^---nanoclaw-([a-z0-9_]+)@\.service---$", re.MULTILINE)
-VERIFIED = re.compile(r"^.*/nanoclaw-([a-z0-9_]+)@\.service:([0-9]+): (.*)$")
-REFUSED = re.compile(r"^nanoclaw-([a-z0-9_]+)@[^:/]*\.service: (.*)$")
-
-
-@dataclass(kw_only=True)
-class _Check:
-    """One check under way."""
-
-    directory: Path  #: ours alone, removed at the end
-    texts: dict[AgentName, str]  #: what is checked
-    drop_ins: dict[AgentName, list[Path]]  #: the person's files, as they really are, in the order they apply
-    staged: dict[Path, Path]  #: a drop-in directory in our directory, and the real one
-    problems: dict[AgentName, NanoclawError] = field(default_factory=dict)
-
-    def complain(self, agent: AgentName, where: str, reason: str) -> None:
-        """Keep the first problem of an agent; what follows it is mostly its echo."""
-        if agent in self.texts:
-            self.problems.setdefault(agent, ConfigError(f"{where}: {reason}", hint="nothing was changed"))
+VERIFIED = re.compile(
+    r"^(?:.*/nanoclaw-([a-z0-9_]+)@\.service:([0-9]+)|nanoclaw-([a-z0-9_]+)@[^:/]*\.service): (.*)$"
+)
+SHARED_DROP_INS = ("container.d", "nanoclaw-.container.d", "nanoclaw-@.container.d")
 
 
 async def check_units(texts: Mapping[AgentName, str]) -> dict[AgentName, NanoclawError]:
@@ -56,155 +40,152 @@ async def check_units(texts: Mapping[AgentName, str]) -> dict[AgentName, Nanocla
     if not texts:
         return {}
     try:
-        return await _check(dict(texts))
+        with tempfile.TemporaryDirectory(prefix="nanoclaw-check-", ignore_cleanup_errors=True) as directory:
+            check = _Check(Path(directory), texts)
+            await asyncio.to_thread(check.stage)
+            if services := await check.generate():
+                await check.verify(services)
+            return check.problems
     except OSError as exc:  # the disk is full
         raise failed(Path(exc.filename or tempfile.gettempdir()), "cannot be written", exc) from None
 
 
-async def _check(texts: dict[AgentName, str]) -> dict[AgentName, NanoclawError]:
-    directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="nanoclaw-check-"))
-    try:
-        check = await asyncio.to_thread(_stage, directory, texts)
-        generated = await _generate(check)
-        await _verify(check, generated)
-        return check.problems
-    finally:
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+class _Check:
+    """One check under way."""
 
+    def __init__(self, directory: Path, texts: Mapping[AgentName, str]) -> None:
+        self.directory = directory  #: ours alone
+        self.texts = texts
+        self.drop_ins: dict[AgentName, list[Path]] = defaultdict(
+            list
+        )  #: real files, in the order they apply
+        self.staged: dict[Path, Path] = {}  #: a drop-in directory in our directory, and the real one
+        self.problems: dict[AgentName, NanoclawError] = {}
 
-def _stage(directory: Path, texts: dict[AgentName, str]) -> _Check:
-    """Write the units into our directory, with a symlink to each drop-in directory that applies to them."""
-    (directory / "quadlets" / "units").mkdir(parents=True)
-    (directory / "systemd").mkdir()
-    for agent, text in texts.items():
-        (directory / "quadlets" / "units" / f"nanoclaw-{agent}@.container").write_text(
-            text, encoding="utf-8"
+    def stage(self) -> None:
+        """Write the units into our directory, a symlink to each drop-in directory that applies."""
+        (self.directory / "quadlets/units").mkdir(parents=True)
+        (self.directory / "systemd").mkdir()
+        for agent, text in self.texts.items():
+            _unit(self.directory / "quadlets/units", agent, "container").write_text(text, encoding="utf-8")
+        names = {f"nanoclaw-{agent}@.container.d": [agent] for agent in self.texts}
+        names |= {name: list(self.texts) for name in SHARED_DROP_INS}
+        for number, real in enumerate(_drop_in_directories(names)):
+            # Numbered: the generator walks in this order, and of two files with one name takes the first.
+            link = self.directory / "quadlets" / f"z{number:05}" / real.name
+            link.parent.mkdir()
+            link.symlink_to(real)
+            self.staged[link] = real
+            for agent in names[real.name]:
+                self.drop_ins[agent] += sorted(real.glob("*.conf"))
+
+    async def generate(self) -> dict[AgentName, str]:
+        """Run the generator; return the services that it makes, and note what it refuses."""
+        generator = next((path for path in GENERATORS if os.access(path, os.X_OK)), None)
+        if generator is None:
+            raise Unavailable(
+                "Podman's Quadlet generator is not installed", hint="install podman 5.3 or newer"
+            )
+        result = await programs.run(
+            [generator, "--dryrun", "--user"], env={"QUADLET_UNIT_DIRS": str(self.directory / "quadlets")}
         )
-    shared = ["container.d", "nanoclaw-.container.d", "nanoclaw-@.container.d"]
-    names = {f"nanoclaw-{agent}@.container.d": [agent] for agent in texts} | {
-        name: list(texts) for name in shared
-    }
-    drop_ins: dict[AgentName, list[Path]] = defaultdict(list)
-    staged: dict[Path, Path] = {}
-    for number, real in enumerate(_drop_in_directories(names)):
-        # Numbered, for the generator walks in this order, and of two files with one name takes the first.
-        link = directory / "quadlets" / f"z{number:05}" / real.name
-        link.parent.mkdir()
-        link.symlink_to(real)
-        staged[link] = real
-        for agent in names[real.name]:
-            drop_ins[agent] += sorted(real.glob("*.conf"))
-    return _Check(directory=directory, texts=texts, drop_ins=drop_ins, staged=staged)
+        for line in result.stderr.splitlines():
+            if match := CONVERTING.search(line):
+                self.note_refusal(AgentName(match[1]), match[2])
+            elif match := LOADING.search(line):
+                self.note_syntax(Path(match[1]), match[2])
+        parts = GENERATED.split(result.stdout)
+        services = dict(zip(map(AgentName, parts[1::2]), parts[2::2], strict=True))
+        for agent in self.texts.keys() - services.keys():
+            self.note(agent, "", f"no unit can be made of it: {result.stderr.strip()[-400:]}")
+        return {
+            agent: text.strip("\n") + "\n" for agent, text in services.items() if agent not in self.problems
+        }
+
+    async def verify(self, services: Mapping[AgentName, str]) -> None:
+        """Let systemd read the services that the generator made, and note what it does not like."""
+        await asyncio.to_thread(self.write_services, services)
+        files = [str(_unit(self.directory / "systemd", agent, "service")) for agent in services]
+        # --man=no: else it runs man(1) for each unit.
+        result = await programs.run(
+            ["systemd-analyze", "--user", "--man=no", "--recursive-errors=no", "verify", *files],
+            timeout_s=limits.PROGRAM_S,
+        )
+        # Its exit status says nothing: older versions return 0 for a key that they do not know.
+        for line in result.stderr.splitlines():
+            if match := VERIFIED.match(line):
+                agent = AgentName(match[1] or match[3])
+                self.note_dislike(agent, match[4], services.get(agent, ""), int(match[2] or 0))
+
+    def write_services(self, services: Mapping[AgentName, str]) -> None:
+        for agent, text in services.items():
+            _unit(self.directory / "systemd", agent, "service").write_text(text, encoding="utf-8")
+
+    # --- whose fault is it? --------------------------------------------------------------------------
+
+    def note(self, agent: AgentName, where: str, reason: str) -> None:
+        """Keep the first problem of an agent; what follows it is mostly its echo."""
+        if agent in self.texts:
+            where = where or f"agents/{agent}.toml"
+            self.problems.setdefault(agent, ConfigError(f"{where}: {reason}", hint="nothing was changed"))
+
+    def note_syntax(self, path: Path, reason: str) -> None:
+        """Note that a file is not even in Quadlet's syntax; `path` is the staged one."""
+        file = self.staged.get(path.parent, path.parent) / path.name
+        line = re.search(r"line ([0-9]+)", reason)
+        for agent in self.texts:
+            if path.name == f"nanoclaw-{agent}@.container" or file in self.drop_ins[agent]:
+                self.note(agent, f"{file}:{line[1]}" if line else str(file), reason)
+
+    def note_refusal(self, agent: AgentName, reason: str) -> None:
+        """Note that the generator refuses a unit; the reason may quote a key or a value."""
+        reason = re.sub(rf" in {re.escape(str(self.directory))}\S*", "", reason)
+        words = [match[1] for match in KEY.finditer(reason)]
+
+        def is_quoted(line: str) -> bool:
+            key, _, value = (part.strip() for part in line.partition("="))
+            return key in words or (value != "" and value in words)
+
+        if where := self.find(agent, is_quoted):
+            self.note(agent, where, reason)
+        elif self.drop_ins[agent]:
+            self.note(agent, self.suspects(agent), f"the unit with this is refused: {reason}")
+        else:
+            self.note(agent, "", f"the unit made of it is refused: {reason}")
+
+    def note_dislike(self, agent: AgentName, reason: str, service: str, number: int) -> None:
+        """Note what systemd says of a generated service, of its line `number` unless that is 0."""
+        written = service.splitlines()[number - 1].strip() if service and number else ""
+        where = self.find(agent, lambda line: line == written) if written else ""
+        if not where and written not in map(str.strip, self.texts.get(agent, "").splitlines()):
+            where = self.suspects(agent)
+        self.note(agent, where, reason)
+
+    def find(self, agent: AgentName, is_it: Callable[[str], bool]) -> str:
+        """Return file and line of the last such line in the drop-ins, or nothing."""
+        for path in reversed(self.drop_ins[agent]):  # the last one wins
+            try:
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError:
+                continue
+            for number, line in enumerate(lines, 1):
+                if is_it(line.strip()):
+                    return f"{path}:{number}"
+        return ""
+
+    def suspects(self, agent: AgentName) -> str:
+        return ", ".join(map(str, self.drop_ins[agent]))
 
 
-def _drop_in_directories(names: Mapping[str, object]) -> Iterable[Path]:
-    """Return the directories with these names where Quadlet looks. Source: podman-systemd.unit(5)."""
+def _unit(directory: Path, agent: AgentName, kind: str) -> Path:
+    return directory / f"nanoclaw-{agent}@.{kind}"
+
+
+def _drop_in_directories(names: Mapping[str, object]) -> Iterator[Path]:
+    """Yield the directories with these names where Quadlet looks. Source: podman-systemd.unit(5)."""
     system = Path("/etc/containers/systemd/users")
-    for top in (
-        paths.runtime_home() / "containers/systemd",
-        paths.quadlets(),
-        system / str(os.getuid()),
-        system,
-    ):
+    mine = (paths.runtime_home() / "containers/systemd", paths.quadlets())
+    for top in (*mine, system / str(os.getuid()), system):
         for parent, directories, _ in os.walk(top):
             directories.sort()
             yield from (Path(parent, name) for name in directories if name in names)
-
-
-async def _generate(check: _Check) -> dict[AgentName, str]:
-    """Run the generator; return the services that it makes, and note what it refuses."""
-    generator = next((path for path in GENERATORS if os.access(path, os.X_OK)), None)
-    if generator is None:
-        raise Unavailable("Podman's Quadlet generator is not installed", hint="install podman 5.3 or newer")
-    result = await programs.run(
-        [generator, "--dryrun", "--user"], env={"QUADLET_UNIT_DIRS": str(check.directory / "quadlets")}
-    )
-    for line in result.stderr.splitlines():
-        if match := CONVERTING.search(line):
-            agent = AgentName(match[1])
-            check.complain(agent, *_blame(check, agent, match[2]))
-        elif match := LOADING.search(line):
-            _complain_of_file(check, Path(match[1]), match[2])
-    parts = GENERATED.split(result.stdout)
-    services = {
-        AgentName(name): text.strip("\n") + "\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
-    for agent in check.texts.keys() - services.keys():
-        check.complain(
-            agent, f"agents/{agent}.toml", f"no unit can be made of it: {result.stderr.strip()[-400:]}"
-        )
-    return {agent: text for agent, text in services.items() if agent not in check.problems}
-
-
-def _complain_of_file(check: _Check, path: Path, reason: str) -> None:
-    """Note that a file is not even in Quadlet's syntax; `path` is the staged one."""
-    real = check.staged.get(path.parent)
-    line = re.search(r"line ([0-9]+)", reason)
-    where = f"{(real or path.parent) / path.name}{':' + line[1] if line else ''}"
-    for agent in check.texts:
-        if path.name == f"nanoclaw-{agent}@.container" or (
-            real and real / path.name in check.drop_ins[agent]
-        ):
-            check.complain(agent, where, reason)
-
-
-def _blame(check: _Check, agent: AgentName, reason: str) -> tuple[str, str]:
-    """Return the place that a refusal by the generator is about, and the reason without our staged path."""
-    reason = re.sub(rf" in {re.escape(str(check.directory))}\S*", "", reason)
-    words = [match[1] for match in KEY.finditer(reason)]
-    for path in reversed(check.drop_ins[agent]):  # the last one wins
-        for number, line in enumerate(_lines(path), 1):
-            key, _, value = (part.strip() for part in line.partition("="))
-            if key in words or (value and value in words):
-                return f"{path}:{number}", reason
-    if check.drop_ins[agent]:
-        return ", ".join(map(str, check.drop_ins[agent])), f"the unit with this is refused: {reason}"
-    return f"agents/{agent}.toml", f"the unit made of it is refused: {reason}"
-
-
-async def _verify(check: _Check, services: Mapping[AgentName, str]) -> None:
-    """Let systemd read the services that the generator made, and note what it does not like."""
-    if not services:
-        return
-    files = await asyncio.to_thread(_write_services, check.directory / "systemd", services)
-    # --man=no: else it runs man(1) for each unit.
-    result = await programs.run(
-        ["systemd-analyze", "--user", "--man=no", "--recursive-errors=no", "verify", *files],
-        timeout_s=limits.PROGRAM_S,
-    )
-    # Its exit status says nothing: older versions return 0 for a key that they do not know.
-    for line in result.stderr.splitlines():
-        if match := VERIFIED.match(line):
-            agent = AgentName(match[1])
-            written = services[agent].splitlines()[int(match[2]) - 1].strip() if agent in services else ""
-            check.complain(agent, _origin(check, agent, written), match[3])
-        elif match := REFUSED.match(line):
-            agent = AgentName(match[1])
-            check.complain(agent, _origin(check, agent, ""), match[2])
-
-
-def _write_services(directory: Path, services: Mapping[AgentName, str]) -> list[str]:
-    files = []
-    for agent, text in services.items():
-        path = directory / f"nanoclaw-{agent}@.service"
-        path.write_text(text, encoding="utf-8")
-        files.append(str(path))
-    return files
-
-
-def _origin(check: _Check, agent: AgentName, written: str) -> str:
-    """Return where a line of a generated service comes from."""
-    for path in reversed(check.drop_ins[agent]):
-        for number, line in enumerate(_lines(path), 1):
-            if written and line.strip() == written:
-                return f"{path}:{number}"
-    if written in map(str.strip, check.texts[agent].splitlines()) or not check.drop_ins[agent]:
-        return f"agents/{agent}.toml"
-    return ", ".join(map(str, check.drop_ins[agent]))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

@@ -14,8 +14,7 @@ from nanoclawd.agents import AgentConfig
 from nanoclawd.errors import ConfigError, NanoclawError, Refused
 from nanoclawd.ids import AgentName
 from nanoclawd.mounts import BindMount
-from nanoclawd.quadlet import UnitSpec, container_uid, render, selinux_level
-from nanoclawd.unitfile import quote_argument
+from nanoclawd.quadlet import UnitSpec, container_uid, quote_argument, render, selinux_level
 
 BERTA = UnitSpec(config=AgentConfig(name=AgentName("berta")), index=3, version="1.2")
 
