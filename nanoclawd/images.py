@@ -17,7 +17,8 @@ import sys
 import tarfile
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,12 +28,11 @@ from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Unava
 
 BASE_IMAGE = "localhost/nanoclaw-base:latest"  #: what a base directory's base.tar becomes
 BASE_LABEL = "io.nanoclaw.base"  #: on that image: the SHA-256 of the tar
+MAKE_BASE = "make it with agent-image/make-base"
 LAST_LINES = 12  #: of a build that failed, in its error
 LINE_CHARACTERS = 4096
 CHUNK_BYTES = 1 << 20
-ERRORS: dict[str, type[NanoclawError]] = {
-    kind.code: kind for kind in (ConfigError, Failed, NotFound, Unavailable)
-}
+ERRORS = {kind.code: kind for kind in (ConfigError, Failed, NotFound, Unavailable)}
 Progress = Callable[[str], Awaitable[None]]
 
 
@@ -51,7 +51,6 @@ async def require_image(reference: str) -> None:
 
 
 def build_command(reference: str) -> str:
-    """Return what a person types to build that image."""
     return "nanoclawctl image build" + ("" if reference == DEFAULT_IMAGE else f" --image {reference}")
 
 
@@ -109,23 +108,50 @@ async def _ask(
 def main() -> None:
     """Answer one request: argv is a verb and its parameters as JSON."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    verb, request = sys.argv[1], json.loads(sys.argv[2])
     try:
-        _connect(paths.podman_socket())
-        _say({"result": VERBS[verb](**request)})
+        _say({"result": _answer(sys.argv[1], json.loads(sys.argv[2]))})
     except NanoclawError as exc:
         _say({"error": exc.code, "message": exc.message, "hint": exc.hint})
+
+
+def _answer(verb: str, request: dict[str, Any]) -> object:
+    path = paths.podman_socket()
+    with socket.socket(socket.AF_UNIX) as probe:  # the client library would bury the reason
+        try:
+            probe.connect(str(path))
+        except OSError as exc:
+            hint = "run: systemctl --user start podman.socket"
+            raise Unavailable(f"Podman does not answer at '{path}': {exc.strerror}", hint=hint) from None
+    import requests
+    from podman import PodmanClient, errors
+
+    try:
+        return VERBS[verb](PodmanClient(base_url=f"http+unix://{path}").api, **request)
+    except errors.APIError as exc:
+        raise Failed(f"Podman: {exc.explanation or exc}") from None
+    except requests.exceptions.RequestException as exc:
+        hint = "see: journalctl --user -u podman.service"
+        raise Unavailable(f"Podman broke off: {exc}", hint=hint) from None
 
 
 def _say(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
-def _exists(reference: str) -> bool:
-    return bool(_call("GET", f"/images/{reference}/exists", missing_ok=True))
+def _ask_of_image(api: Any, image: str, what: str) -> Any:
+    """Return Podman's response, or None if there is no such image."""
+    response = api.get(f"/images/{image}/{what}")
+    if response.status_code == 404:
+        return None
+    response.raise_for_status()
+    return response
 
 
-def _build(image: str, base: str | None, directory: str | None) -> str:
+def _exists(api: Any, reference: str) -> bool:
+    return _ask_of_image(api, reference, "exists") is not None
+
+
+def _build(api: Any, image: str, base: str | None, directory: str | None) -> str:
     parameters = {
         "t": image,
         "dockerfile": "Containerfile",
@@ -136,64 +162,51 @@ def _build(image: str, base: str | None, directory: str | None) -> str:
     wheelhouse = None
     if directory is not None:
         base = base or BASE_IMAGE
-        _import_base(Path(directory) / "base.tar", base)
+        _import_base(api, Path(directory) / "base.tar", base)
         wheelhouse = Path(directory) / "wheelhouse"
         if not wheelhouse.is_dir():
-            raise ConfigError(
-                f"{wheelhouse}: there is no such directory", hint="make it with agent-image/make-base"
-            )
+            raise ConfigError(f"{wheelhouse}: there is no such directory", hint=MAKE_BASE)
         parameters |= {"networkmode": "none", "pullpolicy": "never"}
     if base is not None:
         parameters["buildargs"] = json.dumps({"BASE": base})
-    response = _call(
-        "POST", "/build", params=parameters, data=_context(paths.SHARE / "agent-image", wheelhouse)
-    )
-    last: deque[str] = deque(maxlen=LAST_LINES)
-    for line in _texts(response):
-        last.append(line)
-        _say({"line": line[:LINE_CHARACTERS]})
-    built = _call("GET", f"/images/{image}/json").json()["Id"]
-    # The last line of a build that worked is the id; an image of that name may also be from before.
-    if not last or not built.startswith(last[-1].removeprefix("sha256:") or "?"):
-        raise _not_built(*last)
-    return str(built)
-
-
-def _texts(response: Any) -> Iterator[str]:
-    """Yield the lines of a build; raise Failed, with the last ones, if it says that it failed."""
+    context = _context(paths.SHARE / "agent-image", wheelhouse)
+    response = api.post("/build", params=parameters, data=context, stream=True)
+    response.raise_for_status()
     last: deque[str] = deque(maxlen=LAST_LINES)
     for event in response.iter_lines(chunk_size=None):  # None: each as it comes
         said = json.loads(event)
         if "error" in said:
-            raise _not_built(*last, str(said["error"]).strip())
+            last.append(str(said["error"]).strip())
+            break
         for line in said.get("stream", "").splitlines():
             last.append(line)
-            yield line
-
-
-def _not_built(*lines: str) -> Failed:
-    return Failed(
-        "\n".join(["the image was not built:", *lines]),
+            _say({"line": line[:LINE_CHARACTERS]})
+    else:
+        built = _ask_of_image(api, image, "json")
+        # The last line of a build that worked is the id; an image of that name may also be from before.
+        if last and built and built.json()["Id"].startswith(last[-1].removeprefix("sha256:") or "?"):
+            return str(built.json()["Id"])
+    raise Failed(
+        "\n".join(["the image was not built:", *last]),
         hint="agents go on with the image that they have; without a registry see agent-image/make-base",
     )
 
 
-def _import_base(tar: Path, image: str) -> None:
+def _import_base(api: Any, tar: Path, image: str) -> None:
     """Import a root file system as an image, unless that image was made of the same tar."""
     try:
-        with open(tar, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            present = _call("GET", f"/images/{image}/json", missing_ok=True)
-            if present is not None and (present.json().get("Labels") or {}).get(BASE_LABEL) == digest:
-                return
-            _say({"line": f"Importing {tar} as {image}"})
-            file.seek(0)
-            changes = {"reference": image, "changes": f"LABEL {BASE_LABEL}={digest}"}
-            _call("POST", "/images/import", params=changes, data=_chunks(file))
+        file = tar.open("rb")
     except OSError as exc:
-        raise ConfigError(
-            f"{tar}: cannot be read: {exc.strerror}", hint="make it with agent-image/make-base"
-        ) from None
+        raise ConfigError(f"{tar}: cannot be read: {exc.strerror}", hint=MAKE_BASE) from None
+    with file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        present = _ask_of_image(api, image, "json")
+        if present and (present.json().get("Labels") or {}).get(BASE_LABEL) == digest:
+            return
+        _say({"line": f"Importing {tar} as {image}"})
+        file.seek(0)
+        parameters = {"reference": image, "changes": f"LABEL {BASE_LABEL}={digest}"}
+        api.post("/images/import", params=parameters, data=_chunks(file)).raise_for_status()
 
 
 def _context(directory: Path, wheelhouse: Path | None) -> Iterator[bytes]:
@@ -201,10 +214,7 @@ def _context(directory: Path, wheelhouse: Path | None) -> Iterator[bytes]:
     reader, writer = os.pipe()
 
     def write() -> None:
-        with (
-            open(writer, "wb") as file,
-            tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar,
-        ):
+        with open(writer, "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
             tar.add(directory, arcname=".", filter=_context_member)
             if wheelhouse is not None:
                 tar.add(wheelhouse, arcname="wheelhouse", filter=_context_member)
@@ -223,46 +233,8 @@ def _context_member(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return member
 
 
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK_BYTES):
-        yield chunk
-
-
-def _call(method: str, path: str, *, missing_ok: bool = False, **options: Any) -> Any:
-    """Return the response of libpod's REST interface; None if nothing is there and that is no error."""
-    import requests
-    from podman import PodmanClient
-    from podman.errors import APIError
-    from podman.errors import NotFound as PodmanNotFound
-
-    client = PodmanClient(base_url=f"http+unix://{paths.podman_socket()}")
-    send = getattr(client.api, method.lower())
-    try:
-        response = send(path, stream=method == "POST", **options)
-        response.raise_for_status()
-    except PodmanNotFound as exc:
-        if missing_ok:
-            return None
-        raise NotFound(f"Podman: {exc.explanation or exc}") from None
-    except APIError as exc:
-        raise Failed(f"Podman: {exc.explanation or exc}") from None
-    except requests.exceptions.RequestException as exc:
-        raise Unavailable(
-            f"Podman broke off: {exc}", hint="see: journalctl --user -u podman.service"
-        ) from None
-    return response
-
-
-def _connect(path: Path) -> None:
-    """Raise Unavailable if nobody listens: the client library would bury the reason."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError as exc:
-            raise Unavailable(
-                f"Podman does not answer at '{path}': {exc.strerror}",
-                hint="run: systemctl --user start podman.socket",
-            ) from None
+def _chunks(file: IO[bytes]) -> Iterable[bytes]:
+    return iter(partial(file.read, CHUNK_BYTES), b"")
 
 
 VERBS: dict[str, Callable[..., object]] = {"exists": _exists, "build": _build}
