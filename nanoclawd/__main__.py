@@ -177,10 +177,10 @@ async def _recover(
     }
     adopted: list[Session] = []
 
-    async def recover(tx: Transaction) -> list[Row]:
-        await tx.all("release_deliveries")
-        await tx.all("extend_leases", expires=now_ms() + int(limits.LEASE_S * 1000))
-        rows = await tx.all("list_sessions", agent=None)
+    def recover(tx: Transaction) -> list[Row]:
+        tx.all("release_deliveries")
+        tx.all("extend_leases", expires=now_ms() + int(limits.LEASE_S * 1000))
+        rows = tx.all("list_sessions", agent=None)
         for row in rows:
             if row["message"] is None and unit_name(row["agent"], row["name"]) not in running:
                 continue  # nearly all of them, and there may be thousands
@@ -190,13 +190,13 @@ async def _recover(
             gateway = listeners.get(f"gateway.{agent}.{name}")
             if session.unit in running and host is not None and gateway is not None:
                 session.host, session.gateway = host, gateway
-                session.turn = await leased_turn(tx, session.row)
+                session.turn = leased_turn(tx, session.row)
                 adopted.append(session)
                 continue
-            lost = await tx.one("leased_message", session=session.row.id)
+            lost = tx.one("leased_message", session=session.row.id)
             if lost is not None:
                 reason = "the router and the agent's container ended together"
-                await tx.all("requeue_message", id=lost["id"], not_before=0, reason=reason)
+                tx.all("requeue_message", id=lost["id"], not_before=0, reason=reason)
         return rows
 
     await db.write(recover)

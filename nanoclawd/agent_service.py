@@ -117,11 +117,11 @@ class AgentService:
             raise Refused("key: must be 1 to 64 of a-z, A-Z, 0-9, '-', '_' and '.'")
         _check_text("text", text)
 
-        async def send(tx: Transaction) -> list[Row]:
+        def send(tx: Transaction) -> list[Row]:
             if session.turn is not turn:  # ended meanwhile
                 raise _no_such_turn(turn.id)
-            await queue.send_message(tx, session.row, turn, key, text)
-            return await self._outlets.claim(tx, session.row, turn.event)
+            queue.send_message(tx, session.row, turn, key, text)
+            return self._outlets.claim(tx, session.row, turn.event)
 
         self._outlets.publish(await self._db.write(send))
         return {}
@@ -214,8 +214,8 @@ def _check_text(path: str, text: str) -> None:
         raise Refused(f"{path}: is empty")
 
 
-async def _finish(tx: Transaction, session: Session, turn: Turn, stopped: bool, replies: list[str]) -> None:
+def _finish(tx: Transaction, session: Session, turn: Turn, stopped: bool, replies: list[str]) -> None:
     state = MessageState.STOPPED if stopped else MessageState.ANSWERED
-    await queue.finish_turn(tx, session.row, turn, state, replies)
+    queue.finish_turn(tx, session.row, turn, state, replies)
     if stopped:
-        await queue.publish_stopped(tx, session.row, turn.message, turn.event)
+        queue.publish_stopped(tx, session.row, turn.message, turn.event)

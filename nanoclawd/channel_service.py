@@ -131,13 +131,13 @@ class ChannelService:
         channel, key = parameters["channel"], parameters["key"]
         reason = " ".join(parameters["reason"].split())[:500]
 
-        async def fail(tx: Transaction) -> tuple[Row | None, int | None]:
-            row = await tx.one("find_delivery", channel=channel, key=key)
+        def fail(tx: Transaction) -> tuple[Row | None, int | None]:
+            row = tx.one("find_delivery", channel=channel, key=key)
             if row is None or not parameters["retryable"] or row["attempts"] >= limits.DELIVERY_ATTEMPTS:
-                return await queue.end_delivery(tx, channel, key, sent=False, reason=reason), None
+                return queue.end_delivery(tx, channel, key, sent=False, reason=reason), None
             after_s = max(0.0, min(parameters["retryAfterSeconds"] or 0.0, limits.BACKOFF_MAX_S))
             not_before = now_ms() + max(queue.backoff_ms(max(1, row["attempts"])), int(after_s * 1000))
-            await tx.all("release_delivery", key=key, not_before=not_before, reason=reason)
+            tx.all("release_delivery", key=key, not_before=not_before, reason=reason)
             return row, not_before
 
         row, not_before = await self._db.write(fail)

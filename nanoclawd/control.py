@@ -160,13 +160,13 @@ class ControlService:
         """Stop all containers of an agent, and tell its chats that nobody will answer."""
         await self._sessions.stop_containers(agent)
 
-        async def bury(tx: Transaction) -> list[Row]:
+        def bury(tx: Transaction) -> list[Row]:
             deliveries = []
-            for row in await tx.all("list_sessions", agent=agent):
+            for row in tx.all("list_sessions", agent=agent):
                 session = session_row(row)
-                while (message := await tx.one("next_message", session=session.id)) is not None:
-                    await queue.bury_message(tx, session, message, reason)
-                    deliveries += await self._outlets.claim(tx, session, message["event"])
+                while (message := tx.one("next_message", session=session.id)) is not None:
+                    queue.bury_message(tx, session, message, reason)
+                    deliveries += self._outlets.claim(tx, session, message["event"])
             return deliveries
 
         self._outlets.publish(await self._db.write(bury))

@@ -1,4 +1,8 @@
-"""The router's SQLite database: opened and checked, one writer, writes grouped into durable commits."""
+"""The router's SQLite database: opened and checked, one writer, writes grouped into durable commits.
+
+Statements of a transaction run on the event loop: they take microseconds, and nothing can step in between.
+Only the commit, which waits for the disk, has a thread; and reads, which may be long, have aiosqlite's.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,21 +49,21 @@ def read_queries(text: str) -> dict[str, str]:
 class Transaction:
     """What a write sees: named statements, run at once and in order on the one writing connection."""
 
-    def __init__(self, connection: aiosqlite.Connection, queries: dict[str, str]) -> None:
+    def __init__(self, connection: sqlite3.Connection, queries: dict[str, str]) -> None:
         self._connection = connection
         self._queries = queries
 
-    async def all(self, query: str, **parameters: Any) -> list[Row]:
+    def all(self, query: str, **parameters: Any) -> list[Row]:
         """Run a statement of queries.sql and return its rows."""
-        return list(await self._connection.execute_fetchall(self._queries[query], parameters))
+        return self._connection.execute(self._queries[query], parameters).fetchall()
 
-    async def one(self, query: str, **parameters: Any) -> Row | None:
+    def one(self, query: str, **parameters: Any) -> Row | None:
         """The same for a statement that gives one row or none."""
-        rows = await self.all(query, **parameters)
+        rows = self.all(query, **parameters)
         return rows[0] if rows else None
 
 
-Operation = Callable[[Transaction], Awaitable[T]]
+Operation = Callable[[Transaction], T]
 
 
 @dataclass(slots=True)
@@ -70,10 +75,11 @@ class _Write:
 class Database:
     """Opens with open(); run() must run as a task while write() is used."""
 
-    def __init__(self, writer: aiosqlite.Connection, reader: aiosqlite.Connection, lock_fd: int) -> None:
+    def __init__(self, writer: sqlite3.Connection, reader: aiosqlite.Connection, lock_fd: int) -> None:
         self._writer = writer
         self._reader = reader
         self._lock_fd = lock_fd
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._queries = read_queries((paths.SQL / "queries.sql").read_text())
         self._waiting: asyncio.Queue[_Write] = asyncio.Queue(maxsize=4 * limits.WRITES_PER_COMMIT)
         self._stopped = False
@@ -87,21 +93,22 @@ class Database:
         another process has it.
         """
         lock_fd = _lock(path)
-        opened: list[aiosqlite.Connection] = []
+        writer: sqlite3.Connection | None = None
         try:
             beside_agents = not create and any(path.parent.glob("agents/*"))
             if beside_agents and not path.exists():
                 raise _missing(path)
-            for _ in range(2):
-                opened.append(await aiosqlite.connect(path, isolation_level=None))  # we say BEGIN ourselves
-            writer, reader = opened
-            await _migrate(writer, path, beside_agents=beside_agents)
-            for connection in opened:
-                await _prepare(connection, path)
+            # We say BEGIN ourselves; loop and committer take turns.
+            writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            _migrate(writer, path, beside_agents=beside_agents)
+            _prepare(writer, path)
+            reader = await aiosqlite.connect(path, isolation_level=None)
+            reader.row_factory = sqlite3.Row
+            await reader.execute_fetchall("PRAGMA query_only = ON")
             return cls(writer, reader, lock_fd)
         except BaseException as exc:
-            for connection in opened:  # each has a thread, which would keep the program from ending
-                await connection.close()
+            if writer is not None:
+                writer.close()
             os.close(lock_fd)
             if not isinstance(exc, sqlite3.DatabaseError):
                 raise
@@ -115,7 +122,8 @@ class Database:
     async def close(self) -> None:
         """Close both connections; what waits is not written."""
         await self._reader.close()
-        await self._writer.close()
+        self._committer.shutdown()  # waits for a commit that is under way
+        self._writer.close()
         os.close(self._lock_fd)
 
     async def read(self, query: str, **parameters: Any) -> list[Row]:
@@ -174,22 +182,22 @@ class Database:
         outcomes: list[tuple[_Write, Any, BaseException | None]] = []
         transaction = Transaction(self._writer, self._queries)
         try:
-            await self._writer.execute_fetchall("BEGIN IMMEDIATE")
+            self._writer.execute("BEGIN IMMEDIATE")
             for write in batch:
-                await self._writer.execute_fetchall("SAVEPOINT write")
+                self._writer.execute("SAVEPOINT write")
                 try:
-                    outcomes.append((write, await write.operation(transaction), None))
+                    outcomes.append((write, write.operation(transaction), None))
                 except sqlite3.OperationalError:
                     raise  # the disk, not this operation
                 except Exception as exc:  # handed to whoever asked for it
-                    outcomes.append((write, None, _explain(exc)))
-                    await self._writer.execute_fetchall("ROLLBACK TO write")
-                await self._writer.execute_fetchall("RELEASE write")
-            await self._writer.execute_fetchall("COMMIT")
+                    outcomes.append((write, None, exc))
+                    self._writer.execute("ROLLBACK TO write")
+                self._writer.execute("RELEASE write")
+            await asyncio.get_running_loop().run_in_executor(self._committer, self._writer.execute, "COMMIT")
             self.commits += 1
         except sqlite3.OperationalError as exc:
             if self._writer.in_transaction:
-                await self._writer.execute_fetchall("ROLLBACK")
+                self._writer.execute("ROLLBACK")
             journal.error(
                 "database-write-failed", f"{exc}; nothing of it was acknowledged", writes=len(batch)
             )
@@ -234,15 +242,15 @@ def _lock(path: Path) -> int:
     return fd
 
 
-async def _prepare(connection: aiosqlite.Connection, path: Path) -> None:
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.row_factory = sqlite3.Row
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000"):
-        await connection.execute_fetchall(f"PRAGMA {pragma}")
+        connection.execute(f"PRAGMA {pragma}")
     # An acknowledged message must survive a power cut; SQLite builds may be compiled with other defaults.
     for pragma, wanted in (("synchronous", FULL), ("journal_mode", "wal"), ("foreign_keys", 1)):
-        (row,) = await connection.execute_fetchall(f"PRAGMA {pragma}")
-        if row[0] != wanted:
-            raise ConfigError(f"SQLite took {pragma} = {row[0]!r} for '{path}', not {wanted!r}")
+        (value,) = connection.execute(f"PRAGMA {pragma}").fetchone()
+        if value != wanted:
+            raise ConfigError(f"SQLite took {pragma} = {value!r} for '{path}', not {wanted!r}")
 
 
 def _missing(path: Path) -> ConfigError:
@@ -253,12 +261,12 @@ def _missing(path: Path) -> ConfigError:
     )
 
 
-async def _migrate(connection: aiosqlite.Connection, path: Path, *, beside_agents: bool) -> None:
+def _migrate(connection: sqlite3.Connection, path: Path, *, beside_agents: bool) -> None:
     """Bring the schema to the newest version: each migration and its record in one transaction."""
-    version = await _pragma(connection, "user_version")
-    application = await _pragma(connection, "application_id")
-    (tables,) = await connection.execute_fetchall("SELECT count(*) FROM sqlite_schema")
-    if application != APPLICATION_ID and (version or application or tables[0]):
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if application != APPLICATION_ID and (version or application or tables):
         raise ConfigError(f"'{path}' is a database of another program", hint="move it away")
     if version == 0 and beside_agents:  # an empty file is no better than none
         raise _missing(path)
@@ -269,25 +277,20 @@ async def _migrate(connection: aiosqlite.Connection, path: Path, *, beside_agent
             hint=f"install the newer nanoclawd again, or put '{path}.backup-{len(migrations)}' back",
         )
     if 0 < version < len(migrations):
-        await _backup(connection, path.with_name(f"{path.name}.backup-{version}"))
+        _backup(connection, path.with_name(f"{path.name}.backup-{version}"))
     for number, file in enumerate(migrations[version:], start=version + 1):
         # executescript() commits what is open first, so the transaction is part of the script.
-        await connection.executescript(
+        connection.executescript(
             f"BEGIN IMMEDIATE;\n{file.read_text()}\n"
             f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {number};\nCOMMIT;"
         )
         journal.info("database-migrated", version=number)
 
 
-async def _pragma(connection: aiosqlite.Connection, name: str) -> int:
-    (row,) = await connection.execute_fetchall(f"PRAGMA {name}")
-    return int(row[0])
-
-
-async def _backup(connection: aiosqlite.Connection, target: Path) -> None:
+def _backup(connection: sqlite3.Connection, target: Path) -> None:
     target.unlink(missing_ok=True)
-    async with aiosqlite.connect(target) as copy:
-        await connection.backup(copy)
+    with closing(sqlite3.connect(target)) as copy:
+        connection.backup(copy)
     fd = os.open(target, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)

@@ -90,17 +90,17 @@ class Outlets:
                     self.retry_at(channel, now_ms() + int(limits.STORE_AGAIN_S * 1000))
 
     async def _release(self, keys: set[str]) -> None:
-        async def release(tx: Transaction) -> None:
+        def release(tx: Transaction) -> None:
             now = now_ms()
             for key in keys:
-                await tx.all("release_delivery", key=key, not_before=now, reason=None)
+                tx.all("release_delivery", key=key, not_before=now, reason=None)
 
         await self._db.write(release)
 
-    async def claim(self, tx: Transaction, session: SessionRow, event: str | None) -> list[Row]:
+    def claim(self, tx: Transaction, session: SessionRow, event: str | None) -> list[Row]:
         """Within a write that published for `session`: lease it if an adapter is there to take it."""
         if any(o.live and o.wants(session.channel, session.chat, event) for o in self._outlets):
-            return await queue.claim_deliveries(tx, session.channel, chat=session.chat, event=event)
+            return queue.claim_deliveries(tx, session.channel, chat=session.chat, event=event)
         return []
 
     def publish(self, rows: list[Row]) -> None:
@@ -157,8 +157,8 @@ class Outlets:
         """Queue what is pending, as much as fits; the rest when that has been read."""
         room = (limits.STREAM_QUEUE - outlet.queue.qsize()) // 2
 
-        async def claim(tx: Transaction) -> list[Row]:
-            rows = await queue.claim_deliveries(
+        def claim(tx: Transaction) -> list[Row]:
+            rows = queue.claim_deliveries(
                 tx, outlet.channel, chat=outlet.chat, event=outlet.event, limit=room
             )
             # Writes are in order: what is published after one that found nothing more is handed over by

@@ -93,7 +93,7 @@ def backoff_ms(attempt: int) -> int:
     return int(wait_s * 1000 * random.uniform(0.9, 1.1))
 
 
-async def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId, SessionRow | None]:
+def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId, SessionRow | None]:
     """Store a message for an agent and return its id and session; the session is None if it was stored
     before.
 
@@ -106,46 +106,44 @@ async def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[Mess
         "event": event.event,
         "revision": event.revision,
     }
-    if (known := await tx.one("find_delivered", **key)) is not None:
+    if (known := tx.one("find_delivered", **key)) is not None:
         return MessageId(known["id"]), None
     place = {"agent": agent, "channel": event.channel, "chat": event.chat, "thread": event.thread}
-    row = await tx.one("find_session", **place)
+    row = tx.one("find_session", **place)
     if row is None:
         prefix = "".join(c if c.isascii() and c.isalnum() else "_" for c in event.channel.lower())[:32]
-        row = await tx.one("add_session", prefix=prefix, now=now_ms(), **place)
+        row = tx.one("add_session", prefix=prefix, now=now_ms(), **place)
     assert row is not None
     session = session_row(row)
-    (waiting,) = await tx.all("count_queued", session=session.id)
+    (waiting,) = tx.all("count_queued", session=session.id)
     if waiting["in_session"] >= limits.QUEUED_PER_SESSION or waiting["total"] >= limits.QUEUED_TOTAL:
         raise Refused(
             f"{waiting['in_session']} messages wait for this chat and {waiting['total']} in all",
             hint="wait until the agent has caught up; 'nanoclawctl status' shows what it does",
         )
     message = new_message_id()
-    await tx.all(
+    tx.all(
         "enqueue", id=message, session=session.id, sender=event.sender, body=event.text, now=now_ms(), **key
     )
     return message, session
 
 
-async def claim_turn(tx: Transaction, session: SessionRow) -> Turn | None:
+def claim_turn(tx: Transaction, session: SessionRow) -> Turn | None:
     """Lease the session's oldest message, if it is due, to a new turn. One that is leased already is not
     taken.
     """
-    row = await tx.one(
-        "claim_message", session=session.id, turn=new_turn_id(), now=now_ms(), expires=_lease_end()
-    )
-    return None if row is None else await _turn(tx, row)
+    row = tx.one("claim_message", session=session.id, turn=new_turn_id(), now=now_ms(), expires=_lease_end())
+    return None if row is None else _turn(tx, row)
 
 
-async def leased_turn(tx: Transaction, session: SessionRow) -> Turn | None:
+def leased_turn(tx: Transaction, session: SessionRow) -> Turn | None:
     """Return the turn that the session has leased, if any."""
-    row = await tx.one("leased_message", session=session.id)
-    return None if row is None else await _turn(tx, row)
+    row = tx.one("leased_message", session=session.id)
+    return None if row is None else _turn(tx, row)
 
 
-async def _turn(tx: Transaction, row: Row) -> Turn:
-    sent = await tx.all("already_sent", message=row["id"]) if row["attempts"] > 1 else []
+def _turn(tx: Transaction, row: Row) -> Turn:
+    sent = tx.all("already_sent", message=row["id"]) if row["attempts"] > 1 else []
     # The message's id was put before the runner's key, see send_message().
     already = [(r["key"].partition("/")[2], r["body"]) for r in sent]
     return Turn(
@@ -160,33 +158,33 @@ async def _turn(tx: Transaction, row: Row) -> Turn:
     )
 
 
-async def renew_lease(tx: Transaction, session: SessionRow, turn: TurnId) -> bool:
+def renew_lease(tx: Transaction, session: SessionRow, turn: TurnId) -> bool:
     """Return whether the turn still has its lease, now until a full lease from now."""
-    return await tx.one("renew_lease", session=session.id, turn=turn, expires=_lease_end()) is not None
+    return tx.one("renew_lease", session=session.id, turn=turn, expires=_lease_end()) is not None
 
 
-async def send_message(tx: Transaction, session: SessionRow, turn: Turn, key: str, text: str) -> None:
+def send_message(tx: Transaction, session: SessionRow, turn: Turn, key: str, text: str) -> None:
     """Publish what the agent sends in mid-turn; the same key again changes nothing. Raises Refused."""
     full_key = f"{turn.message}/{key}"
-    (count,) = await tx.all("count_sends", message=turn.message, key=full_key)
+    (count,) = tx.all("count_sends", message=turn.message, key=full_key)
     if count["sends"] >= limits.SENDS_PER_TURN:
         raise Refused(f"more than {limits.SENDS_PER_TURN} messages in one turn")
-    await _publish(tx, session, turn.message, full_key, DeliveryKind.MESSAGE, text, turn.event)
+    _publish(tx, session, turn.message, full_key, DeliveryKind.MESSAGE, text, turn.event)
 
 
-async def finish_turn(
+def finish_turn(
     tx: Transaction, session: SessionRow, turn: Turn, state: MessageState, replies: Sequence[str]
 ) -> None:
     """End a turn: its message is acknowledged and its replies are in the outbox, or neither."""
-    if await tx.one("finish_turn", id=turn.message, turn=turn.id, state=state, now=now_ms()) is None:
+    if tx.one("finish_turn", id=turn.message, turn=turn.id, state=state, now=now_ms()) is None:
         raise NotFound(f"turn {turn.id} has no lease any more")
     for number, text in enumerate(replies):
-        await _publish(
+        _publish(
             tx, session, turn.message, f"{turn.message}.reply{number}", DeliveryKind.REPLY, text, turn.event
         )
 
 
-async def fail_message(
+def fail_message(
     tx: Transaction,
     session: SessionRow,
     message: Row,
@@ -205,31 +203,31 @@ async def fail_message(
             min(retry_after_ms or 0, int(limits.BACKOFF_MAX_S * 1000)),
         )
         not_before = now_ms() + wait
-        await tx.all("requeue_message", id=message["id"], not_before=not_before, reason=reason)
+        tx.all("requeue_message", id=message["id"], not_before=not_before, reason=reason)
         return not_before
-    await bury_message(tx, session, message, reason)
+    bury_message(tx, session, message, reason)
     return None
 
 
-async def fail_start(tx: Transaction, session: SessionRow, *, reason: str) -> tuple[Row, int | None] | None:
+def fail_start(tx: Transaction, session: SessionRow, *, reason: str) -> tuple[Row, int | None] | None:
     """The session's container did not start: that counts as an attempt at its oldest message.
 
     Returns that message and when it will be tried again (None: it is dead); None if nothing waits.
     """
-    message = await tx.one("next_message", session=session.id)
+    message = tx.one("next_message", session=session.id)
     if message is None:
         return None
     if message["state"] == MessageState.QUEUED:
-        await tx.all("count_attempt", id=message["id"])
-        message = await tx.one("next_message", session=session.id)
+        tx.all("count_attempt", id=message["id"])
+        message = tx.one("next_message", session=session.id)
         assert message is not None
-    return message, await fail_message(tx, session, message, reason=reason, retryable=True)
+    return message, fail_message(tx, session, message, reason=reason, retryable=True)
 
 
-async def bury_message(tx: Transaction, session: SessionRow, message: Row, reason: str) -> None:
+def bury_message(tx: Transaction, session: SessionRow, message: Row, reason: str) -> None:
     """End a message as a dead letter, and say so in its chat."""
-    await tx.all("finish_message", id=message["id"], state=MessageState.DEAD, now=now_ms(), reason=reason)
-    await _publish(
+    tx.all("finish_message", id=message["id"], state=MessageState.DEAD, now=now_ms(), reason=reason)
+    _publish(
         tx,
         session,
         MessageId(message["id"]),
@@ -240,9 +238,9 @@ async def bury_message(tx: Transaction, session: SessionRow, message: Row, reaso
     )
 
 
-async def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
+def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
     """End all that waits for a session because the person said stop; returns the events."""
-    stopped = await tx.all(
+    stopped = tx.all(
         "finish_queued",
         session=session.id,
         state=MessageState.STOPPED,
@@ -250,28 +248,26 @@ async def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
         reason="stopped by the person",
     )
     for row in stopped:
-        await publish_stopped(tx, session, MessageId(row["id"]), row["event"])
+        publish_stopped(tx, session, MessageId(row["id"]), row["event"])
     return [row["event"] for row in stopped]
 
 
-async def publish_stopped(tx: Transaction, session: SessionRow, message: MessageId, event: str) -> None:
+def publish_stopped(tx: Transaction, session: SessionRow, message: MessageId, event: str) -> None:
     """Tell the chat that a message was stopped: it ends in a notice like everything else, not in silence."""
-    await _publish(tx, session, message, f"{message}.notice", DeliveryKind.NOTICE, "Stopped.", event)
+    _publish(tx, session, message, f"{message}.notice", DeliveryKind.NOTICE, "Stopped.", event)
 
 
-async def claim_deliveries(
+def claim_deliveries(
     tx: Transaction, channel: str, *, chat: str | None = None, event: str | None = None, limit: int = 64
 ) -> list[Row]:
     """Lease what is due for an adapter, oldest first."""
-    rows = await tx.all(
-        "claim_deliveries", channel=channel, chat=chat, event=event, now=now_ms(), limit=limit
-    )
+    rows = tx.all("claim_deliveries", channel=channel, chat=chat, event=event, now=now_ms(), limit=limit)
     return sorted(
         rows, key=lambda row: int(row["seq"])
     )  # RETURNING has no order: sqlite.org/lang_returning.html
 
 
-async def end_delivery(
+def end_delivery(
     tx: Transaction,
     channel: str,
     key: str,
@@ -282,10 +278,10 @@ async def end_delivery(
 ) -> Row | None:
     """Note that a delivery was sent, or is dead; None if that was known. Raises NotFound."""
     state = "sent" if sent else "dead"
-    row = await tx.one(
+    row = tx.one(
         "end_delivery", channel=channel, key=key, state=state, now=now_ms(), receipt=receipt, reason=reason
     )
-    if row is None and await tx.one("find_delivery", channel=channel, key=key) is None:
+    if row is None and tx.one("find_delivery", channel=channel, key=key) is None:
         raise NotFound(f"no delivery {key[:80]!r} on channel '{channel}'")
     return row
 
@@ -294,7 +290,7 @@ def _lease_end() -> int:
     return now_ms() + int(limits.LEASE_S * 1000)
 
 
-async def _publish(
+def _publish(
     tx: Transaction,
     session: SessionRow,
     message: MessageId,
@@ -304,7 +300,7 @@ async def _publish(
     in_reply_to: str,
 ) -> None:
     place: dict[str, Any] = {"agent": session.agent, "channel": session.channel, "chat": session.chat}
-    await tx.all(
+    tx.all(
         "publish",
         key=key,
         message=message,

@@ -294,14 +294,14 @@ def _move_to_trash(name: AgentName) -> Path | None:
     return target
 
 
-async def _ensure_rows(tx: Transaction, names: Iterable[AgentName]) -> dict[AgentName, Row]:
-    rows = {AgentName(row["name"]): row for row in await tx.all("list_agents")}
+def _ensure_rows(tx: Transaction, names: Iterable[AgentName]) -> dict[AgentName, Row]:
+    rows = {AgentName(row["name"]): row for row in tx.all("list_agents")}
     for name in names:
         if name not in rows:
-            (rows[name],) = await tx.all("add_agent", name=name, now=now_ms())
+            (rows[name],) = tx.all("add_agent", name=name, now=now_ms())
     return rows
 
 
-async def _remove_rows(tx: Transaction, name: AgentName) -> None:
-    await tx.all("remove_agent", name=name)
-    await tx.all("remove_sessions", agent=name)
+def _remove_rows(tx: Transaction, name: AgentName) -> None:
+    tx.all("remove_agent", name=name)
+    tx.all("remove_sessions", agent=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -82,21 +82,21 @@ class Sessions:
         self._add(session)
         self._tasks.create_task(self._run_life(session, adopted=True), name=f"session {session.unit}")
 
-    async def write(self, row: SessionRow | None, operation: Callable[[Transaction], Awaitable[T]]) -> T:
+    async def write(self, row: SessionRow | None, operation: Callable[[Transaction], T]) -> T:
         """Run a write that may give the session `row` something to do, and lease that to its runner at once.
 
         One commit for both: a message that finds its runner waiting is on disk and on its way together.
         """
         taker: Session | None = None
 
-        async def write(tx: Transaction) -> tuple[T, Turn | None]:
+        def write(tx: Transaction) -> tuple[T, Turn | None]:
             nonlocal taker
-            result = await operation(tx)
+            result = operation(tx)
             session = self._live.get(row.id) if row is not None else None
             if session is None or not session.can_take():
                 return result, None
             session.taking, taker = True, session
-            return result, await queue.claim_turn(tx, session.row)
+            return result, queue.claim_turn(tx, session.row)
 
         try:
             result, turn = await self._db.write(write)
@@ -165,22 +165,20 @@ class Sessions:
     def renewed(self, session: Session) -> None:
         self._start_lease(session)
 
-    async def end_turn(
-        self, session: Session, turn: Turn, operation: Callable[[Transaction], Awaitable[T]]
-    ) -> T:
+    async def end_turn(self, session: Session, turn: Turn, operation: Callable[[Transaction], T]) -> T:
         """Run the write that ends `turn`, publish what it sent, and give the runner what is next."""
 
         ended = False
 
-        async def write(tx: Transaction) -> tuple[T, list[Row]]:
+        def write(tx: Transaction) -> tuple[T, list[Row]]:
             nonlocal ended
             if session.turn is not turn:  # another call was faster
                 raise NotFound(f"turn {turn.id} is over")
-            result = await operation(tx)
+            result = operation(tx)
             # Ended as far as this transaction goes, so that the next turn can be leased in it.
             ended, session.turn = True, None
             session.state = SessionState.READY if session.state is SessionState.WORKING else session.state
-            return result, await self._outlets.claim(tx, session.row, turn.event)
+            return result, self._outlets.claim(tx, session.row, turn.event)
 
         try:
             result, deliveries = await self.write(session.row, write)
@@ -218,11 +216,11 @@ class Sessions:
     ) -> None:
         """End a turn that failed: a later attempt, or a dead letter with a notice."""
 
-        async def fail(tx: Transaction) -> int | None:
-            message = await tx.one("leased_message", session=session.row.id)
+        def fail(tx: Transaction) -> int | None:
+            message = tx.one("leased_message", session=session.row.id)
             if message is None or message["turn"] != turn.id:
                 raise NotFound(f"turn {turn.id} has no lease any more")
-            return await queue.fail_message(
+            return queue.fail_message(
                 tx, session.row, message, reason=reason, retryable=retryable, retry_after_ms=retry_after_ms
             )
 
@@ -427,28 +425,26 @@ class Sessions:
             result=session.result or None,
         )
 
-        async def account(tx: Transaction) -> tuple[Row, int | None] | None:
+        def account(tx: Transaction) -> tuple[Row, int | None] | None:
             # Asked here and not of session.turn: a write that leased one for it may be under way.
-            message = await tx.one("leased_message", session=session.row.id)
+            message = tx.one("leased_message", session=session.row.id)
             if message is not None:
                 if by_person:
-                    await tx.all("requeue_message", id=message["id"], not_before=0, reason=None)
-                    await tx.all("uncount_attempt", id=message["id"])
+                    tx.all("requeue_message", id=message["id"], not_before=0, reason=None)
+                    tx.all("uncount_attempt", id=message["id"])
                     return None
-                return message, await queue.fail_message(
-                    tx, session.row, message, reason=reason, retryable=True
-                )
+                return message, queue.fail_message(tx, session.row, message, reason=reason, retryable=True)
             if by_person or session.left or session.worked:
                 return None
             if isinstance(problem, ConfigError | NotFound | Refused):
                 # A broken file or a masked unit does not get better by itself.
-                return await _bury_next(tx, session.row, reason)
-            return await queue.fail_start(tx, session.row, reason=reason)
+                return _bury_next(tx, session.row, reason)
+            return queue.fail_start(tx, session.row, reason=reason)
 
-        async def write(tx: Transaction) -> tuple[tuple[Row, int | None] | None, list[Row]]:
-            failed = await account(tx)
+        def write(tx: Transaction) -> tuple[tuple[Row, int | None] | None, list[Row]]:
+            failed = account(tx)
             event = failed[0]["event"] if failed else None
-            return failed, await self._outlets.claim(tx, session.row, event)
+            return failed, self._outlets.claim(tx, session.row, event)
 
         failed, deliveries = await self._store(write)
         session.turn = None
@@ -461,7 +457,7 @@ class Sessions:
         if problem is not None or session.result not in ("", "success"):
             await self._forget_failure(session)
 
-    async def _store(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
+    async def _store(self, operation: Callable[[Transaction], T]) -> T:
         """Write what nobody else would write if we gave up: again and again while the disk is full."""
         while True:
             try:
@@ -603,23 +599,23 @@ class Sessions:
             )
 
 
-async def _nothing(tx: Transaction) -> None:
+def _nothing(tx: Transaction) -> None:
     """The operation of a write that only leases what is due."""
 
 
-async def _stop_queued(tx: Transaction, outlets: Outlets, row: SessionRow) -> tuple[list[str], list[Row]]:
-    events = await queue.stop_session(tx, row)
-    return events, [delivery for event in events for delivery in await outlets.claim(tx, row, event)]
+def _stop_queued(tx: Transaction, outlets: Outlets, row: SessionRow) -> tuple[list[str], list[Row]]:
+    events = queue.stop_session(tx, row)
+    return events, [delivery for event in events for delivery in outlets.claim(tx, row, event)]
 
 
-async def _finish_stopped(tx: Transaction, row: SessionRow, turn: Turn) -> None:
-    await queue.finish_turn(tx, row, turn, MessageState.STOPPED, [])
-    await queue.publish_stopped(tx, row, turn.message, turn.event)
+def _finish_stopped(tx: Transaction, row: SessionRow, turn: Turn) -> None:
+    queue.finish_turn(tx, row, turn, MessageState.STOPPED, [])
+    queue.publish_stopped(tx, row, turn.message, turn.event)
 
 
-async def _bury_next(tx: Transaction, row: SessionRow, reason: str) -> tuple[Row, int | None] | None:
-    message = await tx.one("next_message", session=row.id)
+def _bury_next(tx: Transaction, row: SessionRow, reason: str) -> tuple[Row, int | None] | None:
+    message = tx.one("next_message", session=row.id)
     if message is None:
         return None
-    await queue.bury_message(tx, row, message, reason)
+    queue.bury_message(tx, row, message, reason)
     return message, None

@@ -18,6 +18,7 @@ import pytest
 from nanoclawd import limits, paths
 from nanoclawd.db import APPLICATION_ID, FULL, Database, Row, Transaction, now_ms, read_queries
 from nanoclawd.errors import ConfigError, Refused, Unavailable
+from tests.support.commits import HeldCommits
 from tests.support.varlink_peer import eventually
 
 
@@ -33,8 +34,8 @@ async def opened(path: Path) -> AsyncIterator[Database]:
         await db.close()
 
 
-async def add(tx: Transaction, name: str) -> Row:
-    (row,) = await tx.all("add_agent", name=name, now=now_ms())
+def add(tx: Transaction, name: str) -> Row:
+    (row,) = tx.all("add_agent", name=name, now=now_ms())
     return row
 
 
@@ -48,24 +49,10 @@ async def names(db: Database) -> list[str]:
 def test_commits_are_durable_and_the_file_is_ours(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
-            for connection in (db._writer, db._reader):
-                values = {
-                    pragma: (await connection.execute_fetchall(f"PRAGMA {pragma}"))
-                    for pragma in (
-                        "synchronous",
-                        "journal_mode",
-                        "foreign_keys",
-                        "application_id",
-                        "user_version",
-                    )
-                }
-                assert [next(iter(rows))[0] for rows in values.values()] == [
-                    FULL,
-                    "wal",
-                    1,
-                    APPLICATION_ID,
-                    migrations,
-                ]
+            pragmas = ("synchronous", "journal_mode", "foreign_keys", "application_id", "user_version")
+            values = [db._writer.execute(f"PRAGMA {pragma}").fetchone()[0] for pragma in pragmas]
+
+            assert values == [FULL, "wal", 1, APPLICATION_ID, migrations]
 
     migrations = len(list((paths.SQL / "migrations").glob("*.sql")))
     asyncio.run(run())
@@ -253,13 +240,13 @@ def test_many_writers_share_commits(tmp_path: Path) -> None:
 
 
 def test_failing_write_is_rolled_back_alone_and_gets_its_own_exception(tmp_path: Path) -> None:
-    async def fail(tx: Transaction) -> None:
-        await add(tx, "half")
+    def fail(tx: Transaction) -> None:
+        add(tx, "half")
         raise Refused("no")
 
-    async def twice(tx: Transaction) -> None:
-        await add(tx, "twice")
-        await add(tx, "twice")
+    def twice(tx: Transaction) -> None:
+        add(tx, "twice")
+        add(tx, "twice")
 
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
@@ -281,16 +268,14 @@ def test_failing_write_is_rolled_back_alone_and_gets_its_own_exception(tmp_path:
 def test_nobody_is_answered_before_the_commit(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
-            seen: list[list[str]] = []
+            commits = HeldCommits(db)
+            write = asyncio.create_task(db.write(lambda tx: add(tx, "first")))
+            await commits.entered.wait()
 
-            async def look(tx: Transaction) -> None:
-                seen.append(await names(db))  # the reader sees what is committed
-
-            first = asyncio.create_task(db.write(lambda tx: add(tx, "first")))
-            second = asyncio.create_task(db.write(look))
-            await asyncio.gather(first, second)
-
-            assert seen == [[]] and await names(db) == ["first"]
+            assert await names(db) == [] and not write.done()
+            commits.release()
+            await write
+            assert await names(db) == ["first"]
 
     asyncio.run(run())
 
@@ -298,12 +283,11 @@ def test_nobody_is_answered_before_the_commit(tmp_path: Path) -> None:
 def test_cancelled_caller_gets_its_result_and_is_cancelled_after(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
-            entered = asyncio.Event()
+            commits = HeldCommits(db)
             effects: list[str] = []
 
-            async def slow(tx: Transaction) -> str:
-                await add(tx, "slow")
-                entered.set()
+            def slow(tx: Transaction) -> str:
+                add(tx, "slow")
                 return "written"
 
             async def caller() -> None:
@@ -312,10 +296,11 @@ def test_cancelled_caller_gets_its_result_and_is_cancelled_after(tmp_path: Path)
                 effects.append("not cancelled")
 
             task = asyncio.create_task(caller())
-            await entered.wait()
+            await commits.entered.wait()
             for _ in range(3):
                 task.cancel()
                 await asyncio.sleep(0)
+            commits.release()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
@@ -328,15 +313,12 @@ def test_cancelled_caller_gets_its_result_and_is_cancelled_after(tmp_path: Path)
 def test_deadline_around_a_write_still_ends_in_timeout(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
-            reached: asyncio.Event = asyncio.Event()
-
-            async def slow(tx: Transaction) -> None:
-                await reached.wait()
+            commits = HeldCommits(db)
 
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.01):
-                    asyncio.get_running_loop().call_later(0.05, reached.set)
-                    await db.write(slow)
+                    asyncio.get_running_loop().call_later(0.05, commits.release)
+                    await db.write(lambda tx: add(tx, "slow"))
                     await asyncio.sleep(3600)
 
     asyncio.run(run())
@@ -345,22 +327,22 @@ def test_deadline_around_a_write_still_ends_in_timeout(tmp_path: Path) -> None:
 def test_end_of_the_writer_is_told_to_all_who_wait(tmp_path: Path) -> None:
     async def run() -> None:
         db = await Database.open(tmp_path / "db")
-        entered = asyncio.Event()
+        commits = HeldCommits(db)
 
-        async def stuck(tx: Transaction) -> None:
-            entered.set()
-            await asyncio.Event().wait()
+        def nothing(tx: Transaction) -> None:
+            pass
 
         running = asyncio.create_task(db.run())
-        writes = [asyncio.create_task(db.write(stuck)) for _ in range(8 * limits.WRITES_PER_COMMIT)]
-        await entered.wait()
+        writes = [asyncio.create_task(db.write(nothing)) for _ in range(8 * limits.WRITES_PER_COMMIT)]
+        await commits.entered.wait()
         running.cancel()
 
         results = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 20)
 
         assert {type(result) for result in results} == {Unavailable}
         with pytest.raises(Unavailable):
-            await db.write(stuck)
+            await db.write(nothing)
+        commits.release()
         await db.close()
         await make(tmp_path / "db")
 
@@ -375,8 +357,8 @@ def test_full_database_refuses_and_recovers_without_a_restart(
 ) -> None:
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
-            ((pages,),) = await db._writer.execute_fetchall("PRAGMA page_count")
-            await db._writer.execute_fetchall(f"PRAGMA max_page_count = {pages}")
+            ((pages,),) = db._writer.execute("PRAGMA page_count").fetchall()
+            db._writer.execute(f"PRAGMA max_page_count = {pages}").fetchall()
             big = "x" * 100_000
 
             results = await asyncio.gather(
@@ -388,7 +370,7 @@ def test_full_database_refuses_and_recovers_without_a_restart(
             assert [type(result) for result in results] == [Unavailable, Unavailable]
             assert "disk full" in str(results[0])
             assert await names(db) == []
-            await db._writer.execute_fetchall("PRAGMA max_page_count = 1000000")
+            db._writer.execute("PRAGMA max_page_count = 1000000").fetchall()
             await db.write(lambda tx: add(tx, big))
             assert await names(db) == [big]
 
@@ -466,18 +448,11 @@ asyncio.run(main())
 def test_reader_waits_for_nobody(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
-            release = asyncio.Event()
-            entered = asyncio.Event()
-
-            async def slow(tx: Transaction) -> None:
-                await add(tx, "slow")
-                entered.set()
-                await release.wait()
-
-            writing = asyncio.create_task(db.write(slow))
-            await entered.wait()
+            commits = HeldCommits(db)
+            writing = asyncio.create_task(db.write(lambda tx: add(tx, "slow")))
+            await commits.entered.wait()
             assert await names(db) == []
-            release.set()
+            commits.release()
             await writing
             await eventually(lambda: db.commits == 1)
 

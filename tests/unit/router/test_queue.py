@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -137,10 +137,10 @@ class Queue(RuleBasedStateMachine):
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         turn, session = self.turns[chat], self.sessions[chat]
 
-        async def operation(tx: Transaction) -> int | None:
-            row = await tx.one("leased_message", session=session.id)
+        def operation(tx: Transaction) -> int | None:
+            row = tx.one("leased_message", session=session.id)
             assert row is not None
-            return await queue.fail_message(
+            return queue.fail_message(
                 tx, session, row, reason="it broke", retryable=retryable, retry_after_ms=after_ms
             )
 
@@ -212,7 +212,9 @@ class Queue(RuleBasedStateMachine):
 
 
 TestQueue = Queue.TestCase
-TestQueue.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+TestQueue.settings = settings(
+    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.mark.parametrize("attempt", [1, 2, 3, 10, 1000])

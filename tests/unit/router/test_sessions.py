@@ -8,6 +8,7 @@ import pytest
 
 from nanoclawd import limits
 from nanoclawd.wire import VarlinkError
+from tests.support.commits import HeldCommits
 from tests.support.router import AGENT, CHANNEL, Container, Place, echo, killed
 from tests.support.varlink_peer import eventually
 
@@ -437,12 +438,9 @@ def test_finish_that_meets_the_hard_stop_ends_once(place: Place) -> None:
             real = router.db.write
 
             async def slow(operation):  # type: ignore[no-untyped-def]
-                async def held(tx):  # type: ignore[no-untyped-def]
-                    entered.set()
-                    await release.wait()
-                    return await operation(tx)
-
-                return await real(held)
+                entered.set()
+                await release.wait()
+                return await real(operation)
 
             router.db.write = slow  # type: ignore[method-assign]
             hold.set()
@@ -514,20 +512,13 @@ def test_goodbye_while_a_message_is_being_written_stays(place: Place) -> None:
             adapter = await router.attach()
             await router.deliver("one")
             assert await adapter.reply() == "first"
-            real = router.sessions._db.write
-
-            async def slow(operation):  # type: ignore[no-untyped-def]
-                async def held(tx):  # type: ignore[no-untyped-def]
-                    result = await operation(tx)
-                    if not blocked.is_set():
-                        blocked.set()
-                        await release.wait()
-                    return result
-
-                return await real(held)
-
-            router.sessions._db.write = slow  # type: ignore[method-assign]
-            await router.deliver("two")
+            commits = HeldCommits(router.db)
+            delivering = asyncio.create_task(router.deliver("two"))
+            await commits.entered.wait()
+            blocked.set()
+            await release.wait()
+            commits.release()
+            await delivering
 
             assert await adapter.reply() == "attempt 1"
             assert stays == [True]
@@ -816,11 +807,11 @@ def test_full_disk_harms_nothing_but_what_it_touches(place: Place) -> None:
             adapter = await router.attach()
             await router.deliver("one")
             assert await adapter.reply() == "attempt 1"
-            ((pages,),) = await router.db._writer.execute_fetchall("PRAGMA page_count")
-            await router.db._writer.execute_fetchall(f"PRAGMA max_page_count = {pages}")
+            ((pages,),) = router.db._writer.execute("PRAGMA page_count").fetchall()
+            router.db._writer.execute(f"PRAGMA max_page_count = {pages}").fetchall()
             with pytest.raises(VarlinkError, match="Unavailable"):
                 await router.deliver("x" * 200_000)
-            await router.db._writer.execute_fetchall("PRAGMA max_page_count = 1000000")
+            router.db._writer.execute("PRAGMA max_page_count = 1000000").fetchall()
             await router.deliver("two")
             assert await adapter.reply() == "attempt 1"
             assert place.systemd.starts == [UNIT]
