@@ -15,7 +15,7 @@ from nanoclawd.idl import Interface, Method, read_interface
 from nanoclawd.server import SERVICE, SERVICE_INTERFACE
 from nanoclawd.wire import Json, VarlinkError
 
-WAIT_S = 10.0  #: only ever reached by a test that fails
+WAIT_S = 30.0  #: only ever reached by a test that fails
 
 
 def _error_calls(interface: Interface) -> Interface:

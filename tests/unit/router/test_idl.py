@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanoclawd import idl, paths
@@ -90,7 +90,7 @@ def test_our_files_name_only_types_that_they_have(path: Path) -> None:
 @pytest.mark.parametrize(
     "method", [f"{path.stem}.{name}" for path in FILES for name in read_interface(path).methods]
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_valid_parameters_pass_and_mutated_ones_do_not(method: str, data: st.DataObject) -> None:
     interface_name, _, name = method.rpartition(".")
@@ -180,7 +180,7 @@ def test_damaged_interface_is_refused(text: str) -> None:
         parse_interface(text)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from([*ALL.split(), "(", ")", ":", "->", "?", "[]", "#", "\n"]), max_size=40))
 def test_random_interface_is_parsed_or_refused(words: list[str]) -> None:
     with suppress(ValueError):

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanoclawd import client, limits, varlink
@@ -313,7 +313,7 @@ def test_random_bytes_never_end_the_server(tmp_path: Path) -> None:
     loop = asyncio.new_event_loop()
     subject = None
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(st.binary(max_size=50) | PARTS, max_size=30).map(b"".join))
     def fuzz(data: bytes) -> None:
         async def run() -> None:

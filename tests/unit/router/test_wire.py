@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanoclawd import limits, wire
@@ -74,7 +74,7 @@ def test_last_of_duplicate_fields_counts() -> None:
     assert decode(b'{"a": 1, "a": 2}') == {"a": 2}
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), JSON, max_size=5))
 def test_what_is_encoded_is_decoded(value: wire.Json) -> None:
     try:
@@ -86,7 +86,7 @@ def test_what_is_encoded_is_decoded(value: wire.Json) -> None:
     assert decode(data) == value
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), JSON, max_size=5))
 def test_ascii_spelling_means_the_same(value: wire.Json) -> None:
     data = json.dumps(value).encode()
@@ -104,7 +104,7 @@ ALPHABET = st.sampled_from(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=200) | st.lists(ALPHABET, max_size=60).map(lambda parts: "".join(parts).encode()))
 def test_random_bytes_decode_or_are_refused(data: bytes) -> None:
     try:
