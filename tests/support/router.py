@@ -372,12 +372,12 @@ class Router:
     async def attach(self, chat: str | None = None, event: str | None = None) -> Adapter:
         """Return an adapter that has been handed all that was pending."""
         adapter = Adapter(await self.peer(), await self.peer(), "test")
-        known = len(self.outlets._outlets)
+        known = list(self.outlets._outlets)
         await adapter.stream.send(
             f"{CHANNEL}.Attach", {"channel": "test", "chat": chat, "event": event}, more=True
         )
-        await eventually(lambda: len(self.outlets._outlets) > known)
-        outlet = self.outlets._outlets[-1]
+        await eventually(lambda: [o for o in self.outlets._outlets if o not in known])
+        (outlet,) = [o for o in self.outlets._outlets if o not in known]
         await eventually(lambda: outlet.live or outlet.queue.qsize() or outlet.unreported)
         return adapter
 
