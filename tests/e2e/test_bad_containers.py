@@ -15,7 +15,7 @@ MISSING = "localhost/nanoclaw-missing:1"
 # A process with pid 1 has no default action for SIGTERM.
 SLEEPER = '["sh", "-c", "trap \'exit 0\' TERM; sleep infinity & wait"]'
 OTHER_PROTOCOL = "RUN cd /opt/nanoclaw/lib/runner && rm -r __pycache__ && "
-OTHER_PROTOCOL += "sed -i 's/^PROTOCOL = .*/PROTOCOL = 7/' protocol.py"
+OTHER_PROTOCOL += "sed -i 's/^PROTOCOL = .*/PROTOCOL = 7/' $(grep -l '^PROTOCOL = ' *.py)"
 #: Lines of a Containerfile after FROM, by the image's name.
 IMAGES = {
     "localhost/nanoclaw-exits:1": 'ENTRYPOINT ["false"]',
