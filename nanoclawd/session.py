@@ -32,6 +32,7 @@ class Session:
     gateway: socket.socket | None = None  #: listener of the gateway, which has a copy
     stream: asyncio.Queue[Json | None] | None = None  #: to the runner's Work() call; None ends it
     turn: Turn | None = None
+    waiting_event: str | None = None  #: of the oldest message, while it waits for a container
     taking: bool = False  #: a write is under way that may lease a turn
     hello: bool = False  #: the runner of this life has introduced itself
     worked: bool = False  #: this life has taken a turn

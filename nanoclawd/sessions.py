@@ -254,7 +254,7 @@ class Sessions:
                     # It has its slot already, even if the limit was lowered meanwhile.
                     await self._run_container(session, adopted=True)
                 else:
-                    self._outlets.report_activity(session.row, "queued")
+                    self._outlets.report_activity(session.row, "queued", event=session.waiting_event)
                     await self._take_slot()
                     try:
                         if self._registry.may_run(session.row.agent):
@@ -307,6 +307,7 @@ class Sessions:
                 return False
             wait_ms = rows[0]["not_before"] - now_ms()
             if wait_ms <= 0:
+                session.waiting_event = rows[0]["event"]
                 return True
             try:
                 async with asyncio.timeout(wait_ms / 1000):
@@ -317,7 +318,7 @@ class Sessions:
     async def _run_container(self, session: Session, *, adopted: bool = False) -> None:
         if not adopted:
             session.begin_life()
-            self._outlets.report_activity(session.row, "starting")
+            self._outlets.report_activity(session.row, "starting", event=session.waiting_event)
         problem: NanoclawError | None = None
         serving: asyncio.Task[None] | None = None
         try:
