@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,9 @@ class Registry:
                 except NanoclawError as exc:
                     agent = _broken(agent, exc)
                 loaded[name] = agent
-            await self._follow(loaded, specs)
+            units = await asyncio.to_thread(quadlet.installed_units)
+            failures = await self._follow(specs, [name for name, _ in units if name not in loaded])
+            loaded |= {name: _broken(loaded[name], failure) for name, failure in failures.items()}
             self._agents = loaded
         problems = []
         for agent in loaded.values():
@@ -113,52 +115,39 @@ class Registry:
             journal.warning("agent-misnamed", f"{stranger}, ignoring it")
         return problems
 
-    async def _follow(self, loaded: dict[AgentName, Agent], specs: list[UnitSpec]) -> None:
-        """Install what is stale, remove what has no file, reload systemd once if anything changed."""
+    async def _follow(
+        self, specs: Sequence[UnitSpec], orphans: Sequence[AgentName] = ()
+    ) -> dict[AgentName, NanoclawError]:
+        """Install what is stale, remove the units of orphans, reload systemd once if anything changed.
+
+        Returns which agents cannot run, and why.
+        """
         stale = await asyncio.to_thread(quadlet.stale_units, specs)
-        failures: Mapping[AgentName, NanoclawError | None] = {}
-        if stale:
-            failures = await quadlet.install_units(stale)
-            journal.info("units-written", units=len(stale), version=self._version)
-        for name, failure in failures.items():
-            if failure is not None:
-                loaded[name] = _broken(loaded[name], failure)
-        orphans = [name for name, _ in quadlet.installed_units() if name not in loaded]
+        results = await quadlet.install_units(stale) if stale else {}
+        failures = {name: failure for name, failure in results.items() if failure is not None}
         removed = await asyncio.to_thread(quadlet.remove_units, orphans) if orphans else []
-        if stale or removed:
+        if len(stale) > len(failures) or removed:
             await self._systemd.reload()
-        for spec in stale:
-            if failures.get(spec.agent) is None:
-                try:
-                    await asyncio.to_thread(ensure_directories, spec.agent)
-                except Failed as exc:
-                    loaded[spec.agent] = _broken(loaded[spec.agent], exc)
+            journal.info("units-written", units=len(stale) - len(failures), version=self._version)
+        return failures | await asyncio.to_thread(_ensure_directories, specs)
 
     async def add(self, name: str, values: Mapping[str, Any], instructions: str | None) -> Agent:
         """Add an agent; on any failure nothing of it stays. Raises Refused, ConfigError, Failed."""
         agent_name = parse_agent_name(name)
         async with self._changing:
             if agent_name in self._agents or config_file(agent_name).exists():
-                raise Refused(
-                    f"there is an agent named '{agent_name}'",
-                    hint=f"'nanoclawctl agent set {agent_name}' changes it",
-                )
+                hint = f"'nanoclawctl agent set {agent_name}' changes it"
+                raise Refused(f"there is an agent named '{agent_name}'", hint=hint)
             if len(self._agents) >= limits.AGENTS:
                 raise Refused(f"there are {limits.AGENTS} agents already, which is the limit")
             row = (await self._db.write(lambda tx: _ensure_rows(tx, [agent_name])))[agent_name]
-            path = config_file(agent_name)
+            agent = Agent(name=agent_name, config=None, index=row["uid_index"])
             try:
-                _make_directory(path.parent)
-                agents.write_agent(path, AgentConfig(name=agent_name, **values))
-                if instructions is not None:
-                    agents.write_instructions(path, instructions)
-                agent = await self._install(
-                    Agent(name=agent_name, config=agents.read_agent(path), index=row["uid_index"])
-                )
+                _make_directory(paths.agents())
+                with _restored_on_failure(agent_name) as path:
+                    agents.write_agent(path, AgentConfig(name=agent_name, **values))
+                    agent = await self._install(agent, path, instructions)
             except BaseException:
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
-                    path.with_suffix(".md").unlink(missing_ok=True)
                 with suppress(Unavailable):  # a row without a file harms nothing
                     await self._db.write(lambda tx: tx.all("remove_agent", name=agent_name))
                 raise
@@ -170,25 +159,9 @@ class Registry:
         """Change keys of an agent's file; on any failure file and unit are as before."""
         async with self._changing:
             before = self.get(name)
-            path = config_file(before.name)
-            old = {file: _read_or_none(file) for file in (path, path.with_suffix(".md"))}
-            try:
+            with _restored_on_failure(before.name) as path:
                 agents.change_agent(path, values)
-                if instructions is not None:
-                    agents.write_instructions(path, instructions)
-                agent = await self._install(
-                    replace(before, config=agents.read_agent(path), problem="", hint="")
-                )
-            except BaseException:
-                for file, text in old.items():
-                    try:
-                        if text is None:
-                            files.remove_file(file)
-                        elif _read_or_none(file) != text:
-                            files.write_text(file, text)
-                    except NanoclawError as exc:
-                        journal.error("not-restored", f"{exc}; it has the change, the unit does not")
-                raise
+                agent = await self._install(before, path, instructions)
             self._agents[before.name] = agent
         journal.info("agent-changed", agent=agent.name, keys=",".join(values))
         return agent
@@ -224,17 +197,16 @@ class Registry:
         async with self._changing:
             self.config(name)
             self.instructions(name)  # the runner would be told of nothing else, and has nobody to tell
-            await self._install(self._agents[name])
-
-    async def _install(self, agent: Agent) -> Agent:
-        """Make the unit follow one agent's configuration. Raises what is wrong with it."""
-        spec = self._spec(agent)
-        if quadlet.stale_units([spec]):
-            failure = (await quadlet.install_units([spec]))[agent.name]
-            if failure is not None:
+            for failure in (await self._follow([self._spec(self._agents[name])])).values():
                 raise failure
-            await self._systemd.reload()
-        await asyncio.to_thread(ensure_directories, agent.name)
+
+    async def _install(self, agent: Agent, path: Path, instructions: str | None) -> Agent:
+        """Make the unit follow what is in the agent's file now. Raises what is wrong with it."""
+        if instructions is not None:
+            agents.write_instructions(path, instructions)
+        agent = replace(agent, config=agents.read_agent(path), problem="", hint="")
+        for failure in (await self._follow([self._spec(agent)])).values():
+            raise failure
         return agent
 
     def _spec(self, agent: Agent) -> UnitSpec:
@@ -251,15 +223,20 @@ def config_file(name: AgentName) -> Path:
     return paths.agents() / f"{name}.toml"
 
 
-def ensure_directories(name: AgentName) -> None:
-    """Make the agent's workspace: its processes have a uid of their own, and the person's group.
+def _ensure_directories(specs: Iterable[UnitSpec]) -> dict[AgentName, NanoclawError]:
+    """Make the agents' workspaces: their processes have uids of their own, and the person's group.
 
-    Raises Failed.
+    Returns for which it failed, and why.
     """
-    workspace = paths.workspace(name)
-    _make_directory(workspace)
-    workspace.chmod(0o770)  # whatever the umask; the state directory above keeps others out
-    _make_directory(paths.agent_state(name) / "sessions")
+    failures: dict[AgentName, NanoclawError] = {}
+    for name in (spec.agent for spec in specs):
+        try:
+            _make_directory(paths.workspace(name))
+            paths.workspace(name).chmod(0o770)  # whatever the umask; the state directory keeps others out
+            _make_directory(paths.agent_state(name) / "sessions")
+        except Failed as exc:
+            failures[name] = exc
+    return failures
 
 
 def _make_directory(path: Path) -> None:
@@ -273,9 +250,28 @@ def _broken(agent: Agent, exc: NanoclawError) -> Agent:
     return replace(agent, problem=exc.message, hint=exc.hint)
 
 
+@contextmanager
+def _restored_on_failure(name: AgentName) -> Iterator[Path]:
+    """Give the path of the agent's file; it and NAME.md are as before if the block fails."""
+    path = config_file(name)
+    old = {file: _read_or_none(file) for file in (path, path.with_suffix(".md"))}
+    try:
+        yield path
+    except BaseException:
+        for file, text in old.items():
+            try:
+                if text is None:
+                    files.remove_file(file)
+                elif _read_or_none(file) != text:
+                    files.write_text(file, text)
+            except NanoclawError as exc:
+                journal.error("not-restored", f"{exc}; it has the change, the unit does not")
+        raise
+
+
 def _read_or_none(path: Path) -> str | None:
     try:
-        return files.read_text(path)
+        return files.read_text(path, limits.INSTRUCTIONS_BYTES)
     except NotFound:
         return None
 
