@@ -40,7 +40,7 @@ class AllowedMount:
     """One row of `[mounts] allow` in nanoclaw.toml: agents may see this and what is below."""
 
     path: Path  #: absolute, or beginning with "~"
-    read_only: bool  #: false: agents may also be allowed to write there
+    read_only: bool = True  #: false: agents may also be allowed to write there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

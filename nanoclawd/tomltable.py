@@ -22,9 +22,10 @@ _ASSIGNMENT = re.compile(r"\s*([^=#[]+)=")
 class BadValue(Exception):
     """A value is not what its key takes; the reason reads on from the key, as in "must be a string"."""
 
-    def __init__(self, reason: str, hint: str = "") -> None:
+    def __init__(self, reason: str, hint: str = "", *, secret: bool = False) -> None:
         super().__init__(reason)
         self.hint = hint
+        self.secret = secret  #: the error must not show the value
 
 
 class _BadKey(Exception):
@@ -79,7 +80,8 @@ def _value(key: str, make: Callable[[Any], T], value: Any) -> T:
     try:
         return make(value)
     except BadValue as exc:
-        raise _BadKey(key, f"{key} {exc}: {_shown(value)}", exc.hint) from None
+        what = "" if exc.secret else f": {_shown(value)}"
+        raise _BadKey(key, f"{key} {exc}{what}", exc.hint) from None
     except _BadKey as exc:  # in a table of an array
         raise _BadKey(f"{key}.{exc.key}", f"{key}: {exc.reason}", exc.hint) from None
 
@@ -150,7 +152,7 @@ def whole_number(lowest: int, highest: int) -> Callable[[Any], int]:
         if not isinstance(value, int) or isinstance(value, bool):  # True is an int to Python
             raise BadValue("must be a whole number", "write it without quotes")
         if not lowest <= value <= highest:
-            raise BadValue(f"must be from {lowest} to {highest}")
+            raise BadValue(f"must be from {lowest} to {highest}", "remove it for the default")
         return value
 
     return parse

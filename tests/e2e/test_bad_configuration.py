@@ -293,11 +293,11 @@ def test_broken_settings_at_a_reload_are_told_and_the_old_ones_stay(
 
     assert (reloaded.returncode, reloaded.stderr) == (
         1,
-        f"error: {file}:1: there is no setting 'max_sesions'\nhint: did you mean 'max_sessions'?\n",
+        f"error: {file}:1: there is no key 'max_sesions'\nhint: did you mean 'max_sessions'?\n",
     )
     assert machine.unit("nanoclaw.service", "ActiveState", "StatusText") == {
         "ActiveState": "active",
-        "StatusText": f"reload failed, going on as before: {file}:1: there is no setting 'max_sesions'"
+        "StatusText": f"reload failed, going on as before: {file}:1: there is no key 'max_sesions'"
         " (did you mean 'max_sessions'?)",
     }
     assert product.send(agent, "still there") == "still there"
@@ -307,11 +307,7 @@ def test_broken_settings_at_a_reload_are_told_and_the_old_ones_stay(
 @pytest.mark.parametrize(
     ("make", "what", "hint"),
     [
-        (
-            "echo 'max_sesions = 3' > $f",
-            ":1: there is no setting 'max_sesions'",
-            "did you mean 'max_sessions'?",
-        ),
+        ("echo 'max_sesions = 3' > $f", ":1: there is no key 'max_sesions'", "did you mean 'max_sessions'?"),
         ("mkfifo $f", ": is not a regular file", "put a text file in its place"),
         ("truncate -s 100M $f", ": is larger than 64 KiB", "is it the right file?"),
     ],

@@ -60,26 +60,28 @@ def test_example_of_each_setting_is_valid(row: object) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_session = 3", "t.toml:1: there is no setting 'max_session' (did you mean 'max_sessions'?)"),
-        ("# x\nmax_sessions = '3'", "t.toml:2: max_sessions= must be an integer from 1 to 256, not '3'"),
-        ("max_sessions = true", "not true"),
-        ("max_sessions = 0", "not 0"),
-        ("max_sessions = 3.5", "not 3.5"),
-        ("mounts = 3", "t.toml:1: mounts must be a table, not 3"),
-        ("[mounts]\nallow = '/srv'", "t.toml:2: mounts.allow= must be an array of tables, not '/srv'"),
-        ("[mounts]\nallow = ['/srv']", "must hold tables, not '/srv'"),
+        ("max_session = 3", "t.toml:1: there is no key 'max_session' (did you mean 'max_sessions'?)"),
+        ("# x\nmax_sessions = '3'", "t.toml:2: max_sessions must be a whole number: '3'"),
+        ("max_sessions = true", "must be a whole number: true"),
+        ("max_sessions = 0", "t.toml:1: max_sessions must be from 1 to 256: 0"),
+        ("max_sessions = 3.5", "must be a whole number: 3.5"),
+        ("mounts = 3", "t.toml:1: mounts must be a table: 3"),
+        ("[mounts]\nallow = '/srv'", "t.toml:2: mounts.allow must be tables: '/srv'"),
+        ("[mounts]\nallow = ['/srv']", "must be tables: ['/srv']"),
         ("[mounts]\nallow = [{path = 'src'}]", "begin with / or ~/"),
         ("[mounts]\nallow = [{path = '/srv/../etc'}]", "no '..'"),
         ("[mounts]\nallow = [{path = '~nobody-here/x'}]", "unknown"),
-        ("[mounts]\nallow = [{read_only = true}]", "must have a path"),
-        ("[mounts]\nallow = [{path = '/srv', readonly = true}]", "only path and read_only"),
-        ("[mounts]\nallow = [{path = '/srv', read_only = 1}]", "read_only as true or false, not 1"),
-        ("[mounts]\ndeny = []", "t.toml:2: there is no setting 'mounts.deny'"),
-        ("[providers.openai]\nendpoint = 'https://x'", "t.toml:1: there is no setting 'providers.openai'"),
-        ("[providers.anthropic]\nkey = 'sk-1'", "t.toml:2: there is no setting 'providers.anthropic.key'"),
-        ("[providers.anthropic]\ncredential = '../x'", "t.toml:2: providers.anthropic.credential="),
-        ("max_sessions = ", "t.toml: is not TOML"),
-        ("[" * 5000, "t.toml: is not TOML"),
+        ("[mounts]\nallow = [{read_only = true}]", "t.toml:2: mounts.allow: path is missing"),
+        ("[[mounts.allow]]\npath = '/a'\n[[mounts.allow]]\npath = 'b'", "t.toml:4: mounts.allow: path must"),
+        ("[mounts]\nallow = [{path = '/srv', readonly = true}]", "did you mean 'read_only'?"),
+        ("[mounts]\nallow = [{path = '/srv', read_only = 1}]", "read_only must be true or false: 1"),
+        ("[mounts]\ndeny = []", "t.toml:2: there is no key 'mounts.deny'"),
+        ("[providers.openai]\nendpoint = 'https://x'", "t.toml:1: there is no key 'providers.openai'"),
+        ("[providers.anthropic]\nkey = 'sk-1'", "t.toml:2: there is no key 'providers.anthropic.key'"),
+        ("[providers.anthropic]\ncredential = '../x'", "t.toml:2: providers.anthropic.credential is not"),
+        ("max_sessions = ", "t.toml:1: is not TOML"),
+        ("[" * 5000, "t.toml:1: is not TOML"),
+        ("max_sessions = " + "[" * 5000, "t.toml: is not TOML that can be read"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, message: str) -> None:
@@ -87,7 +89,7 @@ def test_what_is_wrong_is_named(text: str, message: str) -> None:
         parse_settings(text, "t.toml")
 
     assert message in str(caught.value)
-    assert caught.value.hint or "must be a table" in str(caught.value)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,8 @@ def test_endpoint_is_refused(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_settings(f'[providers.anthropic]\nendpoint = "{url}"'.replace("\\", "\\\\"))
 
-    assert "providers.anthropic.endpoint=" in caught.value.message
+    assert "providers.anthropic.endpoint " in caught.value.message
+    assert "pw" not in caught.value.message
 
 
 @given(st.text(max_size=200))
