@@ -44,8 +44,11 @@ class Client:
         return unpack(self._receive())
 
     def stream(self, method: str, parameters: Json | None = None) -> Iterator[Json]:
-        """Yield the parameters of each reply, the last one too. Raises VarlinkError, Unavailable."""
+        """Send the call at once; yield the parameters of each reply. Raises VarlinkError, Unavailable."""
         self._send({"method": method, "parameters": parameters or {}, "more": True})
+        return self._replies()
+
+    def _replies(self) -> Iterator[Json]:
         while True:
             reply = self._receive()
             yield unpack(reply)

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
+        if arguments[:1] == ["_complete"]:  # what comes then are words of another command line
+            import_module("nanoclawd.cli.completion").answer(arguments[1:])
+            return 0
         command, options = parser.parse(arguments)
         module, _, function = command.run.partition(":")
         result: int | None = getattr(import_module(f"nanoclawd.cli.{module}"), function)(options)

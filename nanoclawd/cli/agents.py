@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
-from nanoclawd import limits
+from nanoclawd import limits, paths
 from nanoclawd.cli import control, output
 from nanoclawd.cli.parser import UsageError
-from nanoclawd.errors import ConfigError, Refused
+from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
 from nanoclawd.wire import Json
+
+DELETE_S = 600.0  #: for a workspace
 
 
 def add(options: Namespace) -> None:
     reply = control.call("AddAgent", {"name": options.AGENT, **_keys(options), "mounts": options.mount})
-    if options.json:
-        return output.say_json(reply)
-    output.talk(f"Added '{options.AGENT}'. Try 'nanoclawctl chat {options.AGENT}'.")
-    _warn_if_broken(options.AGENT, reply)
+    output.done(options, reply, f"Added '{options.AGENT}'. Try 'nanoclawctl chat {options.AGENT}'.")
+    _warn_if_broken(options, reply)
 
 
 def set_(options: Namespace) -> None:
@@ -27,35 +31,29 @@ def set_(options: Namespace) -> None:
     if all(value is None for value in keys.values()):
         raise UsageError("nothing to change", hint="'nanoclawctl agent set --help' lists what there is")
     reply = control.call_agent("SetAgent", options.AGENT, keys)
-    if options.json:
-        return output.say_json(reply)
-    _warn_if_broken(options.AGENT, reply)
-    if reply["runtime"]["running"]:
-        output.talk(
-            f"Sessions that run keep what they have; 'nanoclawctl agent restart {options.AGENT}' ends that."
-        )
+    restart = (
+        f"Sessions that run keep what they have; 'nanoclawctl agent restart {options.AGENT}' ends that."
+    )
+    _warn_if_broken(options, reply)
+    output.done(options, reply, restart if reply["runtime"]["running"] else "")
 
 
 def list_(options: Namespace) -> None:
-    agents = [reply for reply in control.stream("ListAgents") if reply.get("name")]
+    agents = control.list_("ListAgents", "name")
     if options.json:
         return output.say_json({"agents": agents})
     if not agents:
         return output.talk("There are no agents. Add one: 'nanoclawctl agent add NAME'.")
-    output.say_table(
-        ("AGENT", "STATE", "RUNNING", "QUEUED", "PROVIDER", "MODEL", "DESCRIPTION"), map(_row, agents)
-    )
+    heads = ("AGENT", "STATE", "RUNNING", "QUEUED", "PROVIDER", "MODEL", "DESCRIPTION")
+    output.say_table(heads, map(_row, agents))
 
 
 def _row(agent: Json) -> tuple[object, ...]:
     runtime, configuration = agent.get("runtime") or {}, agent.get("configuration") or {}
     return (
         agent["name"],
-        runtime.get("state", "?"),
-        runtime.get("running", "?"),
-        runtime.get("queued", "?"),
-        configuration.get("provider", ""),
-        configuration.get("model", ""),
+        *(runtime.get(key, "?") for key in ("state", "running", "queued")),
+        *(configuration.get(key, "") for key in ("provider", "model")),
         configuration.get("description") or runtime.get("problem", ""),
     )
 
@@ -69,12 +67,10 @@ def show(options: Namespace) -> None:
         f"{mount['source']} on {mount['target']}{'' if mount['readOnly'] else ' (writable)'}"
         for mount in configuration.get("mounts", [])
     ]
+    running = f"{runtime['sessions']}, of which {runtime['running']} run; {runtime['queued']} messages wait"
     rows = [
         ("State", runtime["state"] + (f": {runtime['problem']}" if runtime["problem"] else "")),
-        (
-            "Sessions",
-            f"{runtime['sessions']}, of which {runtime['running']} run; {runtime['queued']} messages wait",
-        ),
+        ("Sessions", running),
         ("Description", configuration.get("description", "")),
         ("Provider", configuration.get("provider", "")),
         ("Model", configuration.get("model") or "the provider's default"),
@@ -97,42 +93,53 @@ def show(options: Namespace) -> None:
 
 
 def remove(options: Namespace) -> None:
-    from nanoclawd.cli import trash
-
     if not options.yes:
-        if not output.is_interactive():
-            raise UsageError("nobody can be asked here", hint="say --yes if you are sure")
         what = "and delete its workspace" if options.purge else "and move its workspace to the trash"
+        output.require_person()
         # The name is checked first: nobody should have to think about the removal of what does not exist.
         control.call_agent("ShowAgent", options.AGENT)
-        if not output.ask(f"Remove agent '{options.AGENT}' {what}? Messages that wait for it are given up."):
-            raise Refused("nothing was removed")
+        output.confirm(f"Remove agent '{options.AGENT}' {what}? Messages that wait for it are given up.")
     trashed = control.call_agent("RemoveAgent", options.AGENT).get("trash")
     if trashed and options.purge:
-        trash.purge(Path(trashed))
+        _purge(Path(trashed))
     kept = None if options.purge else trashed
-    if options.json:
-        output.say_json({"removed": options.AGENT, "trash": kept})
-    else:
-        output.talk(f"Removed '{options.AGENT}'." + (f" What it had is in '{kept}'." if kept else ""))
+    where = f" What it had is in '{kept}'." if kept else ""
+    output.done(options, {"removed": options.AGENT, "trash": kept}, f"Removed '{options.AGENT}'.{where}")
 
 
-def start(options: Namespace) -> None:
-    _act(options, "StartAgent")
+def _purge(directory: Path) -> None:
+    """Delete `directory`, which must lie directly in the trash.
+
+    Its files belong to the agent's uid, one of the person's subordinate uids: only podman-unshare(1), where
+    that uid is mapped, may remove them. rm(1) follows no symbolic link that an agent left there.
+    """
+    from nanoclawd.cli import programs
+
+    trash = paths.state() / "trash"
+    inside = directory.parent == trash and directory.name not in ("", ".", "..")
+    if not inside or trash.is_symlink() or directory.is_symlink():
+        raise Refused(f"'{directory}' is not in '{trash}': not deleting it")
+    if not os.path.lexists(directory):
+        return
+    command = ["podman", "unshare", "rm", "-rf", "--", str(directory)]
+    try:
+        result = programs.run(command, timeout_s=DELETE_S)
+        problem = result.stderr.strip() if result.returncode else ""
+    except Unavailable as exc:
+        problem = exc.message
+    if problem or os.path.lexists(directory):
+        raise Failed(
+            f"the agent is removed, but '{directory}' cannot be deleted: {problem or 'it is still there'}",
+            hint=f"try: {shlex.join(command)}",
+        )
 
 
-def stop(options: Namespace) -> None:
-    _act(options, "StopAgent")
-
-
-def restart(options: Namespace) -> None:
-    _act(options, "RestartAgent")
-
-
-def _act(options: Namespace, method: str) -> None:
+def _act(method: str, options: Namespace) -> None:
     control.call_agent(method, options.AGENT)
-    if options.json:
-        output.say_json({"agent": options.AGENT})
+    output.done(options, {"agent": options.AGENT}, "")
+
+
+start, stop, restart = (partial(_act, f"{verb}Agent") for verb in ("Start", "Stop", "Restart"))
 
 
 def _keys(options: Namespace) -> Json:
@@ -152,8 +159,6 @@ def _keys(options: Namespace) -> Json:
 
 
 def _read_instructions(name: str) -> str:
-    import sys
-
     try:
         if name == "-":
             data = sys.stdin.buffer.read(limits.INSTRUCTIONS_BYTES + 1)
@@ -169,6 +174,6 @@ def _read_instructions(name: str) -> str:
         raise ConfigError(f"{name}: cannot be read: {exc.strerror}") from None
 
 
-def _warn_if_broken(agent: str, reply: Json) -> None:
-    if reply["runtime"]["state"] == "broken":
-        output.talk(f"warning: '{agent}' cannot run yet: {reply['runtime']['problem']}")
+def _warn_if_broken(options: Namespace, reply: Json) -> None:
+    if reply["runtime"]["state"] == "broken" and not options.json:
+        output.talk(f"warning: '{options.AGENT}' cannot run yet: {reply['runtime']['problem']}")

@@ -11,7 +11,7 @@ from nanoclawd.wire import Json, VarlinkError
 
 INTERFACE = "io.nanoclaw.Control"
 ANSWER_S = 150.0  #: longer than the router's own deadlines, of which it would tell us
-COMPLETION_S = 1.0  #: a person waits with a finger on Tab
+COMPLETION_S = 1.0  #: for names that would be nice to have; a person waits with a finger on Tab
 
 _ERRORS = {
     kind.__name__: kind
@@ -25,25 +25,18 @@ def translated() -> Iterator[None]:
     """Turn an error reply into the exception of errors.py that it stands for."""
     try:
         yield
-    except VarlinkError as exc:
-        raise translate(exc) from exc
-
-
-def translate(error: VarlinkError) -> errors.NanoclawError:
-    interface, _, name = error.name.rpartition(".")
-    kind = _ERRORS.get(name)
-    if kind is not None and interface.startswith("io.nanoclaw."):
-        message = str(error.parameters.get("message", name))
-        return kind(message, hint=str(error.parameters.get("hint", "")))
-    if name == "InvalidParameter":
-        return errors.Refused(
-            f"the router does not take '{error.parameters.get('parameter', '?')}' as it is"
-        )
-    # Both sides check against the same file: unless an older router still runs, this cannot be.
-    return errors.Failed(
-        f"the router answered {error.name}",
-        hint="if NanoClaw was just upgraded, try 'systemctl --user restart nanoclaw'",
-    )
+    except VarlinkError as error:
+        interface, _, name = error.name.rpartition(".")
+        kind = _ERRORS.get(name)
+        if kind is not None and interface.startswith("io.nanoclaw."):
+            message = str(error.parameters.get("message", name))
+            raise kind(message, hint=str(error.parameters.get("hint", ""))) from error
+        if name == "InvalidParameter":
+            parameter = error.parameters.get("parameter", "?")
+            raise errors.Refused(f"the router does not take '{parameter}' as it is") from error
+        # Both sides check against the same file: unless an older router still runs, this cannot be.
+        hint = "if NanoClaw was just upgraded, try 'systemctl --user restart nanoclaw'"
+        raise errors.Failed(f"the router answered {error.name}", hint=hint) from error
 
 
 def call(method: str, parameters: Json | None = None, *, timeout_s: float = ANSWER_S) -> Json:
@@ -52,17 +45,31 @@ def call(method: str, parameters: Json | None = None, *, timeout_s: float = ANSW
         return client.call(f"{INTERFACE}.{method}", parameters)
 
 
-def stream(
-    method: str, parameters: Json | None = None, *, timeout_s: float | None = ANSWER_S
-) -> Iterator[Json]:
+def stream(method: str, parameters: Json | None = None, *, timeout_s: float = ANSWER_S) -> Iterator[Json]:
     """Yield each of the method's answers."""
     with translated(), Client(paths.control_socket(), timeout_s=timeout_s) as client:
         yield from client.stream(f"{INTERFACE}.{method}", parameters)
 
 
-def agent_names(*, timeout_s: float = ANSWER_S) -> list[str]:
-    """Return the names of all agents."""
-    return [str(reply["name"]) for reply in stream("ListAgents", timeout_s=timeout_s) if reply.get("name")]
+def list_(
+    method: str, key: str, parameters: Json | None = None, *, timeout_s: float = ANSWER_S
+) -> list[Json]:
+    """Return the method's answers that hold `key`: one without it says that there is nothing."""
+    return [reply for reply in stream(method, parameters, timeout_s=timeout_s) if reply.get(key)]
+
+
+def agent_names() -> list[str]:
+    """Return the names of all agents, or none if they do not come at once."""
+    try:
+        return [str(agent["name"]) for agent in list_("ListAgents", "name", timeout_s=COMPLETION_S)]
+    except errors.NanoclawError:
+        return []
+
+
+def sessions(agent: str | None) -> list[Json]:
+    """Return the sessions of one agent, or of all."""
+    with suggesting(agent or ""):
+        return [reply["session"] for reply in list_("ListSessions", "session", {"agent": agent})]
 
 
 @contextmanager
@@ -74,11 +81,7 @@ def suggesting(agent: str) -> Iterator[None]:
         from nanoclawd.cli.parser import did_you_mean
 
         if "did you mean" not in exc.hint:
-            try:
-                hint = exc.hint or "'nanoclawctl agent list' shows all"
-                exc.hint = did_you_mean(agent, agent_names(timeout_s=COMPLETION_S), hint)
-            except errors.NanoclawError:
-                pass  # the first error is the one to tell
+            exc.hint = did_you_mean(agent, agent_names(), exc.hint or "'nanoclawctl agent list' shows all")
         raise
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from queue import SimpleQueue
+from math import inf
+from queue import Empty, SimpleQueue
 from threading import Thread
 
 from nanoclawd import limits, paths
 from nanoclawd.cli import control
+from nanoclawd.cli.doctor import user_name
+from nanoclawd.cli.screen import Screen
 from nanoclawd.client import Client
 from nanoclawd.errors import NanoclawError, Refused, Unavailable
-from nanoclawd.wire import Json, VarlinkError, unpack
+from nanoclawd.wire import Json, VarlinkError
 
 CHANNEL = "terminal"
 INTERFACE = "io.nanoclaw.Channel"
 CALL_S = 30.0  #: one short call
-RECONNECT_FIRST_S = 0.1
-RECONNECT_MAX_S = 2.0
+RECONNECT_S = 0.3
 GRACE_S = 2.0  #: how long the end of a turn and its last reply may lie apart
+SHOWN = 500  #: keys of deliveries that are kept; unreported deliveries are few
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,27 +42,14 @@ class Delivery:
 class Activity:
     """What the agent is doing; may be dropped."""
 
-    kind: str  #: as in io.nanoclaw.Channel
-    text: str
-    event: str | None
+    kind: str  #: as in io.nanoclaw.Channel; or away, back: the router, which is tried again by itself
+    text: str = ""
+    event: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Link:
-    """The stream from the router is up or down; it is tried again by itself."""
-
-    up: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Broken:
-    """The router does not want to stream: nothing more will come."""
-
-    error: NanoclawError
-
-
-#: What an attachment puts into its queue; None means: what was waiting has been sent.
-Item = Delivery | Activity | Link | Broken | None
+#: None: what was waiting has been sent. NanoclawError: nothing more will come. KeyboardInterrupt: Ctrl-C.
+Item = Delivery | Activity | NanoclawError | KeyboardInterrupt | None
+Inbox = SimpleQueue[Item]
 
 
 def chat_id(agent: str, name: str | None) -> str:
@@ -78,186 +67,160 @@ def check_text(text: str) -> str:
     if "\0" in text:
         raise Refused("a message cannot hold a NUL character")
     if len(text.encode("utf-8", "surrogatepass")) > limits.TEXT_BYTES:
-        raise Refused(
-            f"the message is longer than {limits.TEXT_BYTES >> 10} KiB",
-            hint="put it into a file in the agent's workspace and tell the agent where",
-        )
+        hint = "put it into a file in the agent's workspace and tell the agent where"
+        raise Refused(f"the message is longer than {limits.TEXT_BYTES >> 10} KiB", hint=hint)
     return text
 
 
-def sender_name() -> str:
-    """Return who the person is, as agents and the journal show it."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
+class Lines:
+    """A private file of lines, to which several terminals add. One that cannot be kept does no harm."""
+
+    def __init__(self, name: str, keep: int) -> None:
+        self._path = paths.state() / "terminal" / name
+        self.lines: list[str] = []
+        with contextlib.suppress(OSError):
+            # A last line without its end was not finished.
+            self.lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        if len(self.lines) > 2 * keep:
+            self.lines = self.lines[-keep:]
+            self._write(self.lines, os.O_TRUNC)
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        if "\n" not in line:
+            self._write([line], os.O_APPEND)
+
+    def _write(self, lines: list[str], flag: int) -> None:
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # One write(2) of a short line to a file opened for appending is not mixed with another's.
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flag, 0o600)
+            with open(descriptor, "wb", buffering=0) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode(errors="replace"))
 
 
-class _Stream(Client):
-    """A client that sends the call at once: the router knows of us before anything else is said."""
+class Conversation:
+    """Says something, and yields what comes. A thread fills `inbox`, whatever becomes of the connection."""
 
-    def begin(self, method: str, parameters: Json) -> None:
-        self._send({"method": method, "parameters": parameters, "more": True})
-
-    def replies(self) -> Iterator[Json]:
-        while True:
-            reply = self._receive()
-            yield unpack(reply)
-            if not reply.get("continues"):
-                return
-
-
-class Attachment:
-    """A thread that streams what the router has for a chat into a queue, and reconnects when that breaks."""
-
-    def __init__(self, chat: str, *, event: str | None, put: Callable[[Item], None]) -> None:
-        """Connect. Raises Unavailable if the router is away already. `put` is called in the thread."""
-        self._parameters: Json = {"channel": CHANNEL, "chat": chat, "event": event}
-        self._put = put
-        client = self._attach()
-        # It ends with the process: nothing of it is worth waiting for.
-        Thread(target=self._run, args=(client,), name="attachment", daemon=True).start()
-
-    def _attach(self) -> _Stream:
-        client = _Stream(paths.channel_socket())
-        client.begin(f"{INTERFACE}.Attach", self._parameters)
-        return client
-
-    def _run(self, stream: _Stream | None) -> None:
-        wait_s = RECONNECT_FIRST_S
-        while True:
-            begun = False
-            try:
-                stream = stream or self._attach()
-                self._put(Link(up=True))
-                for reply in stream.replies():
-                    begun, wait_s = True, RECONNECT_FIRST_S
-                    self._put(parse_item(reply))
-            except VarlinkError as exc:
-                error = control.translate(exc)
-                # Later it is no matter of what we asked for: we were too slow, say, and shall attach again.
-                if not begun and not isinstance(error, Unavailable):
-                    return self._put(Broken(error=error))
-            except NanoclawError:
-                pass  # away or restarting
-            if stream is not None:
-                stream.close()
-                stream = None
-            self._put(Link(up=False))
-            time.sleep(wait_s)
-            wait_s = min(2 * wait_s, RECONNECT_MAX_S)
-
-
-def parse_item(reply: Json) -> Item:
-    """Return what one reply of Attach() holds; None if it has neither field."""
-    if delivery := reply.get("delivery"):
-        return Delivery(
-            key=str(delivery["key"]),
-            agent=str(delivery["agent"]),
-            kind=str(delivery["kind"]),
-            text=str(delivery["text"]),
-            event=delivery.get("inReplyTo"),
-        )
-    if activity := reply.get("activity"):
-        return Activity(
-            kind=str(activity["kind"]), text=str(activity["text"]), event=activity.get("inReplyTo")
-        )
-    return None
-
-
-class Calls:
-    """The short calls of a chat, on a connection that is made again when it breaks."""
-
-    def __init__(self, chat: str, agent: str) -> None:
-        """Connect. Raises Unavailable if the router is away already."""
-        self._chat = chat
+    def __init__(self, chat: str, agent: str, *, inbox: Inbox, screen: Screen) -> None:
+        self._chat: Json = {"channel": CHANNEL, "chat": chat}
         self._agent = agent
-        self._client: Client | None = Client(paths.channel_socket(), timeout_s=CALL_S)
+        self._inbox = inbox
+        self._screen = screen
+        self._client: Client | None = None
+        self._shown = Lines("shown", SHOWN)
+        self.until = inf  #: what is waited for is given up when time.monotonic() is this
 
-    def deliver(self, text: str, event: str, *, until: float) -> str:
+    def connect(self, event: str | None = None, put: Callable[[Item], None] | None = None) -> None:
+        """Connect; `put` is then called in a thread for all that comes, for `event` alone if it is one.
+
+        Raises Unavailable if the router is away already.
+        """
+        if put is not None:
+            # First, so that nothing said about a message is missed. The thread ends with the process.
+            parameters = {**self._chat, "event": event}
+            Thread(target=_receive, args=(parameters, put, *_attach(parameters)), daemon=True).start()
+        self._client = Client(paths.channel_socket(), timeout_s=CALL_S)
+
+    def deliver(self, text: str, event: str) -> str:
         """Hand over a message and return its id. The same `event` again is stored once.
 
-        Tries again on a broken connection until time.monotonic() is `until`. Raises NanoclawError.
+        Tries again on a broken connection. Raises NanoclawError.
         """
-        parameters: Json = {
-            "channel": CHANNEL,
-            "chat": self._chat,
-            "thread": "",
-            "event": event,
-            "revision": 0,
-            "sender": sender_name(),
-            "text": text,
-            "agent": self._agent,
-        }
-        wait_s = RECONNECT_FIRST_S
+        message = {"event": event, "revision": 0, "sender": user_name(), "text": text, "agent": self._agent}
         while True:
             try:
-                return str(self._call("Deliver", parameters)["message"])
-            except VarlinkError as exc:
-                raise control.translate(exc) from exc
-            except Unavailable:
-                if time.monotonic() + wait_s > until:
+                return str(self._call("Deliver", {**self._chat, "thread": "", **message})["message"])
+            except Unavailable as error:
+                if isinstance(error.__cause__, VarlinkError) or time.monotonic() + RECONNECT_S > self.until:
                     raise
-            time.sleep(wait_s)
-            wait_s = min(2 * wait_s, RECONNECT_MAX_S)
+            time.sleep(RECONNECT_S)
 
-    def report_sent(self, key: str) -> None:
-        """Report that a delivery was shown. If that fails it comes again, and is then only reported."""
-        with contextlib.suppress(Unavailable, VarlinkError):
-            self._call("ReportSent", {"channel": CHANNEL, "key": key, "receipt": key})
-
-    def stop_turn(self) -> bool:
-        """Stop what the agent does for this chat; False if there was nothing. Raises NanoclawError."""
-        with control.translated():
-            reply = self._call("StopTurn", {"channel": CHANNEL, "chat": self._chat, "thread": ""})
-        return bool(reply["stopped"])
-
-    def _call(self, method: str, parameters: Json) -> Json:
-        if self._client is None:
-            self._client = Client(paths.channel_socket(), timeout_s=CALL_S)
-        try:
-            return self._client.call(f"{INTERFACE}.{method}", parameters)
-        except VarlinkError:
-            raise
-        except (
-            BaseException
-        ):  # an interrupt too leaves an answer behind that nobody may take for the next one
-            self._client.close()
-            self._client = None
-            raise
-
-
-class Turn:
-    """Tells when the answer to one event is complete."""
-
-    def __init__(self, event: str) -> None:
-        self.event = event
-        self.answered = False
-        self.idle = False
-        self._since = 0.0
-
-    def note(self, item: Delivery | Activity, now: float) -> None:
-        """Take into account what came at the time `now` (time.monotonic())."""
-        if item.event != self.event:
-            return
-        if isinstance(item, Delivery):
-            self.answered |= item.kind in ("reply", "notice")
-        else:
-            self.idle = item.kind == "idle"
-            # Not the end after all: e.g. a notice told of a delay.
-            self.answered &= self.idle
-        self._since = now
-
-    def left_s(self, now: float) -> float | None:
-        """Return the seconds until the turn counts as over: 0 if it is, None if the end is not in sight.
+    def follow(self, event: str) -> Iterator[Item]:
+        """Yield what comes, until the answer to `event` is complete. Raises TimeoutError if it is too late.
 
         "idle" comes after the deliveries. It may be missed, since it is not stored, and a turn may end
         without a reply: either alone is the end only after a while.
         """
-        if self.idle and self.answered:
-            return 0.0
-        return max(0.0, self._since + GRACE_S - now) if self.idle or self.answered else None
+        answered = idle = False
+        end = inf
+        while (now := time.monotonic()) < end:
+            if end == inf and now >= self.until:
+                raise TimeoutError
+            try:
+                item = self._inbox.get(timeout=min(1.0, end - now, self.until - now if end == inf else inf))
+            except Empty:
+                self._screen.tick()
+                continue
+            if isinstance(item, Delivery | Activity) and item.event == event:
+                if isinstance(item, Delivery):
+                    answered |= item.kind in ("reply", "notice")
+                else:
+                    idle = item.kind == "idle"
+                    answered &= idle  # not the end after all: e.g. a notice told of a delay
+                now = time.monotonic()
+                end = now if idle and answered else now + GRACE_S if idle or answered else inf
+            yield item
+
+    def was_shown(self, delivery: Delivery) -> bool:
+        """Return whether it was, be it just before a kill -9 in another terminal."""
+        return delivery.key in self._shown.lines
+
+    def report(self, key: str) -> None:
+        """Report that a delivery was shown. If that fails it comes again, and is then only reported."""
+        if key not in self._shown.lines:
+            self._shown.add(key)
+        with contextlib.suppress(NanoclawError):
+            self._call("ReportSent", {"channel": CHANNEL, "key": key, "receipt": key})
+
+    def stop_turn(self) -> bool:
+        """Stop what the agent does for this chat; False if there was nothing. Raises NanoclawError."""
+        return bool(self._call("StopTurn", {**self._chat, "thread": ""})["stopped"])
+
+    def _call(self, method: str, parameters: Json) -> Json:
+        client, self._client = self._client or Client(paths.channel_socket(), timeout_s=CALL_S), None
+        try:
+            with control.translated():
+                reply = client.call(f"{INTERFACE}.{method}", parameters)
+        except BaseException:
+            client.close()  # an interrupt too leaves an answer behind that nobody may take for the next one
+            raise
+        self._client = client
+        return reply
 
 
-#: The queue between the attachment's thread and the person's.
-Inbox = SimpleQueue[Item]
+def _attach(parameters: Json) -> tuple[Client, Iterator[Json]]:
+    client = Client(paths.channel_socket())
+    return client, client.stream(f"{INTERFACE}.Attach", parameters)
+
+
+def _receive(parameters: Json, put: Callable[[Item], None], client: Client, replies: Iterator[Json]) -> None:
+    """Put what the router has for a chat, and attach again when the connection breaks."""
+    while True:
+        begun = False
+        try:
+            with client, control.translated():
+                for reply in replies:
+                    begun = True
+                    put(parse_item(reply))
+        except NanoclawError as error:
+            # Later it is no matter of what we asked for: we were too slow, say, and shall attach again.
+            if not begun and not isinstance(error, Unavailable):
+                return put(error)
+        put(Activity(kind="away"))
+        while True:
+            time.sleep(RECONNECT_S)
+            with contextlib.suppress(NanoclawError):
+                client, replies = _attach(parameters)
+                break
+        put(Activity(kind="back"))
+
+
+def parse_item(reply: Json) -> Item:
+    """Return what one reply of Attach() holds; None if it has neither field."""
+    if found := reply.get("delivery"):
+        words = {key: str(found[key]) for key in ("key", "agent", "kind", "text")}
+        return Delivery(**words, event=found.get("inReplyTo"))
+    if found := reply.get("activity"):
+        return Activity(kind=str(found["kind"]), text=str(found["text"]), event=found.get("inReplyTo"))
+    return None

@@ -1,18 +1,19 @@
 """What NanoClaw needs on this machine, whether it is there, and what to do if not.
 
 Runs as the person, outside every sandbox, and without the router. install.sh runs it as `python3 -m
-nanoclawd.cli.doctor --floor`: nothing may be imported on top that an old Python lacks.
+nanoclawd.cli.doctor --floor` before anything is installed. So it is written for Python 3.7, in order that a
+Python that is too old can say so, and imports on top nothing but Python's own library.
 """
 
 from __future__ import annotations
 
 import os
+import pwd
+import re
 import shutil
+import subprocess
 import sys
-from typing import TYPE_CHECKING
-
-from nanoclawd.cli import floor
-from nanoclawd.cli.floor import MISSING, OK, WARNING, Check
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -20,55 +21,181 @@ if TYPE_CHECKING:
 
     from nanoclawd.wire import Json
 
+PYTHON = (3, 11)
+SYSTEMD = (254,)
+PODMAN = (5, 3)
+SUBORDINATE_IDS = 65536
+CONTROLLERS = ("cpu", "memory", "pids")
 SOCKETS = ("nanoclaw.socket", "nanoclaw-channel.socket", "nanoclaw-gateway.socket", "podman.socket")
 DISK_LOW_BYTES = 2 << 30
 DISK_FULL_BYTES = 200 << 20
+PROGRAM_S = 20.0
 STATUS_S = 20.0
+
+OK, WARNING, MISSING = "ok", "warning", "missing"
+
+
+class Check(NamedTuple):
+    """What one check found."""
+
+    name: str
+    state: str  #: OK, WARNING (works, but …) or MISSING
+    found: str  #: one line
+    todo: str = ""  #: what to do about it
 
 
 def run(options: Namespace) -> int:
     """Check everything, print it, and return 1 if something that is needed is missing."""
     from nanoclawd.cli import output
 
+    colours = {OK: output.GREEN, WARNING: output.YELLOW, MISSING: output.RED}
     checks = []
-    for check in floor.check_all() if options.floor else check_all():
+    for check in check_floor() if options.floor else check_all():
         checks.append(check)
         if not options.json:
-            _say(check)
-    missing = sum(check.state == MISSING for check in checks)
-    if options.json:
-        output.say_json({"ok": not missing, "checks": [check._asdict() for check in checks]})
-    else:
-        warnings = sum(check.state == WARNING for check in checks)
-        output.talk(
-            f"\n{missing} missing, {warnings} warnings." if missing or warnings else "\nAll is well."
-        )
+            print(output.colour(colours[check.state], f"{check.state:<8}"), end="")
+            output.say(f"{check.name}: {check.found}" + (f"\n        → {check.todo}" if check.todo else ""))
+    missing, warnings = (sum(check.state == state for check in checks) for state in (MISSING, WARNING))
+    document = {"ok": not missing, "checks": [check._asdict() for check in checks]}
+    words = f"{missing} missing, {warnings} warnings." if missing or warnings else "All is well."
+    output.done(options, document, f"\n{words}")
     return 1 if missing else 0
 
 
-def _say(check: Check) -> None:
-    from nanoclawd.cli import output
+def main() -> int:
+    """Print what of the floor is missing, or in the way; return 1 if something is missing."""
+    checks = [check for check in check_floor() if check.state != OK]
+    for check in checks:
+        print(f"{check.state}: {check.name}: {check.found}\n  -> {check.todo}", file=sys.stderr)
+    return 1 if any(check.state == MISSING for check in checks) else 0
 
-    code = {OK: output.GREEN, WARNING: output.YELLOW, MISSING: output.RED}[check.state]
-    print(output.colour(code, f"{check.state:<8}"), end="")
-    output.say(f"{check.name}: {check.found}" + (f"\n        → {check.todo}" if check.todo else ""))
+
+def check_floor() -> Iterator[Check]:
+    """Yield what there is of that which must be there before NanoClaw can be installed."""
+    yield check_user()
+    yield check_python()
+    yield check_systemd()
+    yield check_user_manager()
+    yield check_podman()
+    yield check_subordinate_ids("uid")
+    yield check_subordinate_ids("gid")
+    yield check_cgroups()
 
 
 def check_all() -> Iterator[Check]:
     """Yield the result of each check: from the machine to the agents."""
-    yield from floor.check_all()
+    yield from check_floor()
     yield check_linger()
     yield check_journal()
     yield check_network_online()
     yield check_disk()
     yield check_socket_path()
-    for unit in SOCKETS:
-        yield check_socket(unit)
+    yield from map(check_socket, SOCKETS)
     yield from check_router()
 
 
+# --- the floor ------------------------------------------------------------------------------------
+
+
+def check_user() -> Check:
+    if os.getuid() == 0:
+        return Check("user", MISSING, "this is root", "log in as the person whose agents they are to be")
+    return Check("user", OK, f"{user_name()} ({os.getuid()})")
+
+
+def check_python() -> Check:
+    found = sys.version_info[:3]
+    todo = "" if found >= PYTHON else f"install Python {_dotted(PYTHON)} or newer"
+    return Check("python", MISSING if todo else OK, f"Python {_dotted(found)}", todo)
+
+
+def check_systemd() -> Check:
+    return _version("systemd", SYSTEMD, r"systemd (\d+)", "systemctl", "--version")
+
+
+def check_podman() -> Check:
+    return _version("podman", PODMAN, r"podman version (\d+)\.(\d+)", "podman", "--version")
+
+
+def _version(name: str, floor: tuple[int, ...], pattern: str, *command: str) -> Check:
+    needed = f"{name} {_dotted(floor)} or newer"
+    code, out = ask(*command)
+    found = re.search(pattern, out)
+    if code != 0 or found is None:
+        return Check(name, MISSING, first_line(out) or f"{name} fails", f"install {needed}")
+    if tuple(map(int, found.groups())) < floor:
+        return Check(name, MISSING, first_line(out), f"{needed} is needed: upgrade the distribution")
+    return Check(name, OK, first_line(out))
+
+
+def check_user_manager() -> Check:
+    if not os.environ.get("XDG_RUNTIME_DIR", "").startswith("/"):
+        todo = "log in through PAM (ssh, a console, machinectl shell), not by su or sudo"
+        return Check("user manager", MISSING, "XDG_RUNTIME_DIR is not set", todo)
+    code, out = ask("systemctl", "--user", "show", "--property=Version", "--value")
+    if code != 0:
+        todo = f"see 'systemctl status user@{os.getuid()}.service'; on Debian install dbus-user-session"
+        return Check("user manager", MISSING, first_line(out) or "systemctl --user fails", todo)
+    return Check("user manager", OK, f"systemd {first_line(out)} runs for this user")
+
+
+def check_subordinate_ids(kind: str) -> Check:
+    """Check the ranges of subordinate ids ("uid" or "gid") that containers are mapped to."""
+    name = f"sub{kind}"
+    count = count_subordinate_ids(kind)
+    if shutil.which(f"new{kind}map") is None:
+        todo = "install uidmap (Debian, Ubuntu) or shadow-utils (Fedora)"
+        return Check(name, MISSING, f"there is no new{kind}map", todo)
+    if count < SUBORDINATE_IDS:
+        todo = f"as root: usermod --add-sub{kind}s 100000-165535 {user_name()}"
+        return Check(name, MISSING, f"{count} ids, {SUBORDINATE_IDS} are needed", todo)
+    return Check(name, OK, f"{count} ids")
+
+
+def count_subordinate_ids(kind: str) -> int:
+    # getsubids(1) also knows directories such as LDAP, but not every distribution has it.
+    code, out = ask("getsubids", *(["-g"] if kind == "gid" else []), user_name())
+    if code == 0:
+        rows = [line.split()[-2:] for line in out.splitlines()]
+    else:
+        try:
+            with open(f"/etc/sub{kind}", encoding="utf-8", errors="replace") as file:
+                fields = [line.strip().split(":") for line in file]
+        except OSError:
+            fields = []
+        rows = [row[1:] for row in fields if len(row) == 3 and row[0] in (user_name(), str(os.getuid()))]
+    return sum(int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit())
+
+
+def check_cgroups(root: str = "/sys/fs/cgroup") -> Check:
+    """Check that cgroups are of version 2, and that this user's may be limited."""
+    if not os.path.exists(f"{root}/cgroup.controllers"):
+        todo = "boot without systemd.unified_cgroup_hierarchy=0 on the kernel's command line"
+        return Check("cgroups", MISSING, "cgroup v2 is not mounted", todo)
+    ours = _own_cgroup(root)
+    try:
+        with open(f"{ours}/cgroup.controllers", encoding="ascii") as file:
+            have = file.read().split()
+    except OSError as exc:
+        return Check("cgroups", WARNING, f"{ours}/cgroup.controllers: {exc.strerror}", "check it by hand")
+    absent = ", ".join(name for name in CONTROLLERS if name not in have)
+    if absent:
+        found = f"no {absent} controller for this user: limits of agents are not enforced"
+        todo = "as root: systemctl edit user@.service, with [Service] Delegate=cpu cpuset io memory pids"
+        return Check("cgroups", WARNING, found, todo)
+    return Check("cgroups", OK, f"version 2 with {', '.join(CONTROLLERS)}")
+
+
+def _own_cgroup(root: str) -> str:
+    uid = os.getuid()
+    return f"{root}/user.slice/user-{uid}.slice/user@{uid}.service"
+
+
+# --- around the router ----------------------------------------------------------------------------
+
+
 def check_linger() -> Check:
-    if os.path.exists(f"/var/lib/systemd/linger/{floor.user_name()}"):
+    if os.path.exists(f"/var/lib/systemd/linger/{user_name()}"):
         return Check("linger", OK, "services run while you are logged out")
     return Check("linger", WARNING, "everything stops when you log out", "loginctl enable-linger")
 
@@ -87,11 +214,10 @@ def check_network_online() -> Check:
     waiting = []
     for file in sorted((paths.quadlets() / "nanoclaw").glob("**/*.container")):
         try:
-            text = file.read_text(encoding="utf-8", errors="replace")
+            if "DefaultDependencies=false" not in file.read_text(encoding="utf-8", errors="replace").split():
+                waiting.append(file.name)
         except OSError:
-            continue
-        if "DefaultDependencies=false" not in text.split():
-            waiting.append(file.name)
+            pass
     if waiting:
         found = f"{', '.join(waiting[:5])} would wait for the network at each start"
         return Check("network-online", WARNING, found, "systemctl --user restart nanoclaw")
@@ -103,11 +229,9 @@ def check_disk() -> Check:
 
     place = next(path for path in (paths.state(), *paths.state().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    found = f"{free / (1 << 30):.1f} GiB free at '{place}'"
-    todo = "make room: 'podman image prune' and 'podman system df' may help"
-    if free < DISK_FULL_BYTES:
-        return Check("disk", MISSING, found, todo)
-    return Check("disk", OK, found) if free >= DISK_LOW_BYTES else Check("disk", WARNING, found, todo)
+    state = MISSING if free < DISK_FULL_BYTES else WARNING if free < DISK_LOW_BYTES else OK
+    todo = "" if state == OK else "make room: 'podman image prune' and 'podman system df' may help"
+    return Check("disk", state, f"{free / (1 << 30):.1f} GiB free at '{place}'", todo)
 
 
 def check_socket_path() -> Check:
@@ -115,22 +239,19 @@ def check_socket_path() -> Check:
     from nanoclawd.errors import ConfigError
 
     try:
-        longest = max(
-            (paths.control_socket(), paths.channel_socket(), paths.gateway_socket()),
-            key=lambda p: len(str(p)),
-        )
+        sockets = (paths.control_socket(), paths.channel_socket(), paths.gateway_socket())
     except ConfigError as exc:
         return Check("socket path", MISSING, exc.message, exc.hint)
-    return Check("socket path", OK, f"'{longest}' is short enough")
+    return Check("socket path", OK, f"'{max(map(str, sockets), key=len)}' is short enough")
 
 
 def check_socket(unit: str) -> Check:
     """Check that the socket unit listens, and that it will after the next boot."""
     todo = f"systemctl --user enable --now {unit}"
-    _, active = floor.run("systemctl", "--user", "is-active", unit)
+    _, active = ask("systemctl", "--user", "is-active", unit)
     if active != "active":
-        return Check(unit, MISSING, f"is {floor.first_line(active) or 'unknown'}", todo)
-    _, enabled = floor.run("systemctl", "--user", "is-enabled", unit)
+        return Check(unit, MISSING, f"is {first_line(active) or 'unknown'}", todo)
+    _, enabled = ask("systemctl", "--user", "is-enabled", unit)
     if enabled not in ("enabled", "enabled-runtime", "static", "linked"):
         return Check(unit, WARNING, "is active, but not enabled: it will be away after the next boot", todo)
     return Check(unit, OK, "active and enabled")
@@ -143,7 +264,7 @@ def check_router() -> Iterator[Check]:
 
     try:
         status = control.call("Status", timeout_s=STATUS_S)
-        agents = [reply for reply in control.stream("ListAgents", timeout_s=STATUS_S) if reply.get("name")]
+        agents = control.list_("ListAgents", "name", timeout_s=STATUS_S)
     except NanoclawError as exc:
         yield Check("router", MISSING, exc.message, "see 'journalctl --user -u nanoclaw'")
         return
@@ -151,9 +272,8 @@ def check_router() -> Iterator[Check]:
     yield check_sandbox("router", status["sandbox"])
     gateway = status["gateway"]
     if gateway is None:
-        yield Check(
-            "gateway", MISSING, status["gatewayProblem"], "see 'journalctl --user -u nanoclaw-gateway'"
-        )
+        todo = "see 'journalctl --user -u nanoclaw-gateway'"
+        yield Check("gateway", MISSING, status["gatewayProblem"], todo)
     else:
         yield Check("gateway", OK, f"version {gateway['version']} answers")
         yield check_sandbox("gateway", gateway["sandbox"])
@@ -177,12 +297,12 @@ def check_credentials(routes: list[Json], agents: list[Json]) -> Iterator[Check]
     used = {agent["configuration"]["provider"] for agent in agents if agent["configuration"]}
     for route in routes:
         if route["provider"] in used:
-            name = f"credential {route['credential']}"
+            name, found = f"credential {route['credential']}", f"for {route['provider']}"
             if route["credentialState"] == "ok":
-                yield Check(name, OK, f"for {route['provider']}")
+                yield Check(name, OK, found)
             else:
                 todo = f"nanoclawctl secret set {route['credential']}"
-                yield Check(name, MISSING, f"for {route['provider']}: {route['credentialState']}", todo)
+                yield Check(name, MISSING, f"{found}: {route['credentialState']}", todo)
 
 
 def check_agents(agents: list[Json]) -> Iterator[Check]:
@@ -191,17 +311,45 @@ def check_agents(agents: list[Json]) -> Iterator[Check]:
         if agent["runtime"]["state"] == "broken":
             todo = f"correct it, then 'nanoclawctl reload'; see 'nanoclawctl agent show {agent['name']}'"
             yield Check(f"agent {agent['name']}", MISSING, agent["runtime"]["problem"], todo)
-    images = {agent["configuration"]["image"] for agent in agents if agent["configuration"]}
-    for image in sorted(images):
-        code, out = floor.run("podman", "image", "exists", "--", image)
+    for image in sorted({agent["configuration"]["image"] for agent in agents if agent["configuration"]}):
+        code, out = ask("podman", "image", "exists", "--", image)
         if code == 0:
             yield Check(f"image {image}", OK, "is there")
         else:
-            found = "is not there" if code == 1 else floor.first_line(out)
+            found = "is not there" if code == 1 else first_line(out)
             yield Check(f"image {image}", MISSING, found, "nanoclawctl image build")
+
+
+def ask(*command: str) -> tuple[int, str]:
+    """Return exit code and output of a program; 127 if there is none, 124 if it takes too long."""
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    try:
+        done = subprocess.run(
+            command, stdin=null, stdout=pipe, stderr=subprocess.STDOUT, timeout=PROGRAM_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 124, f"no answer within {PROGRAM_S:.0f} s"
+    except OSError as exc:
+        return 127, f"{command[0]}: {exc.strerror}"
+    return done.returncode, done.stdout.decode(errors="replace").strip()
+
+
+def user_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def first_line(text: str) -> str:
+    return text.split("\n")[0][:200]
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--floor"]:
         sys.exit("usage: python3 -m nanoclawd.cli.doctor --floor; else use 'nanoclawctl doctor'")
-    sys.exit(floor.main())
+    sys.exit(main())

@@ -6,9 +6,11 @@ import os
 from argparse import Namespace
 
 from nanoclawd import limits
-from nanoclawd.cli import control, output
+from nanoclawd.cli import control, output, programs
 from nanoclawd.cli.parser import UsageError
-from nanoclawd.errors import Failed
+from nanoclawd.errors import Failed, Unavailable
+
+WARM_S = 600.0
 
 
 def build(options: Namespace) -> None:
@@ -30,7 +32,19 @@ def build(options: Namespace) -> None:
         image = reply.get("imageId") or image
     if image is None:
         raise Failed("the build ended without an image", hint="see 'journalctl --user -u nanoclaw'")
-    if options.json:
-        output.say_json({"imageId": image})
-    else:
-        output.say(image)
+    _warm(image)
+    output.say_json({"imageId": image}) if options.json else output.say(image)
+
+
+def _warm(image: str) -> None:
+    """Let Podman map the layers to a user namespace like the agents', else the first answer waits for it."""
+    output.talk("Preparing it for the agents' user namespace")
+    options = ["--rm", "--pull=never", "--network=none", "--userns=keep-id", "--entrypoint", "/bin/true"]
+    try:
+        done = programs.run(["podman", "run", *options, image], timeout_s=WARM_S)
+        problem = done.stderr.strip() if done.returncode else ""
+        problem = problem or (f"podman ended with {done.returncode}" if done.returncode else "")
+    except Unavailable as exc:
+        problem = exc.message
+    if problem:
+        output.talk(f"warning: it is not prepared, and the first answer will take longer: {problem}")

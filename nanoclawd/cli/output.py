@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from nanoclawd.cli import text
-from nanoclawd.errors import NanoclawError
+from nanoclawd.cli.parser import UsageError
+from nanoclawd.errors import NanoclawError, Refused
 
 RED, YELLOW, GREEN, BOLD, DIM = "31", "33", "32", "1", "2"
 
@@ -57,15 +59,26 @@ def say_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         print(shown if number else colour(BOLD, shown))
 
 
-def is_interactive() -> bool:
-    """Return whether a person can be asked: the question goes to stderr, the answer comes from stdin."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+def done(options: Namespace, document: Any, words: str) -> None:
+    """Tell that something was done: in talk, or with --json by the document."""
+    if options.json:
+        say_json(document)
+    elif words:
+        talk(words)
 
 
-def ask(question: str) -> bool:
-    """Ask a question that defaults to no."""
+def require_person() -> None:
+    """Raise UsageError if nobody can be asked: on stderr, with the answer from stdin."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError("nobody can be asked here", hint="say --yes if you are sure")
+
+
+def confirm(question: str) -> None:
+    """Ask before something is removed. Raises Refused unless the answer is yes, UsageError."""
+    require_person()
     print(f"{text.visible(question)} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Refused("nothing was removed")
 
 
 def size(count: int | None) -> str:
@@ -93,6 +106,5 @@ def duration(seconds: float) -> str:
 def _document(value: Any) -> str:
     import json
 
-    return text.visible_json(
-        json.dumps(value, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None)
-    )
+    indent = 2 if sys.stdout.isatty() else None
+    return text.visible_json(json.dumps(value, ensure_ascii=False, indent=indent))

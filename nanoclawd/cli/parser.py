@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
-from nanoclawd.cli.table import COMMANDS, INTERNAL, NOUNS, PROGRAM, Command, Option
+from nanoclawd.cli.table import COMMANDS, NOUNS, PROGRAM, Command
 from nanoclawd.errors import NanoclawError
 
 
@@ -27,42 +27,36 @@ class Help(Exception):
 
 def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
     """Return the command and its arguments. Raises UsageError, Help."""
-    command, rest = _find(arguments)
+    command = _find(arguments)
+    rest = list(arguments[len(command.words) :])
     end = rest.index("--") if "--" in rest else len(rest)
+    if {"--help", "-h"} & {*rest[:end]}:
+        raise Help(make_parser(command, positional=True).format_help().rstrip())
     # argparse reads the options alone: it cannot take 'send berta --wait hello', where TEXT is optional.
-    try:
-        namespace, others = make_parser(command, positional=False).parse_known_args(list(rest[:end]))
-    except Help:
-        raise Help(make_parser(command).format_help().rstrip()) from None
+    namespace, values = make_parser(command, positional=False).parse_known_args(rest[:end])
     more = f"'{PROGRAM} {command.name} --help' says more"
-    for other in others:
-        if other.startswith("-") and other != "-":
-            names = [
-                flag for option in command.options for flag in (option.name, option.short) if flag[:1] == "-"
-            ]
+    for value in values:
+        if value.startswith("-") and value != "-":
+            flags = [option.name for option in command.options if not option.positional]
             raise UsageError(
-                f"unknown option '{other}'", hint=did_you_mean(other.partition("=")[0], names, more)
+                f"unknown option '{value}'", hint=did_you_mean(value.partition("=")[0], flags, more)
             )
-    values = [*others, *rest[end + 1 :]]
+    values += rest[end + 1 :]
     for option in command.options:
         if option.positional:
             if option.needed and not values:
                 raise UsageError(f"{option.name} is missing", hint=more)
-            setattr(namespace, option.name, _read(option, values.pop(0), more) if values else None)
+            found = values.pop(0) if values else None
+            try:
+                setattr(namespace, option.name, None if found is None else option.read(found))
+            except argparse.ArgumentTypeError as exc:
+                raise UsageError(f"{option.name}: {exc}", hint=more) from None
+            if found is not None and option.choices and found not in option.choices:
+                hint = did_you_mean(found, option.choices, f"it can be {', '.join(option.choices)}")
+                raise UsageError(f"{option.name}: '{found}' is not known", hint=hint)
     if values:
         raise UsageError(f"unknown argument '{values[0]}'", hint=more)
     return command, namespace
-
-
-def _read(option: Option, value: str, more: str) -> object:
-    try:
-        read = _KINDS[option.kind](value)
-    except argparse.ArgumentTypeError as exc:
-        raise UsageError(f"{option.name}: {exc}", hint=more) from None
-    if option.choices and read not in option.choices:
-        hint = did_you_mean(value, option.choices, f"it can be {', '.join(option.choices)}")
-        raise UsageError(f"{option.name}: '{value}' is not known", hint=hint)
-    return read
 
 
 def did_you_mean(wrong: str, names: Iterable[str], otherwise: str) -> str:
@@ -73,37 +67,30 @@ def did_you_mean(wrong: str, names: Iterable[str], otherwise: str) -> str:
     return f"{otherwise}; did you mean '{close[0]}'?" if close else otherwise
 
 
-def _find(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
-    """Take noun and verb off `arguments`: only that command's parser is then made."""
+def _find(arguments: Sequence[str]) -> Command:
     if not arguments:
         raise UsageError("a command is missing", hint=f"'{PROGRAM} --help' lists all")
-    noun, rest = arguments[0], arguments[1:]
-    if noun in ("-h", "--help", "help"):
+    if arguments[0] in ("-h", "--help", "help"):
         raise Help(render_help())
-    if noun == "--version":
-        noun = "version"
-    for command in (*COMMANDS, *INTERNAL):
-        if command.words == (noun,):
-            return command, rest
+    if arguments[0] == "--version":
+        arguments = ["version"]
+    for command in COMMANDS:
+        if command.words == tuple(arguments[: len(command.words)]):
+            return command
+    noun, verb = arguments[0], arguments[1] if len(arguments) > 1 else None
     if noun not in NOUNS:
         known = dict.fromkeys(command.words[0] for command in COMMANDS)
         kind = "option" if noun.startswith("-") else "command"
-        raise UsageError(
-            f"unknown {kind} '{noun}'", hint=did_you_mean(noun, known, f"'{PROGRAM} --help' lists all")
-        )
-    verbs = {command.words[1]: command for command in COMMANDS if command.words[0] == noun}
-    if not rest:
-        raise UsageError(
-            f"'{noun}' needs a verb: {', '.join(verbs)}", hint=f"'{PROGRAM} {noun} --help' says more"
-        )
-    if rest[0] in ("-h", "--help"):
+        hint = did_you_mean(noun, known, f"'{PROGRAM} --help' lists all")
+        raise UsageError(f"unknown {kind} '{noun}'", hint=hint)
+    if verb in ("-h", "--help"):
         raise Help(render_help(noun))
-    if rest[0] not in verbs:
-        raise UsageError(
-            f"'{noun}' has no verb '{rest[0]}'",
-            hint=did_you_mean(rest[0], verbs, f"it has {', '.join(verbs)}"),
-        )
-    return verbs[rest[0]], rest[1:]
+    verbs = [command.words[1] for command in COMMANDS if command.words[0] == noun]
+    if verb is None:
+        hint = f"'{PROGRAM} {noun} --help' says more"
+        raise UsageError(f"'{noun}' needs a verb: {', '.join(verbs)}", hint=hint)
+    hint = did_you_mean(verb, verbs, f"it has {', '.join(verbs)}")
+    raise UsageError(f"'{noun}' has no verb '{verb}'", hint=hint)
 
 
 def render_help(noun: str = "") -> str:
@@ -122,77 +109,29 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message.removeprefix("argument "), hint=f"'{self.prog} --help' says more")
 
 
-class _Help(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
-        raise Help(parser.format_help().rstrip())
-
-
-def make_parser(command: Command, *, positional: bool = True) -> argparse.ArgumentParser:
-    """Return the parser of one command's arguments, or of its options alone."""
+def make_parser(command: Command, *, positional: bool) -> argparse.ArgumentParser:
+    """Return the parser of one command's options, for its help also of its positional arguments."""
     parser = _Parser(
         prog=f"{PROGRAM} {command.name}",
         description=f"{command.help[:1].upper()}{command.help[1:]}. {command.more}".rstrip(),
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--help", "-h", action=_Help, nargs=0, help="show this text")
+    parser.add_argument("--help", "-h", action="store_true", help="show this text")
     for option in command.options:
-        if option.positional and not positional:
-            continue
-        flags = (option.name,) if option.positional else tuple(filter(None, (option.name, option.short)))
-        parser.add_argument(*flags, **_settings(option))
+        if option.positional:
+            if positional:
+                parser.add_argument(option.name, nargs=None if option.needed else "?", help=option.help)
+        elif option.metavar:
+            parser.add_argument(
+                *filter(None, (option.name, option.short)),
+                action="append" if option.repeat else "store",
+                default=option.default,
+                help=option.help,
+                metavar=option.metavar,
+                type=option.read,
+            )
+        else:
+            flags = filter(None, (option.name, option.short))
+            parser.add_argument(*flags, action="store_true", help=option.help)
     return parser
-
-
-def _settings(option: Option) -> dict[str, Any]:
-    if not option.positional and not option.metavar:
-        return {"action": "store_true", "help": option.help}
-    settings: dict[str, Any] = {"help": option.help, "default": option.default, "type": _KINDS[option.kind]}
-    settings["metavar"] = option.metavar or option.name
-    if option.positional and not option.needed:
-        settings["nargs"] = "?"
-    if option.repeat:
-        settings["action"] = "append"
-    return settings
-
-
-def _text(value: str) -> str:
-    """What is typed ends up in JSON, which is UTF-8 without NUL."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("is not UTF-8") from None
-    return value
-
-
-def _count(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or not 0 < int(value[:12]) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"'{value[:32]}' is not a number from 1 on")
-    return int(value)
-
-
-def _seconds(value: str) -> int:
-    return 0 if value == "0" else _count(value)
-
-
-def _mount(value: str) -> dict[str, object]:
-    """SOURCE:TARGET[:rw]; the source is made absolute here, since the router runs elsewhere."""
-    import os
-
-    source, _, rest = _text(value).partition(":")
-    target, _, mode = rest.partition(":")
-    if not source or not target.startswith("/") or mode not in ("", "ro", "rw"):
-        raise argparse.ArgumentTypeError(f"'{value[:128]}' is not SOURCE:/TARGET, SOURCE:/TARGET:ro or …:rw")
-    return {
-        "source": os.path.abspath(os.path.expanduser(source)),
-        "target": target,
-        "readOnly": mode != "rw",
-    }
-
-
-_KINDS: dict[str, Callable[[str], object]] = {
-    "text": _text,
-    "count": _count,
-    "seconds": _seconds,
-    "mount": _mount,
-}

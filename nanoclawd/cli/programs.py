@@ -20,7 +20,7 @@ def logs(options: Namespace) -> NoReturn:
     else:
         units = [f"nanoclaw-{parse_agent_name(options.AGENT)}@*.service"]
     arguments = ["journalctl", "--user", *(f"--unit={unit}" for unit in units), f"--lines={options.lines}"]
-    become([*arguments, "--follow"] if options.follow else arguments)
+    _become([*arguments, "--follow"] if options.follow else arguments)
 
 
 def shell(options: Namespace) -> NoReturn:
@@ -29,32 +29,26 @@ def shell(options: Namespace) -> NoReturn:
     if options.session is not None:
         session = parse_session_name(options.session)
     else:
-        with control.suggesting(agent):
-            sessions = [reply["session"] for reply in control.stream("ListSessions", {"agent": agent})]
-        running = [
-            found["session"] for found in sessions if found and found["state"] in ("ready", "working")
-        ]
+        sessions = control.sessions(agent)
+        running = [found["session"] for found in sessions if found["state"] in ("ready", "working")]
         if not running:
-            raise NotFound(
-                f"no session of '{agent}' runs", hint=f"send it a message first: 'nanoclawctl chat {agent}'"
-            )
+            hint = f"send it a message first: 'nanoclawctl chat {agent}'"
+            raise NotFound(f"no session of '{agent}' runs", hint=hint)
         if len(running) > 1:
-            raise UsageError(
-                f"several sessions of '{agent}' run: {', '.join(running)}", hint="choose: --session"
-            )
+            many = f"several sessions of '{agent}' run: {', '.join(running)}"
+            raise UsageError(many, hint="choose: --session")
         session = parse_session_name(running[0])
     keyboard = ["--interactive", "--tty"] if os.isatty(0) and os.isatty(1) else ["--interactive"]
-    become(["podman", "exec", *keyboard, f"nanoclaw-{agent}-{session}", "bash"])
+    _become(["podman", "exec", *keyboard, f"nanoclaw-{agent}-{session}", "bash"])
 
 
-def become(arguments: list[str]) -> NoReturn:
+def _become(arguments: list[str]) -> NoReturn:
     """Replace this process by another program. Raises Failed if there is none."""
     try:
         os.execvp(arguments[0], arguments)
     except OSError as exc:
-        raise Failed(
-            f"cannot run {arguments[0]}: {exc.strerror}", hint="'nanoclawctl doctor' checks what is needed"
-        ) from exc
+        hint = "'nanoclawctl doctor' checks what is needed"
+        raise Failed(f"cannot run {arguments[0]}: {exc.strerror}", hint=hint) from exc
 
 
 def run(arguments: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
+import json
 import readline
 import select
 import shutil
@@ -12,11 +11,11 @@ import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from nanoclawd.cli import output, text
+from nanoclawd.cli.conversation import Lines
 
 HISTORY = 1000  #: entries kept
 HISTORY_CHARACTERS = 4096  #: a longer entry, e.g. a pasted file, is not kept
@@ -31,12 +30,12 @@ class Woken(Exception):
 class Prompt:
     """Reads lines with readline(3). Only one, and only in the main thread, because it uses signals."""
 
-    def __init__(self, words: str, history: Path, *, is_waiting: Callable[[], bool]) -> None:
+    def __init__(self, words: str, *, is_waiting: Callable[[], bool]) -> None:
         """`is_waiting` says whether something is there to be shown already."""
-        self.words = words
+        self._words = words
         self.typed = ""  #: what the next read() begins with
         self.dropped = False  #: the last KeyboardInterrupt threw away what was typed
-        self._history = history
+        self._history = Lines("history", HISTORY)  #: each entry is a JSON string, as it may have lines
         self._is_waiting = is_waiting
         self._away = threading.Event()  #: read() is not called
         self._away.set()
@@ -47,7 +46,9 @@ class Prompt:
         readline.parse_and_bind("tab: self-insert")
         readline.set_startup_hook(self._start_line)
         signal.signal(signal.SIGUSR1, self._on_wake)
-        self._load()
+        for line in self._history.lines:
+            with suppress(ValueError):
+                readline.add_history(str(json.loads(line)))
 
     def wake(self) -> None:
         """Let read() raise Woken, if it is waiting; from another thread. Returns when that has happened."""
@@ -66,7 +67,7 @@ class Prompt:
         lines: list[str] = []
         while True:
             try:
-                line = self._read_line(self.words if not lines else "… ")
+                line = self._read_line(self._words if not lines else "… ")
             except Woken:
                 self.typed = "\n".join([*lines, self.typed])
                 raise
@@ -82,8 +83,8 @@ class Prompt:
             for number in reversed(range(before, readline.get_current_history_length())):
                 readline.remove_history_item(number)
             readline.add_history(entry)
-        if entry.strip():
-            self._save()
+        if entry.strip() and len(entry) <= HISTORY_CHARACTERS:
+            self._history.add(json.dumps(entry))
         return entry
 
     def _read_line(self, words: str) -> str:
@@ -95,7 +96,9 @@ class Prompt:
             if self._is_waiting():
                 raise Woken
             begun = True
-            return input(words)
+            # The marks tell readline which characters take no room.
+            before_words, _, after_words = output.colour(output.BOLD, "\0").partition("\0")
+            return input(f"\x01{before_words}\x02{words}\x01{after_words}\x02")
         except Woken:
             if begun:
                 # The line was complete, and the signal came before input() could return it?
@@ -121,63 +124,10 @@ class Prompt:
     def _erase(self, words: str) -> None:
         """Take prompt and typed text off the screen; the cursor is taken to be at the end."""
         columns = shutil.get_terminal_size().columns
-        rows = [
-            text.width(text.visible(row)) // columns for row in f"{_plain(words)}{self.typed}".split("\n")
-        ]
+        rows = [text.width(text.visible(row)) // columns for row in f"{words}{self.typed}".split("\n")]
         up = sum(rows) + len(rows) - 1
         sys.stdout.write((f"\x1b[{up}A" if up else "") + "\r\x1b[J")
         sys.stdout.flush()
-
-    def _load(self) -> None:
-        try:
-            with open(self._history, encoding="utf-8", errors="replace") as file:
-                for line in file.readlines(HISTORY * HISTORY_CHARACTERS)[-HISTORY:]:
-                    readline.add_history(_ESCAPE.sub(_unescape, line.rstrip("\n")))
-        except OSError:
-            pass
-
-    def _save(self) -> None:
-        """Write the history; without it the chat is as good, so that failures do not matter."""
-        last = readline.get_current_history_length()
-        entries = [
-            readline.get_history_item(number) for number in range(max(1, last - HISTORY + 1), last + 1)
-        ]
-        lines = [
-            entry.replace("\\", "\\\\").replace("\n", "\\n") + "\n"
-            for entry in entries
-            if entry and len(entry) <= HISTORY_CHARACTERS
-        ]
-        draft = self._history.with_name(f".{self._history.name}.{os.getpid()}")
-        try:
-            self._history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-                file.writelines(lines)
-            draft.replace(self._history)
-        except OSError:
-            pass
-
-
-_ESCAPE = re.compile(r"\\(.)")
-
-
-def _unescape(found: re.Match[str]) -> str:
-    return "\n" if found[1] == "n" else found[1]
-
-
-def styled(words: str) -> str:
-    """Return a prompt in bold, with the marks that tell readline which characters take no room."""
-    bold = output.colour(output.BOLD, "\0")
-    before, _, after = bold.partition("\0")
-    return f"\x01{before}\x02{words}\x01{after}\x02" if before else words
-
-
-def _plain(words: str) -> str:
-    """Return a prompt without what takes no room."""
-    while "\x01" in words:
-        before, _, rest = words.partition("\x01")
-        words = before + rest.partition("\x02")[2]
-    return words
 
 
 @contextmanager

@@ -1,28 +1,31 @@
-"""What `nanoclawctl secret` does: set, list and remove credentials.
+"""The secret commands: the value is typed without echo, or comes from a pipe; it is never an argument.
 
-Works on files and systemd's credential service alone: no secret passes the router.
+They work on files and systemd's credential service alone: no secret passes the router.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from argparse import Namespace
+from datetime import datetime
 
 from nanoclawd import credentials
+from nanoclawd.cli import output
 from nanoclawd.errors import Refused
 from nanoclawd.ids import parse_credential_name
 
+VALUE_BYTES = 64 << 10  #: read at most; what may be stored is less
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SecretEntry:
-    """One line of `nanoclawctl secret list`; never the value."""
 
-    name: str
-    encrypted: bool
-    path: str
-    modified_at: datetime  #: UTC
-    warning: str  #: "" or what is wrong with how it is stored
+def set_(options: Namespace) -> None:
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        value = getpass(f"Value of '{options.NAME}' (not shown): ").encode()
+    else:
+        value = sys.stdin.buffer.read(VALUE_BYTES)
+    set_secret(options.NAME, value)
+    output.done(options, {"name": options.NAME}, f"Stored '{options.NAME}'.")
 
 
 def set_secret(name: str, value: bytes) -> None:
@@ -36,27 +39,41 @@ def set_secret(name: str, value: bytes) -> None:
         raise Refused("the value is empty", hint="give it on stdin, or type it when asked")
     entry = credentials.write(parsed, value)
     if not entry.encrypted:
-        print(
+        output.talk(
             f"warning: '{name}' is {credentials.UNENCRYPTED}: '{entry.path}' (mode 0600) is as safe as "
-            "your home directory and its backups",
-            file=sys.stderr,
+            "your home directory and its backups"
         )
 
 
-def list_secrets() -> list[SecretEntry]:
-    """Return what is stored, by name. Raises Failed."""
-    return [
-        SecretEntry(
-            name=entry.name,
-            encrypted=entry.encrypted,
-            path=str(entry.path),
-            modified_at=datetime.fromtimestamp(entry.modified_at, UTC),
-            warning="" if entry.encrypted else credentials.UNENCRYPTED,
+def list_(options: Namespace) -> None:
+    entries = credentials.list_entries()
+    if options.json:
+        secrets = [
+            {
+                "name": entry.name,
+                "encrypted": entry.encrypted,
+                "path": str(entry.path),
+                "modifiedAt": entry.modified_at,
+                "warning": "" if entry.encrypted else credentials.UNENCRYPTED,
+            }
+            for entry in entries
+        ]
+        return output.say_json({"secrets": secrets})
+    if not entries:
+        return output.talk("There are no secrets. Store one: 'nanoclawctl secret set anthropic'.")
+    rows = (
+        (
+            entry.name,
+            "encrypted" if entry.encrypted else credentials.UNENCRYPTED,
+            f"{datetime.fromtimestamp(entry.modified_at):%Y-%m-%d %H:%M}",
         )
-        for entry in credentials.list_entries()
-    ]
+        for entry in entries
+    )
+    output.say_table(("SECRET", "STORED", "CHANGED"), rows)
 
 
-def remove_secret(name: str) -> None:
-    """Delete the credential `name`. Raises Refused, NotFound, Failed."""
-    credentials.remove(parse_credential_name(name))
+def remove(options: Namespace) -> None:
+    if not options.yes:
+        output.confirm(f"Remove the secret '{options.NAME}'?")
+    credentials.remove(parse_credential_name(options.NAME))
+    output.done(options, {"removed": options.NAME}, f"Removed '{options.NAME}'.")

@@ -8,24 +8,13 @@ import sys
 import time
 import uuid
 from argparse import Namespace
-from queue import Empty
+from math import inf
 
 from nanoclawd import limits
 from nanoclawd.cli import control, output
-from nanoclawd.cli.conversation import (
-    Activity,
-    Attachment,
-    Broken,
-    Calls,
-    Delivery,
-    Inbox,
-    Turn,
-    chat_id,
-    check_text,
-)
+from nanoclawd.cli.conversation import Activity, Conversation, Delivery, Inbox, chat_id, check_text
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.cli.screen import Screen
-from nanoclawd.cli.shown import Shown, shown_file
 from nanoclawd.errors import Failed, NanoclawError, Refused
 
 STORE_S = 30.0  #: without --wait: for the message to be stored
@@ -38,93 +27,76 @@ def run(options: Namespace) -> int:
     chat = chat_id(options.AGENT, options.chat)
     event = str(uuid.uuid4())
     inbox: Inbox = Inbox()
-    until = time.monotonic() + (STORE_S if not options.wait else options.timeout or float("inf"))
-    if options.wait:
-        # Before the connection that the message takes, so that nothing that is said about it is missed.
-        Attachment(chat, event=event, put=inbox.put)
-    calls = Calls(chat, options.AGENT)
-    waiting = _Wait(options, Turn(event), inbox, calls)
+    screen = Screen(sys.stderr, preview=False)
+    conversation = Conversation(chat, options.AGENT, inbox=inbox, screen=screen)
+    conversation.until = time.monotonic() + (STORE_S if not options.wait else options.timeout or inf)
+    conversation.connect(event, inbox.put if options.wait else None)
+    replies: list[Delivery] = []
     try:
         with control.suggesting(options.AGENT):
-            stored = calls.deliver(message, event, until=until)
-        replies = waiting.run(until) if options.wait else []
+            stored = conversation.deliver(message, event)
+        if options.wait:
+            replies = _wait(conversation, event, screen, quiet=options.json)
+    except TimeoutError:
+        raise Failed(f"no reply within {options.timeout} s", hint=_late(options)) from None
     except KeyboardInterrupt:
-        waiting.screen.end()
-        output.talk(f"If it was sent, the reply will be in '{waiting.chat_command}'.")
+        output.talk(f"If it was sent, the reply will be in '{_chat_command(options)}'.")
         raise
-    if not options.wait and not options.json:
-        output.say(stored)
     if options.wait and not replies:
-        raise Failed(
-            "the agent ended its work without a reply", hint=f"see 'nanoclawctl logs {options.AGENT}'"
-        )
+        hint = f"see 'nanoclawctl logs {options.AGENT}'"
+        raise Failed("the agent ended its work without a reply", hint=hint)
     if options.json:
         shown = [{"kind": reply.kind, "text": reply.text, "key": reply.key} for reply in replies]
         output.say_json({"message": stored, "event": event, "replies": shown})
-        waiting.report(replies)
+        _report(conversation, replies)
+    elif not options.wait:
+        output.say(stored)
     return 1 if replies and all(reply.kind == "notice" for reply in replies) else 0
 
 
-class _Wait:
-    """Waits for the reply: text on stdout as it comes, what goes on in one line on stderr."""
-
-    def __init__(self, options: Namespace, turn: Turn, inbox: Inbox, calls: Calls) -> None:
-        self.options = options
-        self.turn = turn
-        self.inbox = inbox
-        self.calls = calls
-        self.screen = Screen(sys.stderr, preview=False)
-        self.shown = Shown(shown_file())
-        chat = ["--chat", options.chat] if options.chat else []
-        self.chat_command = shlex.join(["nanoclawctl", "chat", options.AGENT, *chat])
-
-    def run(self, until: float) -> list[Delivery]:
-        """Return the replies. Raises Failed if there is none at the time `until` (time.monotonic())."""
-        replies: dict[str, Delivery] = {}
-        self.screen.begin("sent")
-        while (left_s := self.turn.left_s(time.monotonic())) != 0:
-            wait_s = until - time.monotonic() if left_s is None else left_s
-            if wait_s <= 0:
-                self.screen.end()
-                raise Failed(f"no reply within {self.options.timeout} s", hint=self._late())
-            try:
-                item = self.inbox.get(timeout=min(wait_s, 1.0))
-            except Empty:
-                self.screen.tick()
-                continue
+def _wait(conversation: Conversation, event: str, screen: Screen, *, quiet: bool) -> list[Delivery]:
+    """Return the replies; unless `quiet` they are printed as they come. What goes on is a line on stderr."""
+    replies: dict[str, Delivery] = {}
+    screen.begin("sent")
+    try:
+        for item in conversation.follow(event):
             match item:
                 case Delivery():
-                    self.turn.note(item, time.monotonic())
-                    if item.key not in replies and not self.options.json:
-                        self.screen.erase()
+                    if item.key not in replies and not quiet:
+                        screen.erase()
                         output.say(item.text.rstrip("\n"))
-                        self.report([item])
+                        _report(conversation, [item])
                     replies[item.key] = item
-                case Activity():
-                    self.turn.note(item, time.monotonic())
-                    if item.kind not in ("text", "idle"):
-                        self.screen.set_status(f"{item.kind} {item.text}")
-                case Broken(error=error):
-                    self.screen.end()
-                    raise error
-        self.screen.end()
-        return list(replies.values())
+                case Activity(kind="queued", text=reason) if reason:
+                    screen.erase()
+                    output.talk(reason)
+                case Activity(kind=kind, text=words) if kind not in ("text", "idle"):
+                    screen.set_status(f"{kind} {words}")
+                case NanoclawError():
+                    raise item
+    finally:
+        screen.end()
+    return list(replies.values())
 
-    def _late(self) -> str:
-        """Return what to do when there is no reply in time."""
-        agent = self.options.AGENT
-        with contextlib.suppress(NanoclawError):
-            runtime = control.call("ShowAgent", {"name": agent}, timeout_s=ASK_S)["runtime"]
-            if runtime["state"] == "held":
-                return f"'{agent}' is stopped; the message waits until 'nanoclawctl agent start {agent}'"
-        return f"it goes on; the reply will be in '{self.chat_command}'"
 
-    def report(self, replies: list[Delivery]) -> None:
-        """Report what is printed, as such."""
-        sys.stdout.flush()
-        for reply in replies:
-            self.shown.add(reply.key)
-            self.calls.report_sent(reply.key)
+def _report(conversation: Conversation, replies: list[Delivery]) -> None:
+    sys.stdout.flush()  # only what is printed is reported
+    for reply in replies:
+        conversation.report(reply.key)
+
+
+def _late(options: Namespace) -> str:
+    """Return what to do when there is no reply in time."""
+    agent = options.AGENT
+    with contextlib.suppress(NanoclawError):
+        if control.call("ShowAgent", {"name": agent}, timeout_s=ASK_S)["runtime"]["state"] == "held":
+            return f"'{agent}' is stopped; the message waits until 'nanoclawctl agent start {agent}'"
+    return f"it goes on; the reply will be in '{_chat_command(options)}'"
+
+
+def _chat_command(options: Namespace) -> str:
+    chat = ["--chat", options.chat] if options.chat else []
+    return shlex.join(["nanoclawctl", "chat", options.AGENT, *chat])
 
 
 def _read_text(argument: str | None) -> str:

@@ -1,13 +1,14 @@
-"""The whole picture, as the router sees it."""
+"""What there is and runs, as the router sees it."""
 
 from __future__ import annotations
 
 import time
 from argparse import Namespace
 
-from nanoclawd.cli import control, output, sessions
+from nanoclawd.cli import control, output
 from nanoclawd.cli.output import GREEN, RED, YELLOW, colour
 from nanoclawd.errors import ConfigError
+from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
 
 
@@ -18,13 +19,11 @@ def run(options: Namespace) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status["startedAt"]))
     running = output.duration(max(0.0, time.time() - status["startedAt"]))
     output.say(f"NanoClaw {status['version']}, pid {status['pid']}, since {since} ({running})\n")
-    output.say_table(
-        ("UNIT", "STATE", "MEMORY"),
-        (
-            (unit["name"], f"{unit['activeState']} ({unit['subState']})", output.size(unit["memoryBytes"]))
-            for unit in status["units"]
-        ),
+    units = (
+        (unit["name"], f"{unit['activeState']} ({unit['subState']})", output.size(unit["memoryBytes"]))
+        for unit in status["units"]
     )
+    output.say_table(("UNIT", "STATE", "MEMORY"), units)
     output.say("")
     _say_sandbox("router", status["sandbox"])
     gateway = status["gateway"]
@@ -45,7 +44,7 @@ def run(options: Namespace) -> None:
     )
     if status["sessions"]:
         output.say("")
-        sessions.say_sessions(status["sessions"])
+        _say_sessions(status["sessions"])
 
 
 def _say_route(route: Json) -> None:
@@ -72,8 +71,7 @@ def reload(options: Namespace) -> None:
     """Read all configuration again; fails if some of it is wrong."""
     reply = control.call("Reload")
     if options.json:
-        output.say_json(reply)
-        return
+        return output.say_json(reply)
     for problem in reply["problems"]:
         output.talk(f"warning: {problem}")
     if reply["problems"]:
@@ -82,3 +80,24 @@ def reload(options: Namespace) -> None:
             hint="correct the files and reload again; what was wrong stays as it was before",
         )
     output.talk(f"{reply['agents']} agents are read.")
+
+
+def sessions(options: Namespace) -> None:
+    found = control.sessions(options.AGENT)
+    if options.json:
+        return output.say_json({"sessions": found})
+    if not found:
+        return output.talk("There are no sessions: one begins with the first message.")
+    _say_sessions(found)
+
+
+def _say_sessions(found: list[Json]) -> None:
+    keys = ("agent", "session", "state", "queued", "channel", "chat", "thread", "message")
+    rows = (["" if session.get(key) is None else session[key] for key in keys] for session in found)
+    output.say_table([key.upper() for key in keys], rows)
+
+
+def version(options: Namespace) -> None:
+    if options.json:
+        return output.say_json({"version": VERSION})
+    output.say(f"nanoclawctl {VERSION}")

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass
 
 PROGRAM = "nanoclawctl"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def text(value: str) -> str:
+    """What is typed ends up in JSON, which is UTF-8 without NUL."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ArgumentTypeError("is not UTF-8") from None
+    return value
+
+
+def count(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 0 < int(value[:12]) < 1 << 31:
+        raise ArgumentTypeError(f"'{value[:32]}' is not a number from 1 on")
+    return int(value)
+
+
+def seconds(value: str) -> int:
+    return 0 if value == "0" else count(value)
+
+
+def mount(value: str) -> dict[str, object]:
+    """SOURCE:TARGET[:rw]; the source is made absolute here, since the router runs elsewhere."""
+    from os.path import abspath, expanduser
+
+    source, _, rest = text(value).partition(":")
+    target, _, mode = rest.partition(":")
+    if not source or not target.startswith("/") or mode not in ("", "ro", "rw"):
+        raise ArgumentTypeError(f"'{value[:128]}' is not SOURCE:/TARGET, SOURCE:/TARGET:ro or …:rw")
+    return {"source": abspath(expanduser(source)), "target": target, "readOnly": mode != "rw"}
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
     """One option, or one positional argument if its name has no dash."""
 
     name: str  #: "--model", or "NAME"
     help: str
-    short: str = ""  #: "-f"
     metavar: str = ""  #: what the value is called; "" is a switch without value
-    kind: str = "text"  #: text, count, seconds, mount; how parser.py reads the value
+    read: Callable[[str], object] = text
+    short: str = ""  #: "-f"
     needed: bool = True  #: positional arguments only
     repeat: bool = False
     default: object = None
@@ -27,17 +59,17 @@ class Option:
         return not self.name.startswith("-")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Command:
-    words: tuple[str, ...]  #: noun and verb, or the noun alone
+    name: str  #: noun and verb, or the noun alone
     help: str  #: one line
     run: str  #: "module:function" in this package, imported only when the command runs
     options: tuple[Option, ...] = ()
     more: str = ""  #: a paragraph for --help
 
     @property
-    def name(self) -> str:
-        return " ".join(self.words)
+    def words(self) -> tuple[str, ...]:
+        return tuple(self.name.split())
 
 
 NOUNS = {
@@ -47,209 +79,152 @@ NOUNS = {
     "secret": "keep the credentials that the gateway uses",
 }
 
-JSON = Option(name="--json", help="print one JSON document; an error is one too, on stderr")
-_AGENT = Option(name="AGENT", help="name of the agent", complete="agents")
-_CHAT = Option(name="--chat", metavar="CHAT", help="use another conversation with the same agent")
-_AGENT_LOGS = (
-    Option(name="--follow", short="-f", help="go on with new lines as they come"),
-    Option(name="--lines", short="-n", metavar="N", kind="count", default=100, help="show the last N lines"),
+JSON = Option("--json", "print one JSON document; an error is one too, on stderr")
+YES = Option("--yes", "do not ask", short="-y")
+AGENT = Option("AGENT", "name of the agent", complete="agents")
+CHAT = Option("--chat", "use another conversation with the same agent", "CHAT")
+LOGS = (
+    Option("--follow", "go on with new lines as they come", short="-f"),
+    Option("--lines", "show the last N lines", "N", count, short="-n", default=100),
 )
-_AGENT_KEYS = (
-    Option(name="--description", metavar="TEXT", help="one line for people"),
-    Option(name="--provider", metavar="NAME", help="who runs the model: anthropic, echo or a skill's"),
-    Option(name="--model", metavar="MODEL", help="model of the provider; empty for its default"),
-    Option(name="--image", metavar="IMAGE", help="container image"),
+KEYS = (
+    Option("--description", "one line for people", "TEXT"),
+    Option("--provider", "who runs the model: anthropic, echo or a skill's", "NAME"),
+    Option("--model", "model of the provider; empty for its default", "MODEL"),
+    Option("--image", "container image", "IMAGE"),
+    Option("--instructions", "file with instructions; - is stdin", "FILE", complete="files"),
+    Option("--idle-seconds", "seconds without work until a container stops", "N", seconds),
+    Option("--memory-max", "memory limit as in MemoryMax=, e.g. 1G", "SIZE"),
+    Option("--tasks-max", "limit of processes and threads", "N", count),
+    Option("--cpu-quota", "CPU limit, e.g. 150%%; empty for none", "PERCENT"),
     Option(
-        name="--instructions",
-        metavar="FILE",
-        complete="files",
-        help="file with instructions; - is stdin",
-    ),
-    Option(
-        name="--idle-seconds",
-        metavar="N",
-        kind="seconds",
-        help="seconds without work until a container stops",
-    ),
-    Option(name="--memory-max", metavar="SIZE", help="memory limit as in MemoryMax=, e.g. 1G"),
-    Option(name="--tasks-max", metavar="N", kind="count", help="limit of processes and threads"),
-    Option(name="--cpu-quota", metavar="PERCENT", help="CPU limit, e.g. 150%%; empty for none"),
-    Option(
-        name="--mount",
-        metavar="SOURCE:TARGET[:rw]",
-        kind="mount",
+        "--mount",
+        "show a file or directory to the agent, read-only unless :rw; may be repeated",
+        *("SOURCE:TARGET[:rw]", mount),
         repeat=True,
         complete="files",
-        help="show a file or directory to the agent, read-only unless :rw; may be repeated",
     ),
 )
 
 COMMANDS: tuple[Command, ...] = (
     Command(
-        words=("status",),
-        help="show what runs, what waits, and whether the sandboxes are active",
-        run="status:run",
-        options=(JSON,),
+        "status", "show what runs, what waits, and whether the sandboxes are active", "status:run", (JSON,)
     ),
     Command(
-        words=("doctor",),
-        help="check what NanoClaw needs, and say what to do about what is missing",
-        run="doctor:run",
-        options=(JSON, Option(name="--floor", help="only what must be there before the installation")),
+        "doctor",
+        "check what NanoClaw needs, and say what to do about what is missing",
+        "doctor:run",
+        (JSON, Option("--floor", "only what must be there before the installation")),
         more="Works without the daemon. Fails if something that is needed is missing.",
     ),
-    Command(words=("reload",), help="read all configuration again", run="status:reload", options=(JSON,)),
+    Command("reload", "read all configuration again", "status:reload", (JSON,)),
     Command(
-        words=("logs",),
-        help="show the journal of the daemons, or of one agent",
-        run="programs:logs",
-        options=(
-            Option(name="AGENT", needed=False, complete="agents", help="only this agent"),
-            *_AGENT_LOGS,
-        ),
+        "logs",
+        "show the journal of the daemons, or of one agent",
+        "programs:logs",
+        (Option("AGENT", "only this agent", needed=False, complete="agents"), *LOGS),
     ),
     Command(
-        words=("chat",),
-        help="talk to an agent in this terminal",
-        run="chat:run",
-        options=(_AGENT, _CHAT),
+        "chat",
+        "talk to an agent in this terminal",
+        "chat:run",
+        (AGENT, CHAT),
         more="Ctrl-C stops what the agent is doing; at the prompt, Ctrl-D leaves. "
         "A line that ends in a backslash goes on in the next one.",
     ),
     Command(
-        words=("send",),
-        help="send one message to an agent",
-        run="send:run",
-        options=(
-            _AGENT,
-            Option(name="TEXT", needed=False, help="the message; - or nothing reads it from stdin"),
-            _CHAT,
-            Option(name="--wait", help="wait for the reply and print it"),
+        "send",
+        "send one message to an agent",
+        "send:run",
+        (
+            AGENT,
+            Option("TEXT", "the message; - or nothing reads it from stdin", needed=False),
+            CHAT,
+            Option("--wait", "wait for the reply and print it"),
             Option(
-                name="--timeout",
-                metavar="SECONDS",
-                kind="seconds",
+                "--timeout",
+                "with --wait: give up after so long; 0 never does (default: 600)",
+                *("SECONDS", seconds),
                 default=600,
-                help="with --wait: give up after so long; 0 never does (default: 600)",
             ),
             JSON,
         ),
     ),
+    Command("agent add", "add an agent", "agents:add", (AGENT, *KEYS, JSON)),
+    Command("agent list", "list all agents", "agents:list_", (JSON,)),
+    Command("agent show", "show one agent", "agents:show", (AGENT, JSON)),
     Command(
-        words=("agent", "add"), help="add an agent", run="agents:add", options=(_AGENT, *_AGENT_KEYS, JSON)
-    ),
-    Command(words=("agent", "list"), help="list all agents", run="agents:list_", options=(JSON,)),
-    Command(words=("agent", "show"), help="show one agent", run="agents:show", options=(_AGENT, JSON)),
-    Command(
-        words=("agent", "set"),
-        help="change an agent; what is not named stays",
-        run="agents:set_",
-        options=(
-            _AGENT,
-            *_AGENT_KEYS,
-            Option(name="--no-mounts", help="take all mounts away; --mount replaces them"),
-            JSON,
-        ),
+        "agent set",
+        "change an agent; what is not named stays",
+        "agents:set_",
+        (AGENT, *KEYS, Option("--no-mounts", "take all mounts away; --mount replaces them"), JSON),
     ),
     Command(
-        words=("agent", "remove"),
-        help="remove an agent; its workspace goes to the trash",
-        run="agents:remove",
-        options=(
-            _AGENT,
-            Option(name="--purge", help="delete the workspace too"),
-            Option(name="--yes", short="-y", help="do not ask"),
-            JSON,
-        ),
+        "agent remove",
+        "remove an agent; its workspace goes to the trash",
+        "agents:remove",
+        (AGENT, Option("--purge", "delete the workspace too"), YES, JSON),
+    ),
+    Command("agent start", "let a stopped agent work again", "agents:start", (AGENT, JSON)),
+    Command(
+        "agent stop",
+        "stop an agent until it is started again; its messages wait",
+        "agents:stop",
+        (AGENT, JSON),
     ),
     Command(
-        words=("agent", "start"),
-        help="let a stopped agent work again",
-        run="agents:start",
-        options=(_AGENT, JSON),
+        "agent restart",
+        "stop an agent's containers, and start those that have work",
+        "agents:restart",
+        (AGENT, JSON),
+    ),
+    Command("agent logs", "show the journal of an agent", "programs:logs", (AGENT, *LOGS)),
+    Command(
+        "agent shell",
+        "open a shell in a running container of the agent",
+        "programs:shell",
+        (AGENT, Option("--session", "which one, if several run", "SESSION")),
     ),
     Command(
-        words=("agent", "stop"),
-        help="stop an agent until it is started again; its messages wait",
-        run="agents:stop",
-        options=(_AGENT, JSON),
+        "session list",
+        "list sessions, of one agent or of all",
+        "status:sessions",
+        (Option("AGENT", "only of this agent", needed=False, complete="agents"), JSON),
     ),
     Command(
-        words=("agent", "restart"),
-        help="stop an agent's containers, and start those that have work",
-        run="agents:restart",
-        options=(_AGENT, JSON),
-    ),
-    Command(
-        words=("agent", "logs"),
-        help="show the journal of an agent",
-        run="programs:logs",
-        options=(_AGENT, *_AGENT_LOGS),
-    ),
-    Command(
-        words=("agent", "shell"),
-        help="open a shell in a running container of the agent",
-        run="programs:shell",
-        options=(
-            _AGENT,
-            Option(name="--session", metavar="SESSION", help="which one, if several run"),
-        ),
-    ),
-    Command(
-        words=("session", "list"),
-        help="list sessions, of one agent or of all",
-        run="sessions:list_",
-        options=(
-            Option(name="AGENT", needed=False, complete="agents", help="only of this agent"),
-            JSON,
-        ),
-    ),
-    Command(
-        words=("image", "build"),
-        help="build the agent image",
-        run="image:build",
-        options=(
-            Option(name="--base", metavar="IMAGE", help="base image, in place of the Containerfile's"),
+        "image build",
+        "build the agent image",
+        "image:build",
+        (
+            Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
             Option(
-                name="--base-directory",
-                metavar="DIRECTORY",
+                "--base-directory",
+                "directory made by agent-image/make-base: a base and packages without network",
+                "DIRECTORY",
                 complete="directories",
-                help="directory made by agent-image/make-base: a base and packages without network",
             ),
-            Option(name="--image", metavar="IMAGE", help="name of the result"),
+            Option("--image", "name of the result", "IMAGE"),
             JSON,
         ),
     ),
     Command(
-        words=("secret", "set"),
-        help="store a secret; it is asked for, or read from stdin",
-        run="secret_command:set_",
-        options=(Option(name="NAME", help="e.g. anthropic"), JSON),
+        "secret set",
+        "store a secret; it is asked for, or read from stdin",
+        "secret:set_",
+        (Option("NAME", "e.g. anthropic"), JSON),
+    ),
+    Command("secret list", "list secrets by name; values are never shown", "secret:list_", (JSON,)),
+    Command(
+        "secret remove",
+        "remove a secret",
+        "secret:remove",
+        (Option("NAME", "as 'secret list' shows it"), YES, JSON),
     ),
     Command(
-        words=("secret", "list"),
-        help="list secrets by name; values are never shown",
-        run="secret_command:list_",
-        options=(JSON,),
+        "completion",
+        "print a script for the completion of a shell",
+        "completion:run",
+        (Option("SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")),),
     ),
-    Command(
-        words=("secret", "remove"),
-        help="remove a secret",
-        run="secret_command:remove",
-        options=(
-            Option(name="NAME", help="as 'secret list' shows it"),
-            Option(name="--yes", short="-y", help="do not ask"),
-            JSON,
-        ),
-    ),
-    Command(
-        words=("completion",),
-        help="print a script for the completion of a shell",
-        run="completion:run",
-        options=(Option(name="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh or fish"),),
-    ),
-    Command(words=("version",), help="print the version", run="version:run", options=(JSON,)),
+    Command("version", "print the version", "status:version", (JSON,)),
 )
-
-#: For completion scripts; no promise to anybody.
-INTERNAL = (Command(words=("_agents",), help="print the names of agents", run="completion:agents"),)

@@ -98,7 +98,7 @@ def test_plain_credential_comes_back_below_256(
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert credentials.read(NAME).reveal() == b"sk-1"
     assert "without encryption" in capsys.readouterr().err
-    assert secret.list_secrets()[0].warning
+    assert not credentials.list_entries()[0].encrypted
 
 
 def test_encrypted_credential_replaces_a_plain_one(configuration: Path) -> None:
@@ -176,17 +176,17 @@ def test_list_shows_ours_alone(service: CredentialService, configuration: Path) 
     for other in ("ssh-key", "nanoclaw.", "nanoclaw.BAD", ".nanoclaw.draft"):
         (configuration / "credstore.encrypted" / other).touch()
 
-    assert [entry.name for entry in secret.list_secrets()] == ["anthropic", "matrix-bot"]
+    assert [entry.name for entry in credentials.list_entries()] == ["anthropic", "matrix-bot"]
 
 
 def test_remove() -> None:
     credentials.write(NAME, b"sk-1")
 
-    secret.remove_secret("anthropic")
+    credentials.remove(NAME)
 
-    assert secret.list_secrets() == []
+    assert credentials.list_entries() == []
     with pytest.raises(NotFound):
-        secret.remove_secret("anthropic")
+        credentials.remove(NAME)
 
 
 @pytest.mark.parametrize("name", ["", "A", "1a", "a/b", "../a", "a.b", "a" * 65, "a\n", "é"])

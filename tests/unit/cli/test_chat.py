@@ -345,6 +345,20 @@ def test_stopped_agent_is_told_of(router: RouterDouble, chat: Open) -> None:
     terminal.wait("you> ")
 
 
+def test_why_a_message_waits_is_told_where_it_is_known(router: RouterDouble, chat: Open) -> None:
+    router.answer = lambda message: [
+        activity("queued", "'berta' is stopped", event=message["event"]),
+        activity("queued", event=message["event"]),
+    ]
+    terminal = chat()
+    terminal.wait("you> ")
+
+    terminal.type("hello\r")
+
+    terminal.wait("· 'berta' is stopped")
+    terminal.wait("· waits until berta has time")
+
+
 def test_unknown_agent_is_told_before_anything_is_typed(router: RouterDouble) -> None:
     terminal = Terminal("chat", "bertha")
 

@@ -261,12 +261,32 @@ def test_text_of_others_cannot_drive_the_terminal(router: RouterDouble, run: Run
     assert "␛]0;owned␇" in shown
 
 
-def test_image_build_prints_the_id_and_talks_on_stderr(router: RouterDouble, run: Run) -> None:
+def test_image_build_prints_the_id_and_talks_on_stderr(
+    router: RouterDouble, run: Run, programs: Path
+) -> None:
+    log = fake_program(programs, "podman", "echo not a result")
+
     done = run("image", "build", "--base-directory", "base")
 
     assert done.stdout == "sha256:0123\n"
     assert "STEP 1/2" in done.stderr
     assert os.path.isabs(router.calls[0][1]["baseDirectory"])
+    assert (
+        log.read_text()
+        == "run --rm --pull=never --network=none --userns=keep-id --entrypoint /bin/true sha256:0123\n"
+    )
+
+
+def test_image_that_cannot_be_prepared_is_built_all_the_same(
+    router: RouterDouble, run: Run, programs: Path
+) -> None:
+    fake_program(programs, "podman", "echo no subuid range >&2; exit 125")
+
+    done = run("image", "build", "--json")
+
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"imageId": "sha256:0123"})
+    assert "warning: it is not prepared" in done.stderr
+    assert "no subuid range" in done.stderr
 
 
 def test_logs_become_journalctl_with_the_units_of_the_daemons(run: Run, programs: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoclawd.cli.table import COMMANDS
+from nanoclawd.cli import completion
+from nanoclawd.cli.table import COMMANDS, Command
 from tests.unit.cli.conftest import COMMAND, Run, fake_program
 from tests.unit.cli.double import RouterDouble
 
@@ -49,13 +50,38 @@ def test_script_is_read_by_its_shell(run: Run, home: Path, shell: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("shell", CHECKS)
-def test_script_knows_all_commands_and_options(run: Run, shell: str) -> None:
-    script = run("completion", shell).stdout
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_and_option_is_offered(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(len(command.words)):
+        completion.answer([*command.words[:number], ""])
+        assert command.words[number] in {
+            line.split("\t")[0] for line in capsys.readouterr().out.splitlines()
+        }
 
-    for command in COMMANDS:
-        for word in (*command.words, *(o.name.lstrip("-") for o in command.options if not o.positional)):
-            assert word in script
+    completion.answer([*command.words, "-"])
+
+    offered = {line.split("\t")[0] for line in capsys.readouterr().out.splitlines()}
+    assert offered == {"--help", *(option.name for option in command.options if not option.positional)}
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["agent", "logs", "-n", ""], ""),  # a number, of which nothing is known
+        (["agent", "logs", "-n", "5", "--l"], "--lines\tshow the last N lines\n"),
+        (["agent", "add", "x", "--mount", "/"], ":files\n"),
+        (["agent", "add", "--cpu"], "--cpu-quota\tCPU limit, e.g. 150%; empty for none\n"),
+        (["completion", "bash", "b"], ""),  # there is one argument
+        (["completion", "b"], "bash\n"),
+        (["nonsense", ""], ""),
+    ],
+)
+def test_what_is_offered_depends_on_the_words_before(
+    words: list[str], offered: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    completion.answer(words)
+
+    assert capsys.readouterr().out == offered
 
 
 def test_bash_offers_nouns_verbs_options_and_choices(complete: Complete) -> None:

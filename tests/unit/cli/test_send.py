@@ -77,6 +77,19 @@ def test_notice_is_a_failure(router: RouterDouble, run: Run) -> None:
     assert (done.returncode, done.stdout) == (1, "the model is away\n")
 
 
+def test_why_it_waits_is_told_where_it_is_known(router: RouterDouble, run: Run) -> None:
+    router.answer = lambda message: [
+        activity("queued", event=message["event"]),
+        activity("queued", "'berta' is stopped\x07", event=message["event"]),
+        reply("done", event=message["event"]),
+        activity("idle", event=message["event"]),
+    ]
+
+    done = run("send", "berta", "hello", "--wait")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "'berta' is stopped␇\n")
+
+
 def test_reply_after_a_notice_is_an_answer(router: RouterDouble, run: Run) -> None:
     router.answer = lambda message: [
         reply("it takes longer", event=message["event"], kind="notice"),
