@@ -32,7 +32,6 @@ from nanoclawd.gateway.sessions import Configuration, Gateway
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.server import Server
 from nanoclawd.settings import read_settings
-from nanoclawd.version import VERSION
 
 LISTENER = "gateway"  #: FileDescriptorName= in nanoclaw-gateway.socket
 EXIT_USAGE = 2
@@ -65,7 +64,7 @@ async def run(listener: socket.socket) -> None:
         gateway = Gateway(tasks, make_tls())
         read_configuration(gateway)
         loop.add_signal_handler(signal.SIGHUP, reload, gateway)
-        service = GatewayService(gateway, checks, version=VERSION).service
+        service = GatewayService(gateway, checks).service
         serving = tasks.create_task(Server(service, listener).run(), name="varlink")
         watching = tasks.create_task(feed_watchdog(), name="watchdog")
         daemon.notify("READY=1")
@@ -106,3 +105,7 @@ async def feed_watchdog() -> None:
     while True:
         daemon.notify("WATCHDOG=1")
         await asyncio.sleep(timeout_us / 2e6)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanoclawd.credentials import Secret
 from nanoclawd.gateway import limits
@@ -18,17 +18,15 @@ from nanoclawd.settings import Endpoint
 Header = tuple[bytes, bytes]  #: name in lower case, value
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One path of a provider that agents may use."""
 
-    path: re.Pattern[str]
-    methods: tuple[str, ...]
+    method: str
+    path: str  #: a pattern
     query: frozenset[str]  #: names of parameters that may be given
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """An allowed request."""
 
     provider: str
@@ -40,12 +38,12 @@ _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9_:@-]*(?:\.[A-Za-z0-9_:@-]+)*"  # never "." or
 _PAGE = frozenset({"after_id", "before_id", "limit"})
 _BETA = frozenset({"beta"})  # the SDK's beta methods send ?beta=true
 
-RULES: dict[str, tuple[Rule, ...]] = {
+RULES = {
     "anthropic": (
-        Rule(path=re.compile("/v1/messages", re.ASCII), methods=("POST",), query=_BETA),
-        Rule(path=re.compile("/v1/messages/count_tokens", re.ASCII), methods=("POST",), query=_BETA),
-        Rule(path=re.compile("/v1/models", re.ASCII), methods=("GET",), query=_BETA | _PAGE),
-        Rule(path=re.compile(f"/v1/models/{_SEGMENT}", re.ASCII), methods=("GET",), query=_BETA),
+        Rule("POST", "/v1/messages", _BETA),
+        Rule("POST", "/v1/messages/count_tokens", _BETA),
+        Rule("GET", "/v1/models", _BETA | _PAGE),
+        Rule("GET", f"/v1/models/{_SEGMENT}", _BETA),
     ),
 }
 
@@ -76,45 +74,33 @@ def check_target(method: bytes, target: bytes) -> Target:
     """Return what is asked for, if a rule allows it. Raises ErrorReply."""
     text = target.decode("ascii", "replace")
     if len(text) > limits.TARGET_BYTES:
-        raise ErrorReply(
-            400, f"The path is longer than {limits.TARGET_BYTES} bytes.", reason="target-too-long"
-        )
+        raise ErrorReply(400, "target-too-long", f"The path is longer than {limits.TARGET_BYTES} bytes.")
     found = _TARGET.fullmatch(text)
     if found is None:
-        raise ErrorReply(
-            400,
+        message = (
             "The request must be for a plain path such as /anthropic/v1/messages: no scheme, no host, "
-            "nothing percent-encoded.",
-            reason="target",
+            "nothing percent-encoded."
         )
-    provider, path, query = found[1][1:], found[2], found[3] or ""
+        raise ErrorReply(400, "target", message)
+    provider, path, query = found[1][1:], found[2], found[3]
     if provider not in RULES:
-        raise ErrorReply(
-            404, f"The gateway knows no provider here; it has {', '.join(RULES)}.", reason="unknown-provider"
-        )
-    rule = next((rule for rule in RULES[provider] if rule.path.fullmatch(path)), None)
+        message = f"The gateway knows no provider here; it has {', '.join(RULES)}."
+        raise ErrorReply(404, "unknown-provider", message)
+    rule = next((rule for rule in RULES[provider] if re.fullmatch(rule.path, path, re.ASCII)), None)
     if rule is None:
-        raise ErrorReply(
-            403, "The gateway does not forward this path; only messages and models pass.", reason="path"
-        )
-    if method.decode("ascii", "replace") not in rule.methods:
-        allow = ", ".join(rule.methods)
-        raise ErrorReply(
-            405, f"The gateway forwards only {allow} here.", reason="method", headers=(("allow", allow),)
-        )
-    _check_query(query, rule, given="?" in text)
-    return Target(provider=provider, path=path, query=query)
-
-
-def _check_query(query: str, rule: Rule, *, given: bool) -> None:
-    if not given:
-        return
-    if len(query) > limits.QUERY_BYTES or not _QUERY.fullmatch(query):
-        raise ErrorReply(400, "The query must be plain NAME=VALUE pairs.", reason="query")
-    names = [pair.partition("=")[0] for pair in query.split("&")]
-    if not rule.query.issuperset(names) or len(names) != len(set(names)):
-        allowed = ", ".join(sorted(rule.query))
-        raise ErrorReply(403, f"The gateway forwards only these parameters here: {allowed}.", reason="query")
+        message = "The gateway does not forward this path; only messages and models pass."
+        raise ErrorReply(403, "path", message)
+    if method != rule.method.encode():
+        message = f"The gateway forwards only {rule.method} here."
+        raise ErrorReply(405, "method", message, ("allow", rule.method))
+    if query is not None:
+        if len(query) > limits.QUERY_BYTES or not _QUERY.fullmatch(query):
+            raise ErrorReply(400, "query", "The query must be plain NAME=VALUE pairs.")
+        names = [pair.partition("=")[0] for pair in query.split("&")]
+        if not rule.query.issuperset(names) or len(names) != len(set(names)):
+            allowed = ", ".join(sorted(rule.query))
+            raise ErrorReply(403, "query", f"The gateway forwards only these parameters here: {allowed}.")
+    return Target(provider, path, query or "")
 
 
 def body_headers(method: bytes, headers: Sequence[Header]) -> list[Header]:
@@ -126,10 +112,10 @@ def body_headers(method: bytes, headers: Sequence[Header]) -> list[Header]:
     lengths = [value for name, value in headers if name == b"content-length"]
     chunked = any(name == b"transfer-encoding" for name, _ in headers)
     if lengths and chunked:
-        raise ErrorReply(400, "Content-Length and Transfer-Encoding exclude each other.", reason="framing")
+        raise ErrorReply(400, "framing", "Content-Length and Transfer-Encoding exclude each other.")
     if method == b"GET":
         if chunked or (lengths and int(lengths[0])):
-            raise ErrorReply(400, "A GET request has no body here.", reason="framing")
+            raise ErrorReply(400, "framing", "A GET request has no body here.")
         return []
     if chunked:
         return [(b"transfer-encoding", b"chunked")]
@@ -140,7 +126,7 @@ def body_headers(method: bytes, headers: Sequence[Header]) -> list[Header]:
 
 
 def too_large() -> ErrorReply:
-    return ErrorReply(413, f"The request is larger than {limits.BODY_BYTES} bytes.", reason="too-large")
+    return ErrorReply(413, "too-large", f"The request is larger than {limits.BODY_BYTES} bytes.")
 
 
 def request_headers(
@@ -152,12 +138,8 @@ def request_headers(
         for name, value in headers
         if name in REQUEST_HEADERS or name.startswith(REQUEST_HEADER_PREFIX)
     ]
-    return [
-        (b"host", endpoint.authority.encode()),
-        *passed,
-        (KEY_HEADER[provider], secret.reveal()),
-        *body,
-    ]
+    key = (KEY_HEADER[provider], secret.reveal())
+    return [(b"host", endpoint.authority.encode()), *passed, key, *body]
 
 
 def response_headers(headers: Sequence[Header], secret: Secret) -> list[Header]:

@@ -7,6 +7,7 @@ more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nanoclawd import journal
 from nanoclawd.credentials import Secret
 from nanoclawd.errors import NanoclawError
 from nanoclawd.gateway import limits, policy
+from nanoclawd.gateway.http import Stream, deadline
 from nanoclawd.gateway.replies import AgentGone, ErrorReply
 from nanoclawd.gateway.upstream import Upstream
 
@@ -45,8 +47,7 @@ class Exchange:
 class AgentConnection:
     """Serves one accepted socket until it ends."""
 
-    _reader: asyncio.StreamReader
-    _writer: asyncio.StreamWriter
+    _stream: Stream
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -57,17 +58,18 @@ class AgentConnection:
     async def serve(self, sock: socket.socket) -> None:
         """Answer requests on `sock`, which is ours, until the agent hangs up, or must be hung up on."""
         # asyncio's streams are safe here: they unlink the path of a listener, not of a connection.
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=sock, limit=limits.CHUNK_BYTES)
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=limits.CHUNK_BYTES)
+        self._stream = Stream(self._http, reader, writer)
         try:
             while await self._serve_one():
                 pass
-            self._writer.close()  # what is written still goes out
+            writer.close()  # what is written still goes out
             async with asyncio.timeout(limits.LINGER_S):
-                await self._writer.wait_closed()
-        except (AgentGone, OSError, TimeoutError):
+                await writer.wait_closed()
+        except (AgentGone, OSError):
             pass  # nobody is left to be told
         finally:
-            self._writer.transport.abort()
+            self._stream.abort()
 
     async def _serve_one(self) -> bool:
         """Answer one request; False if the connection is to end."""
@@ -96,7 +98,7 @@ class AgentConnection:
             self.is_busy = False
             if exchange.status:
                 self.session.log(exchange)
-        if self.is_last or self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+        if self.is_last or not self._stream.is_done:
             await self._linger()
             return False
         self._http.start_next_cycle()
@@ -107,46 +109,33 @@ class AgentConnection:
         if not self._http.trailing_data[0]:
             try:
                 async with asyncio.timeout(limits.KEEP_ALIVE_S):
-                    data = await self._reader.read(limits.CHUNK_BYTES)
-            except (TimeoutError, OSError):
+                    data = await self._stream.reader.read(limits.CHUNK_BYTES)
+            except OSError:
                 return None
             if not data:
                 return None
             self._http.receive_data(data)
         self.is_busy = True
         await self.session.check_rate()
-        try:
-            async with asyncio.timeout(limits.HEADERS_S):
-                event = await self._event()
-        except TimeoutError:
-            raise ErrorReply(408, "The request's headers came too slowly.", reason="slow-headers") from None
+        async with deadline(limits.HEADERS_S, 408, "slow-headers", "The request's headers came too slowly."):
+            event = await self._event()
         assert isinstance(event, h11.Request)
         if event.http_version != b"1.1":
-            raise ErrorReply(505, "Only HTTP/1.1 is spoken here.", reason="http-version")
+            raise ErrorReply(505, "http-version", "Only HTTP/1.1 is spoken here.")
         # h11 counts only while it waits for more; what came in one read may be longer.
         if sum(len(name) + len(value) + 4 for name, value in event.headers) > limits.HEADER_BYTES:
-            raise ErrorReply(431, "The request's headers are too long.", reason="malformed")
+            raise ErrorReply(431, "malformed", "The request's headers are too long.")
         return event
 
     async def _event(self) -> h11.Event:
-        """Return what the agent sent next.
-
-        Raises ErrorReply if it is not HTTP, AgentGone if it broke off.
-        """
+        """Return what the agent sent next. Raises ErrorReply if it is no HTTP, AgentGone if it broke off."""
         try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
-                self._http.receive_data(await self._reader.read(limits.CHUNK_BYTES))
+            return await self._stream.receive()
         except h11.RemoteProtocolError as exc:
-            if self._reader.at_eof():
-                raise AgentGone from exc
             status = exc.error_status_hint if exc.error_status_hint in (431, 501) else 400
-            raise ErrorReply(status, f"The request is not valid HTTP: {exc}.", reason="malformed") from exc
+            raise ErrorReply(status, "malformed", f"The request is not valid HTTP: {exc}.") from exc
         except OSError as exc:
             raise AgentGone from exc
-        if isinstance(event, h11.ConnectionClosed):
-            raise AgentGone
-        assert isinstance(event, h11.Event)
-        return event
 
     async def _answer(self, request: h11.Request, exchange: Exchange) -> None:
         gateway = self.session.gateway
@@ -158,11 +147,8 @@ class AgentConnection:
         try:
             secret = await gateway.keys.get(provider.credential)
         except NanoclawError as exc:
-            raise ErrorReply(
-                401,
-                f"The gateway has no usable key for {provider.name}: {exc}.",
-                reason=f"credential-{exc.code}",
-            ) from exc
+            message = f"The gateway has no usable key for {provider.name}: {exc}."
+            raise ErrorReply(401, f"credential-{exc.code}", message) from exc
         upstream = await gateway.pool.connect(provider.endpoint)
         try:
             if self._http.they_are_waiting_for_100_continue:
@@ -194,13 +180,10 @@ class AgentConnection:
 
     async def _upload(self, upstream: Upstream, head: h11.Request, exchange: Exchange) -> None:
         """Pass the body on, then watch the agent: if it hangs up, nobody needs the answer (and its cost)."""
+        async with deadline(limits.BODY_S, 408, "slow-body", "The request's body came too slowly."):
+            await self._pass_body(upstream, head, exchange)
         try:
-            async with asyncio.timeout(limits.BODY_S):
-                await self._pass_body(upstream, head, exchange)
-        except TimeoutError:
-            raise ErrorReply(408, "The request's body came too slowly.", reason="slow-body") from None
-        try:
-            data = await self._reader.read(limits.CHUNK_BYTES)
+            data = await self._stream.reader.read(limits.CHUNK_BYTES)
         except OSError:
             data = b""
         if not data:
@@ -229,12 +212,11 @@ class AgentConnection:
     async def _download(self, upstream: Upstream, exchange: Exchange, secret: Secret) -> None:
         answer = await upstream.answer()
         if 300 <= answer.status_code < 400:
-            raise ErrorReply(
-                502,
+            message = (
                 f"The endpoint redirects ({answer.status_code}), and the gateway does not follow. "
-                "Correct endpoint= in nanoclaw.toml.",
-                reason="endpoint-redirects",
+                "Correct endpoint= in nanoclaw.toml."
             )
+            raise ErrorReply(502, "endpoint-redirects", message)
         exchange.status = answer.status_code
         headers = policy.response_headers(list(answer.headers), secret)
         if self.is_last:
@@ -256,27 +238,20 @@ class AgentConnection:
         await self._send(h11.EndOfMessage())
 
     async def _send(self, event: h11.Event, exchange: Exchange | None = None) -> None:
-        """Send a part of the answer. Raises AgentGone."""
-        data = self._http.send(event)
+        """Send a part of the answer; with `exchange` its head. Raises AgentGone."""
         if exchange is not None:
             exchange.is_head_sent = True
-        if not data:
-            return
         try:
-            self._writer.write(data)
-            async with asyncio.timeout(limits.AGENT_STALL_S):
-                await self._writer.drain()
-        except (OSError, TimeoutError) as exc:
+            await self._stream.send(event, stall_s=limits.AGENT_STALL_S)
+        except OSError as exc:
             raise AgentGone from exc
 
     async def _linger(self) -> None:
         """Read what still comes, for a while: a close with unread data could take the answer with it."""
-        try:
+        with contextlib.suppress(OSError):
             async with asyncio.timeout(limits.LINGER_S):
-                await self._writer.drain()
-                self._writer.write_eof()
+                await self._stream.writer.drain()
+                self._stream.writer.write_eof()
                 left = limits.LINGER_BYTES
-                while left > 0 and (data := await self._reader.read(limits.CHUNK_BYTES)):
+                while left > 0 and (data := await self._stream.reader.read(limits.CHUNK_BYTES)):
                     left -= len(data)
-        except (OSError, TimeoutError):
-            pass

@@ -12,21 +12,19 @@ from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName, parse_agent_name, parse_session_name, unit_name
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
+from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
-
-INTERFACE = "io.nanoclaw.Gateway"
 
 
 class GatewayService:
     """The handlers, and the service that they make."""
 
-    def __init__(self, gateway: Gateway, sandbox: Sequence[Check], *, version: str) -> None:
+    def __init__(self, gateway: Gateway, sandbox: Sequence[Check]) -> None:
         self._gateway = gateway
         self._sandbox = sandbox
-        self._version = version
         self.service = Service(
-            version=version,
-            interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
+            version=VERSION,
+            interface=read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink"),
             methods={
                 "Attach": Method(handler=self._attach),
                 "Detach": Method(handler=self._detach),
@@ -41,10 +39,10 @@ class GatewayService:
         listener = check_listener(descriptor)
         try:
             agent, session = _session(call)
+            self._gateway.attach(agent, session, listener)
         except Refused:
             listener.close()
             raise
-        self._gateway.attach(agent, session, listener)
         journal.info("attached", agent=agent, session=session, unit=unit_name(agent, session))
         return {}
 
@@ -55,27 +53,26 @@ class GatewayService:
         return {}
 
     async def _status(self, call: Call) -> Json:
+        configuration = self._gateway.configuration
+        routes = [
+            {"provider": "", "endpoint": "", "credential": "", "credentialState": str(configuration.problem)}
+        ]
+        if configuration.settings is not None:
+            routes = [
+                {
+                    "provider": provider.name,
+                    "endpoint": str(provider.endpoint),
+                    "credential": provider.credential,
+                    "credentialState": await self._gateway.keys.describe(provider.credential),
+                }
+                for provider in configuration.settings.providers.values()
+            ]
         return {
-            "version": self._version,
+            "version": VERSION,
             "sessions": [f"{agent}/{session}" for agent, session in sorted(self._gateway.sessions)],
-            "routes": await self._routes(),
+            "routes": routes,
             "sandbox": [asdict(check) for check in self._sandbox],
         }
-
-    async def _routes(self) -> list[Json]:
-        configuration = self._gateway.configuration
-        if configuration.settings is None:
-            problem = str(configuration.problem)
-            return [{"provider": "", "endpoint": "", "credential": "", "credentialState": problem}]
-        return [
-            {
-                "provider": provider.name,
-                "endpoint": str(provider.endpoint),
-                "credential": provider.credential,
-                "credentialState": await self._gateway.keys.describe(provider.credential),
-            }
-            for provider in configuration.settings.providers.values()
-        ]
 
 
 def _session(call: Call) -> tuple[AgentName, SessionName]:

@@ -27,14 +27,16 @@ class Session:
         self.gateway = gateway
         self.agent = agent
         self.name = name
-        self.accepting: asyncio.Task[None] | None = (
-            None  #: serves the present listener, and closes it at its end
-        )
+        self.accepting: asyncio.Task[None] | None = None  #: serves the listener, and closes it at its end
         self.open: dict[AgentConnection, asyncio.Task[None]] = {}
         self.slots = asyncio.Semaphore(limits.CONNECTIONS)
         self._tokens = float(limits.REQUESTS_BURST)
         self._refilled_at = time.monotonic()
         self._quiet_until = 0.0
+
+    def stop_accepting(self) -> None:
+        if self.accepting is not None:
+            self.accepting.cancel()
 
     async def check_rate(self) -> None:
         """Count one request. Raises ErrorReply if there were too many."""
@@ -44,12 +46,8 @@ class Session:
         self._refilled_at = now
         if self._tokens < 1:
             await asyncio.sleep(limits.TOO_FAST_S)
-            raise ErrorReply(
-                429,
-                f"This session asks more than {limits.REQUESTS_PER_S:.0f} times a second.",
-                reason="too-fast",
-                headers=(("retry-after", "1"),),
-            )
+            message = f"This session asks more than {limits.REQUESTS_PER_S:.0f} times a second."
+            raise ErrorReply(429, "too-fast", message, ("retry-after", "1"))
         self._tokens -= 1
 
     def log(self, exchange: Exchange) -> None:
@@ -96,40 +94,31 @@ class Gateway:
         """Return the provider `name`. Raises ErrorReply."""
         settings, problem = self.configuration.settings, self.configuration.problem
         if settings is None:
-            raise ErrorReply(503, f"The gateway has no configuration: {problem}.", reason="bad-config")
+            raise ErrorReply(503, "bad-config", f"The gateway has no configuration: {problem}.")
         return settings.providers[name]
 
     def attach(self, agent: AgentName, name: SessionName, listener: socket.socket) -> None:
-        """Serve `listener`, which is ours from now on, in place of the session's older one.
-
-        Raises Refused.
-        """
+        """Serve `listener` in place of the session's older one; closed at the end. Raises Refused."""
         session = self.sessions.get((agent, name))
         if session is None:
             if len(self.sessions) >= limits.ATTACHED:
-                listener.close()
                 raise Refused(f"{limits.ATTACHED} sessions are attached", hint="stop some agents")
             session = self.sessions[agent, name] = Session(self, agent, name)
-        if session.accepting is not None:
-            session.accepting.cancel()
+        session.stop_accepting()
         listener.setblocking(False)
         session.accepting = self._tasks.create_task(self._accept(session, listener), name=f"{agent}/{name}")
 
     def detach(self, agent: AgentName, name: SessionName) -> None:
         """Close the session's listener and its connections. Harmless if there is none."""
-        session = self.sessions.pop((agent, name), None)
-        if session is None:
-            return
-        if session.accepting is not None:
-            session.accepting.cancel()
-        for task in session.open.values():
-            task.cancel()
+        if session := self.sessions.pop((agent, name), None):
+            session.stop_accepting()
+            for task in session.open.values():
+                task.cancel()
 
     async def drain(self) -> None:
         """Take no more requests; return when those that run are answered, or DRAIN_S have passed."""
         for session in self.sessions.values():
-            if session.accepting is not None:
-                session.accepting.cancel()
+            session.stop_accepting()
         connections = {c: task for session in self.sessions.values() for c, task in session.open.items()}
         for connection, task in connections.items():
             connection.is_last = True
@@ -148,11 +137,11 @@ class Gateway:
                 await session.slots.acquire()
                 try:
                     sock, _ = await loop.sock_accept(listener)
-                except asyncio.CancelledError:
+                except BaseException as exc:
                     session.slots.release()
-                    raise
-                except OSError as exc:  # man 2 accept: out of descriptors or memory passes
-                    session.slots.release()
+                    if not isinstance(exc, OSError):
+                        raise
+                    # man 2 accept: out of descriptors or memory passes
                     journal.warning("accept-failed", f"{exc.strerror}, retrying in 1 s", agent=session.agent)
                     await asyncio.sleep(1)
                     continue
@@ -162,12 +151,11 @@ class Gateway:
                 )
 
     async def _serve(self, connection: AgentConnection, sock: socket.socket) -> None:
-        session = connection.session
         try:
             await connection.serve(sock)
         finally:
-            del session.open[connection]
-            session.slots.release()
+            del connection.session.open[connection]
+            connection.session.slots.release()
 
 
 def check_listener(descriptor: int) -> socket.socket:

@@ -11,11 +11,11 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from dataclasses import dataclass
 
 import h11
 
 from nanoclawd.gateway import limits
+from nanoclawd.gateway.http import Stream, deadline
 from nanoclawd.gateway.replies import ErrorReply
 from nanoclawd.settings import Endpoint
 
@@ -23,83 +23,52 @@ from nanoclawd.settings import Endpoint
 class Upstream:
     """One open connection to an endpoint. Whoever has it ends it by abort() or Pool.put_back()."""
 
+    watch: asyncio.Task[None]  #: while it waits in the pool
+
     def __init__(
         self, endpoint: Endpoint, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.endpoint = endpoint
-        self.reader = reader
-        self._writer = writer
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=limits.ENDPOINT_HEADER_BYTES)
+        http = h11.Connection(h11.CLIENT, max_incomplete_event_size=limits.ENDPOINT_HEADER_BYTES)
+        self.stream = Stream(http, reader, writer)
+        self.abort = self.stream.abort
 
     async def send(self, event: h11.Event) -> None:
-        """Send a part of the request.
-
-        Raises ErrorReply if the endpoint takes nothing, OSError if it hung up.
-        """
-        data = self._http.send(event)
-        if data:
-            self._writer.write(data)
+        """Send a part of the request. Raises ErrorReply if nothing of it is taken, OSError at a hang-up."""
         try:
-            async with asyncio.timeout(limits.ENDPOINT_STALL_S):
-                await self._writer.drain()
+            await self.stream.send(event, stall_s=limits.ENDPOINT_STALL_S)
         except TimeoutError:
-            raise ErrorReply(504, "The endpoint takes no data.", reason="endpoint-stalled") from None
+            raise ErrorReply(504, "endpoint-stalled", "The endpoint takes no data.") from None
 
     async def answer(self) -> h11.Response:
         """Return the head of the answer. Raises ErrorReply."""
-        try:
-            async with asyncio.timeout(limits.ANSWER_S):
-                for _ in range(limits.INFORMATIONAL):
-                    event = await self._event()
-                    if isinstance(event, h11.Response):
-                        return event
-        except TimeoutError:
-            raise ErrorReply(504, "The endpoint did not answer in time.", reason="endpoint-silent") from None
-        raise ErrorReply(502, "The endpoint's answer cannot be read.", reason="endpoint-answer")
+        async with deadline(limits.ANSWER_S, 504, "endpoint-silent", "The endpoint did not answer in time."):
+            for _ in range(limits.INFORMATIONAL):
+                if isinstance(event := await self._event(), h11.Response):
+                    return event
+        raise ErrorReply(502, "endpoint-answer", "The endpoint's answer cannot be read.")
 
     async def piece(self) -> bytes | None:
-        """Return the next piece of the answer's body, or None at its end.
-
-        Raises ErrorReply if it breaks off.
-        """
-        try:
-            async with asyncio.timeout(limits.SILENCE_S):
-                event = await self._event()
-        except TimeoutError:
-            raise ErrorReply(504, "The endpoint fell silent.", reason="endpoint-silent") from None
+        """Return the next piece of the answer's body, None at its end. Raises ErrorReply if it breaks."""
+        async with deadline(limits.SILENCE_S, 504, "endpoint-silent", "The endpoint fell silent."):
+            event = await self._event()
         return bytes(event.data) if isinstance(event, h11.Data) else None
 
     def start_again(self) -> bool:
         """Get ready for a next request; False if the connection cannot carry one."""
-        if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+        if not self.stream.is_done:
             return False
-        self._http.start_next_cycle()
-        return not self._http.trailing_data[0] and not self.reader.at_eof()
-
-    def abort(self) -> None:
-        """Close at once. Harmless if repeated."""
-        self._writer.transport.abort()
+        self.stream.http.start_next_cycle()
+        return not self.stream.http.trailing_data[0] and not self.stream.reader.at_eof()
 
     async def _event(self) -> h11.Event:
         try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
-                self._http.receive_data(await self.reader.read(limits.CHUNK_BYTES))
+            return await self.stream.receive()
         except h11.RemoteProtocolError as exc:
-            if self.reader.at_eof():
-                raise ErrorReply(502, "The endpoint broke off.", reason="endpoint-broke-off") from exc
-            raise ErrorReply(502, "The endpoint does not speak HTTP.", reason="endpoint-answer") from exc
+            raise ErrorReply(502, "endpoint-answer", "The endpoint does not speak HTTP.") from exc
         except OSError as exc:
-            raise ErrorReply(502, "The endpoint broke off.", reason="endpoint-broke-off") from exc
-        if isinstance(event, h11.ConnectionClosed):
-            raise ErrorReply(502, "The endpoint hung up without an answer.", reason="endpoint-broke-off")
-        assert isinstance(event, h11.Event)  # PAUSED comes only after the end
-        return event
-
-
-@dataclass(frozen=True, slots=True)
-class _Idle:
-    upstream: Upstream
-    watch: asyncio.Task[None]
+            message = "The endpoint hung up before its answer was complete."
+            raise ErrorReply(502, "endpoint-broke-off", message) from exc
 
 
 class Pool:
@@ -108,50 +77,21 @@ class Pool:
     def __init__(self, tasks: asyncio.TaskGroup, tls: ssl.SSLContext) -> None:
         self._tasks = tasks
         self._tls = tls
-        self._idle: dict[Endpoint, list[_Idle]] = {}
+        self._idle: dict[Endpoint, list[Upstream]] = {}
 
     async def connect(self, endpoint: Endpoint) -> Upstream:
         """Return a connection, by preference the one used last. Raises ErrorReply."""
         while waiting := self._idle.get(endpoint):
-            idle = waiting.pop()
-            idle.watch.cancel()
+            upstream = waiting.pop()
+            upstream.watch.cancel()
             try:
-                await asyncio.wait([idle.watch])
+                await asyncio.wait([upstream.watch])
             except asyncio.CancelledError:
-                idle.upstream.abort()
+                upstream.abort()
                 raise
-            if idle.watch.cancelled() and not idle.upstream.reader.at_eof():
-                return idle.upstream
-            idle.upstream.abort()
-        return await self._open(endpoint)
-
-    def put_back(self, upstream: Upstream) -> None:
-        """Keep `upstream`, whose answer was read to its end, for the next request if it can carry one."""
-        waiting = self._idle.setdefault(upstream.endpoint, [])
-        if len(waiting) >= limits.POOL_SIZE or not upstream.start_again():
+            if upstream.watch.cancelled() and not upstream.stream.reader.at_eof():
+                return upstream
             upstream.abort()
-            return
-        waiting.append(_Idle(upstream, self._tasks.create_task(self._watch(upstream), name="idle-upstream")))
-
-    def close(self) -> None:
-        """Close what waits."""
-        for waiting in self._idle.values():
-            for idle in waiting:
-                idle.watch.cancel()
-                idle.upstream.abort()
-        self._idle.clear()
-
-    async def _watch(self, upstream: Upstream) -> None:
-        """Wait until the endpoint hangs up or says what nobody asked for, or for too long; then give up."""
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(limits.POOL_IDLE_S):
-                await upstream.reader.read(1)
-        upstream.abort()
-        waiting = self._idle.get(upstream.endpoint, [])
-        waiting[:] = [idle for idle in waiting if idle.upstream is not upstream]
-
-    async def _open(self, endpoint: Endpoint) -> Upstream:
-        at = f"{endpoint.host}:{endpoint.port}"
         try:
             async with asyncio.timeout(limits.CONNECT_S):
                 reader, writer = await asyncio.open_connection(
@@ -161,29 +101,56 @@ class Pool:
                     limit=limits.CHUNK_BYTES,
                     happy_eyeballs_delay=0.25,
                 )
-        except TimeoutError as exc:
-            raise ErrorReply(
-                504, f"No connection to {at} within {limits.CONNECT_S:.0f} s.", reason="connect-timeout"
-            ) from exc
-        except ssl.SSLCertVerificationError as exc:
-            raise ErrorReply(
-                502, f"The certificate of {at} is not valid: {exc.verify_message}.", reason="tls-certificate"
-            ) from exc
-        except ssl.SSLError as exc:
-            raise ErrorReply(502, f"No TLS with {at}: {exc.reason}.", reason="tls") from exc
-        except socket.gaierror as exc:
-            raise ErrorReply(
-                502, f"The name {endpoint.host} cannot be resolved: {exc.strerror}.", reason="dns"
-            ) from exc
         except OSError as exc:
-            why = exc.strerror or str(exc)
-            raise ErrorReply(502, f"No connection to {at}: {why}.", reason="connect") from exc
+            raise _no_connection(endpoint, exc) from exc
         raw = writer.get_extra_info("socket")
-        # A long answer is silent for minutes; this keeps address translation on the way awake and finds the
-        # dead.
+        # A long answer is silent for minutes: keep address translation on the way awake, and find the dead.
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return Upstream(endpoint, reader, writer)
+
+    def put_back(self, upstream: Upstream) -> None:
+        """Keep `upstream`, whose answer was read to its end, for the next request if it can carry one."""
+        waiting = self._idle.setdefault(upstream.endpoint, [])
+        if len(waiting) >= limits.POOL_SIZE or not upstream.start_again():
+            upstream.abort()
+            return
+        upstream.watch = self._tasks.create_task(self._watch(upstream), name="idle-upstream")
+        waiting.append(upstream)
+
+    def close(self) -> None:
+        """Close what waits."""
+        for waiting in self._idle.values():
+            for upstream in waiting:
+                upstream.watch.cancel()
+                upstream.abort()
+        self._idle.clear()
+
+    async def _watch(self, upstream: Upstream) -> None:
+        """Wait until the endpoint hangs up or says what nobody asked for, or for too long; then give up."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(limits.POOL_IDLE_S):
+                await upstream.stream.reader.read(1)
+        upstream.abort()
+        with contextlib.suppress(KeyError, ValueError):  # taken out or closed meanwhile
+            self._idle[upstream.endpoint].remove(upstream)
+
+
+def _no_connection(endpoint: Endpoint, exc: OSError) -> ErrorReply:
+    at = f"{endpoint.host}:{endpoint.port}"
+    match exc:
+        case TimeoutError():
+            return ErrorReply(
+                504, "connect-timeout", f"No connection to {at} within {limits.CONNECT_S:.0f} s."
+            )
+        case ssl.SSLCertVerificationError():
+            message = f"The certificate of {at} is not valid: {exc.verify_message}."
+            return ErrorReply(502, "tls-certificate", message)
+        case ssl.SSLError():
+            return ErrorReply(502, "tls", f"No TLS with {at}: {exc.reason}.")
+        case socket.gaierror():
+            return ErrorReply(502, "dns", f"The name {endpoint.host} cannot be resolved: {exc.strerror}.")
+    return ErrorReply(502, "connect", f"No connection to {at}: {exc.strerror or exc}.")
 
 
 def make_tls() -> ssl.SSLContext:
