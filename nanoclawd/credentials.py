@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
-import secrets
 import stat
+import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from nanoclawd import paths
 from nanoclawd.client import Client
 from nanoclawd.errors import ConfigError, Failed, NotFound, Refused, Unavailable
+from nanoclawd.files import sync_directory
 from nanoclawd.ids import CREDENTIAL_NAME, CredentialName
 from nanoclawd.wire import VarlinkError
 
@@ -66,12 +68,9 @@ def encrypted_path(name: CredentialName) -> Path:
     return paths.credentials() / f"{PREFIX}{name}"
 
 
-def plain_path(name: CredentialName) -> Path:
-    return paths.config() / "credentials" / name
-
-
-def is_encryption_available() -> bool:
-    return SERVICE.is_socket()
+def _places(name: CredentialName) -> tuple[Path, Path]:
+    """Return where it is encrypted, and where it is if it cannot be."""
+    return encrypted_path(name), paths.config() / "credentials" / name
 
 
 def write(name: CredentialName, value: bytes) -> Entry:
@@ -80,17 +79,15 @@ def write(name: CredentialName, value: bytes) -> Entry:
     Raises Refused, Failed, ConfigError, Unavailable.
     """
     if not 0 < len(value) <= SECRET_BYTES:
-        raise Refused(
-            f"the value of '{name}' has {len(value)} bytes", hint=f"a credential has 1 to {SECRET_BYTES}"
-        )
-    target, other = encrypted_path(name), plain_path(name)
-    data = value
-    if is_encryption_available():
+        message = f"the value of '{name}' has {len(value)} bytes"
+        raise Refused(message, hint=f"a credential has 1 to {SECRET_BYTES}")
+    data, (encrypted, plain) = value, _places(name)
+    if SERVICE.is_socket():
         blob = _ask("Encrypt", name, {"data": base64.b64encode(value).decode()}, "blob")
-        # In lines, as systemd-creds writes it.
-        data = "\n".join(textwrap.wrap(blob, 79)).encode() + b"\n"
+        data = "\n".join(textwrap.wrap(blob, 79)).encode() + b"\n"  # in lines, as systemd-creds writes it
+        target, other = encrypted, plain
     else:
-        target, other = other, target
+        target, other = plain, encrypted
     try:
         _write_file(target, data)
         other.unlink(missing_ok=True)
@@ -101,66 +98,59 @@ def write(name: CredentialName, value: bytes) -> Entry:
 
 def read(name: CredentialName) -> Secret:
     """Return the value. Blocks for some 30 ms. Raises NotFound, ConfigError, Unavailable."""
-    for path, encrypted in ((encrypted_path(name), True), (plain_path(name), False)):
-        try:
-            data = _read_file(path, private=not encrypted)
-        except FileNotFoundError:
-            continue
-        except OSError as exc:
-            raise ConfigError(
-                f"the credential '{path}' cannot be read: {exc.strerror}", hint=_set_hint(name)
-            ) from exc
-        return Secret(name, _decrypt(name, data) if encrypted else data)
+    encrypted, plain = _places(name)
+    try:
+        if (blob := _read_file(encrypted)) is not None:
+            return Secret(name, _decrypt(name, blob))
+        if (value := _read_file(plain, private=True)) is not None:
+            return Secret(name, value)
+    except OSError as exc:
+        message = f"the credential '{exc.filename}' cannot be read: {exc.strerror}"
+        raise ConfigError(message, hint=_set_hint(name)) from exc
     raise NotFound(f"there is no credential '{name}'", hint=_set_hint(name))
 
 
 def stamp(name: CredentialName) -> tuple[int, ...] | None:
     """Return what changes whenever the stored value is written, or None if there is none. Does not wait."""
-    for path in (encrypted_path(name), plain_path(name)):
-        try:
+    for path in _places(name):
+        with contextlib.suppress(OSError):
             found = path.stat()
-        except OSError:
-            continue
-        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return None
 
 
 def list_entries() -> list[Entry]:
     """Return all that is stored, by name. Files with names that we would not write are none of ours."""
-    found: dict[CredentialName, Entry] = {}
-    for directory, prefix in ((plain_path(CredentialName("x")).parent, ""), (paths.credentials(), PREFIX)):
+    found: dict[str, Entry] = {}
+    for directory, prefix in ((paths.config() / "credentials", ""), (paths.credentials(), PREFIX)):
         try:
-            names = os.listdir(directory)
+            files = list(directory.iterdir())
         except FileNotFoundError:
             continue
         except OSError as exc:
             raise Failed(f"cannot list '{directory}': {exc.strerror}") from exc
-        for file in names:
-            name = file.removeprefix(prefix)
-            if file.startswith(prefix) and CREDENTIAL_NAME.fullmatch(name):
-                found[CredentialName(name)] = _entry(CredentialName(name), directory / file)
+        for path in files:
+            name = path.name.removeprefix(prefix)
+            if path.name.startswith(prefix) and CREDENTIAL_NAME.fullmatch(name):
+                found[name] = _entry(CredentialName(name), path)
     return [found[name] for name in sorted(found)]
 
 
 def remove(name: CredentialName) -> None:
     """Delete it. Raises NotFound, Failed."""
-    removed = False
-    for path in (encrypted_path(name), plain_path(name)):
+    found = [path for path in _places(name) if os.path.lexists(path)]
+    for path in found:
         try:
-            path.unlink()
-            removed = True
-        except FileNotFoundError:
-            pass
+            path.unlink(missing_ok=True)
         except OSError as exc:
             raise Failed(f"cannot remove '{path}': {exc.strerror}") from exc
-    if not removed:
+    if not found:
         raise NotFound(f"there is no credential '{name}'", hint="'nanoclawctl secret list' shows all")
 
 
 def _entry(name: CredentialName, path: Path) -> Entry:
-    return Entry(
-        name=name, path=path, encrypted=path == encrypted_path(name), modified_at=path.stat().st_mtime
-    )
+    encrypted = path == encrypted_path(name)
+    return Entry(name=name, path=path, encrypted=encrypted, modified_at=path.stat().st_mtime)
 
 
 def _decrypt(name: CredentialName, data: bytes) -> bytes:
@@ -168,9 +158,8 @@ def _decrypt(name: CredentialName, data: bytes) -> bytes:
         blob = "".join(data.decode("ascii").split())
         return base64.b64decode(_ask("Decrypt", name, {"blob": blob}, "data"), validate=True)
     except (UnicodeDecodeError, binascii.Error) as exc:
-        raise ConfigError(
-            f"the credential '{encrypted_path(name)}' is no encrypted credential", hint=_set_hint(name)
-        ) from exc
+        message = f"the credential '{encrypted_path(name)}' is no encrypted credential"
+        raise ConfigError(message, hint=_set_hint(name)) from exc
 
 
 def _ask(method: str, name: CredentialName, parameters: dict[str, str], wanted: str) -> str:
@@ -181,19 +170,14 @@ def _ask(method: str, name: CredentialName, parameters: dict[str, str], wanted: 
         with Client(SERVICE, timeout_s=SERVICE_S) as client:
             answer = client.call(f"io.systemd.Credentials.{method}", asked).get(wanted)
     except Unavailable as exc:
-        raise Unavailable(
-            f"systemd's credential service does not answer: {exc.message}",
-            hint="see 'systemctl status systemd-creds.socket'",
-        ) from exc
+        message = f"systemd's credential service does not answer: {exc.message}"
+        raise Unavailable(message, hint="see 'systemctl status systemd-creds.socket'") from exc
     except VarlinkError as exc:
+        message = f"systemd cannot {method.lower()} the credential '{name}': {exc.name}"
         if not exc.name.startswith("io.systemd.Credentials."):  # nothing about this credential: it may pass
-            raise Unavailable(
-                f"systemd cannot {method.lower()} the credential '{name}': {exc.name}"
-            ) from exc
-        raise ConfigError(
-            f"systemd cannot {method.lower()} the credential '{name}': {exc.name}",
-            hint=f"it opens only for this user, on this machine, under this name; {_set_hint(name)}",
-        ) from exc
+            raise Unavailable(message) from exc
+        hint = f"it opens only for this user, on this machine, under this name; {_set_hint(name)}"
+        raise ConfigError(message, hint=hint) from exc
     if not isinstance(answer, str):
         raise Unavailable(f"systemd's credential service answered without {wanted}")
     return answer
@@ -203,41 +187,37 @@ def _set_hint(name: CredentialName) -> str:
     return f"run 'nanoclawctl secret set {name}'"
 
 
-def _read_file(path: Path, *, private: bool) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+def _read_file(path: Path, *, private: bool = False) -> bytes | None:
+    """Return what a file holds, None if there is none. Raises OSError, ConfigError."""
+    what = f"the credential '{path}'"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(
-                f"the credential '{path}' is no regular file", hint="remove it and set it again"
-            )
+            raise ConfigError(f"{what} is no regular file", hint="remove it and set it again")
         if private and (found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077):
-            raise ConfigError(
-                f"the credential '{path}' is open to other users, so that it is not used",
-                hint=f"chmod 600 '{path}'",
-            )
+            message = f"{what} is open to other users, so that it is not used"
+            raise ConfigError(message, hint=f"chmod 600 '{path}'")
         data = file.read(BLOB_BYTES + 1)
     if len(data) > BLOB_BYTES:
-        raise ConfigError(f"the credential '{path}' is longer than {BLOB_BYTES} bytes")
+        raise ConfigError(f"{what} is longer than {BLOB_BYTES} bytes")
     return data
 
 
 def _write_file(path: Path, data: bytes) -> None:
     """Put `data` into place as a whole: before or after, never between, and on disk on return."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-        draft.replace(path)
+        os.replace(draft, path)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        os.unlink(draft)
         raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)

@@ -128,25 +128,16 @@ def _endpoint(value: Any) -> Endpoint:
         raise BadValue(f"must be a URL ({exc})", hint) from None
     if url.scheme not in ("https", "http"):
         raise BadValue("must begin with https://", hint)
-    path = url.path.rstrip("/")
-    if not (_is_address(host) or _HOST.fullmatch(host)) or not _BASE_PATH.fullmatch(path) or port == 0:
-        raise BadValue("must be https://HOST[:PORT][/PATH]", hint)
-    if url.scheme == "http" and not _is_loopback(host):
-        raise BadValue("must begin with https://; http:// is for this host only", hint)
-    tls = url.scheme == "https"
-    return Endpoint(tls=tls, host=host, port=port or (443 if tls else 80), path=path)
-
-
-def _is_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(host)
+        address = None if "%" in host else ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return "%" not in host
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+        address = None
+    tls, path = url.scheme == "https", url.path.rstrip("/")
+    if not (address or _HOST.fullmatch(host)) or not _BASE_PATH.fullmatch(path) or port == 0:
+        raise BadValue("must be https://HOST[:PORT][/PATH]", hint)
+    if not tls and host != "localhost" and not (address and address.is_loopback):
+        raise BadValue("must begin with https://; http:// is for this host only", hint)
+    return Endpoint(tls=tls, host=host, port=port or (443 if tls else 80), path=path)
 
 
 def _credential(value: Any) -> CredentialName:
