@@ -176,7 +176,8 @@ class AgentService:
         # one; one that is there keeps this one.
         waiting = await self._db.read("next_message", session=session.row.id)
         if waiting or session.turn is not None or session.taking:
-            await self._sessions.offer(session)
+            if session.can_take():  # else a turn is on its way already, and must not come twice
+                await self._sessions.offer(session)
             return {"stay": True}
         self._sessions.leave(session)
         return {"stay": False}
