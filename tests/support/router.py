@@ -133,6 +133,7 @@ class SystemdDouble:
         self.starts: list[str] = []
         self.stops: list[str] = []
         self.most_at_once = 0
+        self.failures: list[Exception] = []
         self._running: dict[str, asyncio.Task[None]] = {}
 
     async def start_unit(self, unit: str) -> None:
@@ -162,6 +163,9 @@ class SystemdDouble:
             pass
         except (_Killed, OSError, EOFError):
             result = "signal"
+        except Exception as exc:  # what a script asserts
+            self.failures.append(exc)
+            result = "exit-code"
         self._tell(container.unit, active_state="deactivating")
         await container.close()
         del self._running[container.unit]
@@ -461,6 +465,8 @@ class Place:
                     await body()
             finally:
                 await self.systemd.end_all()
+                if self.systemd.failures:
+                    raise ExceptionGroup("scripted runners failed", self.systemd.failures)
             for _ in range(3):  # what was cancelled just now ends
                 await asyncio.sleep(0)
             left = asyncio.all_tasks() - {asyncio.current_task()}

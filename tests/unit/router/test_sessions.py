@@ -527,6 +527,45 @@ def test_goodbye_while_a_message_is_being_written_stays(place: Place) -> None:
     place.run(run)
 
 
+def test_goodbye_that_meets_a_message_gets_its_turn_once(place: Place) -> None:
+    """The message is leased and handed over while Goodbye() asks the database whether there is one."""
+    works: list[object] = []
+    go = asyncio.Event()
+
+    async def asks(container: Container) -> None:
+        await container.begin()
+        await container.finish(await container.take(), "first")
+        await go.wait()
+        assert (await container.call("Goodbye"))["stay"]
+        works.append((await container.next())["turn"]["messages"][0]["text"])
+        await router.stop_turn()  # comes next on the stream, if nothing else was there
+        works.append((await container.next())["stop"] is not None)
+        await container.take()
+
+    async def run() -> None:
+        nonlocal router
+        place.systemd.programs = [asks]
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("one")
+            assert await adapter.reply() == "first"
+            read = router.db.read
+
+            async def slow(query, **parameters):  # type: ignore[no-untyped-def]
+                if query == "next_message" and go.is_set():
+                    router.db.read = read  # type: ignore[method-assign]
+                    await router.deliver("two")
+                return await read(query, **parameters)
+
+            router.db.read = slow  # type: ignore[method-assign]
+            go.set()
+            await eventually(lambda: len(works) == 2)
+            assert works == ["two", True]
+
+    router = None
+    place.run(run)
+
+
 def test_goodbye_said_twice_does_not_end_the_next_container(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
