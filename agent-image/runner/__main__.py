@@ -14,22 +14,17 @@ import signal
 import sys
 from types import FrameType
 
-from .notify import notify
+from .journal import notify
 from .processes import kill_descendants
 from .provider import Paths
 from .session import Session
 
 
-def main() -> int:
+def main() -> None:
     os.umask(0o002)  # the person, whose group we have, may change what the agent made
-    defaults = Paths()
+    names = {field: f"NANOCLAW_{field.upper()}" for field in Paths._fields}
     session = Session(
-        Paths(
-            host_socket=os.environ.get("NANOCLAW_HOST_SOCKET", defaults.host_socket),
-            gateway_socket=os.environ.get("NANOCLAW_GATEWAY_SOCKET", defaults.gateway_socket),
-            session=os.environ.get("NANOCLAW_SESSION", defaults.session),
-            workspace=os.environ.get("NANOCLAW_WORKSPACE", defaults.workspace),
-        )
+        Paths(**{field: os.environ[name] for field, name in names.items() if name in os.environ})
     )
 
     def leave(_signal: int, _frame: FrameType | None) -> None:

@@ -1,60 +1,120 @@
-"""Calls to the router that survive its restarts."""
+"""Calls to the router that survive its restarts: Varlink, JSON messages ended by NUL."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import journal
-from .protocol import PROTOCOL, VERSION, Settings, parse_settings
-from .wire import Connection, HostAway, HostError, render_call
 
+PROTOCOL = 1
+VERSION = "0.1.0"
+MAX_MESSAGE_BYTES = 1024 * 1024  # io.nanoclaw.Agent; the router refuses longer ones
 # The listener outlives the router, so a call may be accepted by nobody for as long as a restart takes.
 REPLY_TIMEOUT_S = 20.0
+_INTERFACE = "io.nanoclaw.Agent."
+_READ_BYTES = 64 * 1024
 _FIRST_WAIT_S = 0.02
 _LONGEST_WAIT_S = 5.0
 _ONEWAY_WAIT_S = 0.05
 
 
-def open_greeted(path: str) -> tuple[Connection, Settings]:
-    """Connect and say hello. Raises HostAway, HostError."""
-    connection = Connection.open(path, REPLY_TIMEOUT_S)
-    try:
-        connection.send(render_call("Hello", {"protocol": PROTOCOL, "version": VERSION}))
-        return connection, parse_settings(connection.receive())
-    except BaseException:
-        connection.close()
-        raise
+class HostAway(Exception):
+    """The router is not there (any more): connect again, then say the same again."""
 
 
-class Backoff:
-    """How long to wait before connecting again: 20 ms, doubled each time up to 5 s."""
+class HostError(Exception):
+    """The router answered with an error of the contract."""
 
-    def __init__(self) -> None:
-        self._next_s = _FIRST_WAIT_S
+    def __init__(self, name: str, parameters: object) -> None:
+        super().__init__(f"{name} {parameters}" if parameters else name)
+        self.name = name.removeprefix(_INTERFACE)  #: e.g. "NoSuchTurn"
 
-    def wait(self) -> None:
-        time.sleep(self._next_s)  # signals end it: their handler ends the process
-        self._next_s = min(self._next_s * 2, _LONGEST_WAIT_S)
 
-    def reset(self) -> None:
-        self._next_s = _FIRST_WAIT_S
+class MessageTooLong(Exception):
+    """The message would be over MAX_MESSAGE_BYTES; nothing was sent."""
+
+
+class Connection:
+    """One connection to the router. Its failures are HostAway; one thread at a time may use it."""
+
+    def __init__(self, path: str) -> None:
+        """Connect and say hello. Raises HostError, too."""
+        self._buffer = b""
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(REPLY_TIMEOUT_S)
+        self.fileno, self.close = self._sock.fileno, self._sock.close
+        try:
+            self._try(self._sock.connect, path)
+            self.send("Hello", {"protocol": PROTOCOL, "version": VERSION})
+            self.greeting = self.receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, method: str, parameters: dict[str, Any], **flags: bool) -> None:
+        """Send a call; flags are "more" and "oneway". Raises MessageTooLong."""
+        call = {"method": _INTERFACE + method, "parameters": parameters, **flags}
+        # A model may write half of a surrogate pair, which is no UTF-8; ensure_ascii would let it through.
+        data = json.dumps(call, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise MessageTooLong(f"{method}: {len(data)} bytes")
+        self._try(self._sock.sendall, data + b"\0")
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next reply, and return its parameters. Raises HostError."""
+        while (reply := self.take()) is None:
+            self.read()
+        return reply
+
+    def read(self) -> None:
+        """Read once. Waits at most REPLY_TIMEOUT_S if nothing has arrived yet."""
+        data = self._try(self._sock.recv, _READ_BYTES)
+        if not data:
+            raise HostAway("the router closed the connection")
+        self._buffer += data
+
+    def take(self) -> dict[str, Any] | None:
+        """Return the parameters of the next complete reply, None if there is none. Raises HostError."""
+        raw, end, rest = self._buffer.partition(b"\0")
+        if not end:
+            return None
+        self._buffer = rest
+        reply: dict[str, dict[str, Any]] = json.loads(raw)
+        parameters = reply.get("parameters", {})
+        if "error" in reply:
+            raise HostError(str(reply["error"]), parameters)
+        return parameters
+
+    def _try(self, operation: Callable[[Any], Any], argument: object) -> Any:
+        try:
+            return operation(argument)
+        except OSError as exc:
+            raise HostAway(str(exc)) from exc
+
+
+def backoff() -> Iterator[None]:
+    """Wait at each next(): 20 ms, then twice as long each time, up to 5 s."""
+    wait_s = _FIRST_WAIT_S
+    while True:
+        time.sleep(wait_s)  # signals end it: their handler ends the process
+        wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+        yield
 
 
 class Host:
     """The second connection of a runner: every call but Work(), from any thread, one at a time."""
 
     def __init__(self, path: str) -> None:
+        self.is_muted = False  #: this process is being ended; what now fails in it is of no interest
         self._path = path
         self._lock = threading.Lock()
         self._connection: Connection | None = None
-        self._is_muted = False
-
-    def mute(self) -> None:
-        """Say nothing more: this process is being ended, and what now fails in it is of no interest."""
-        self._is_muted = True
 
     def open(self) -> None:
         """Connect, if that is needed and possible."""
@@ -64,58 +124,49 @@ class Host:
     def call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Call until it is answered, however long the router is away: each call may be repeated.
 
-        Raises HostError, wire.MessageTooLong.
+        Raises HostError, MessageTooLong.
         """
-        data = render_call(method, parameters)
-        backoff = Backoff()
+        waits = backoff()
         while True:
             try:
-                return self._call_once(data)
+                return self.call_once(method, parameters)
             except HostAway as exc:
                 journal.debug("host-away", method=method, reason=exc)
-                backoff.wait()
+                next(waits)
 
-    def try_call(self, method: str, parameters: dict[str, Any]) -> bool:
-        """Call once; say whether it was answered. Raises HostError."""
-        try:
-            self._call_once(render_call(method, parameters))
-        except HostAway:
-            return False
-        return True
+    def call_once(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Call once. Raises HostAway, HostError, MessageTooLong."""
+        with self._lock, self._dropped_if_away():
+            connection = self._connected()
+            connection.send(method, parameters)
+            return connection.receive()
 
     def tell(self, method: str, parameters: dict[str, Any]) -> None:
         """Say something that may be lost: without a reply, and not at all while the router is away.
 
         Nothing here waits for the router, or a model's stream would wait with it.
         """
-        if not self._lock.acquire(timeout=_ONEWAY_WAIT_S):
-            return
-        try:
-            if self._connection is not None and not self._is_muted:
-                self._connection.send(render_call(method, parameters, oneway=True))
-        except HostAway:
-            self._drop()
-        finally:
-            self._lock.release()
-
-    def _call_once(self, data: bytes) -> dict[str, Any]:
-        with self._lock:
+        if self._lock.acquire(timeout=_ONEWAY_WAIT_S):
             try:
-                connection = self._connected()
-                connection.send(data)
-                return connection.receive()
-            except HostAway:
-                self._drop()
-                raise
+                if self._connection is not None and not self.is_muted:
+                    with contextlib.suppress(HostAway), self._dropped_if_away():
+                        self._connection.send(method, parameters, oneway=True)
+            finally:
+                self._lock.release()
 
     def _connected(self) -> Connection:
-        if self._is_muted:
+        if self.is_muted:
             threading.Event().wait()  # the process ends under us
         if self._connection is None:
-            self._connection, _ = open_greeted(self._path)
+            self._connection = Connection(self._path)
         return self._connection
 
-    def _drop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+    @contextlib.contextmanager
+    def _dropped_if_away(self) -> Iterator[None]:
+        try:
+            yield
+        except HostAway:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            raise

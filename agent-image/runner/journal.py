@@ -1,11 +1,15 @@
-"""Log lines on standard error: the unit's journal stream takes the priority (man 3 sd-daemon)."""
+"""What systemd hears from us: log lines with a priority (man 3 sd-daemon), readiness (man 3 sd_notify)."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import sys
+from functools import partial
 
 
-def _log(priority: int, event: str, fields: dict[str, object]) -> None:
+def _log(priority: int, event: str, /, **fields: object) -> None:
     text = " ".join([event, *(f"{name}={_shown(value)}" for name, value in fields.items())])
     print(f"<{priority}>{text}", file=sys.stderr, flush=True)
 
@@ -15,17 +19,12 @@ def _shown(value: object) -> str:
     return repr(text) if " " in text else text
 
 
-def error(event: str, **fields: object) -> None:
-    _log(3, event, fields)
+error, warning, info, debug = (partial(_log, priority) for priority in (3, 4, 6, 7))
 
 
-def warning(event: str, **fields: object) -> None:
-    _log(4, event, fields)
-
-
-def info(event: str, **fields: object) -> None:
-    _log(6, event, fields)
-
-
-def debug(event: str, **fields: object) -> None:
-    _log(7, event, fields)
+def notify(*lines: str) -> None:
+    """Tell systemd, if it listens. Never fails: a unit without readiness is not our reason to stop."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path.startswith(("/", "@")):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto("\n".join(lines).encode(), path.replace("@", "\0", 1) if path[0] == "@" else path)

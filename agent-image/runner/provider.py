@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
 
 if TYPE_CHECKING:
-    from .protocol import Settings, Turn
     from .turn import Chat
+
+# What the router tells us, which it has checked. io.nanoclaw.Agent explains the fields.
+
+
+class Settings(TypedDict):
+    agent: str
+    session: str
+    provider: str
+    model: str
+    instructions: str
+    heartbeatSeconds: float
+    idleSeconds: float
+
+
+class Message(TypedDict):
+    id: str
+    sender: str
+    receivedAt: float
+    text: str
+
+
+class Sent(TypedDict):
+    key: str
+    text: str
+
+
+class Turn(TypedDict):
+    id: str
+    attempt: int
+    messages: list[Message]
+    alreadySent: list[Sent]
 
 
 class Paths(NamedTuple):
@@ -40,7 +70,7 @@ class TurnFailed(Exception):
 class Provider(Protocol):
     """Answers turns, one at a time. Made by `make(settings, paths)` of its module."""
 
-    def load(self) -> None:
+    def load(self) -> object:
         """Do the slow part of starting. Called once, in a thread, while the first message travels."""
 
     def run(self, turn: Turn, chat: Chat) -> list[str]:
@@ -50,19 +80,23 @@ class Provider(Protocol):
         """Wake run() up: chat.stopping was set. Called from another thread, perhaps when nothing runs."""
 
 
+class NoProvider(Exception):
+    """This agent image has no such provider."""
+
+
 def make_provider(settings: Settings, paths: Paths) -> Provider:
-    """Return the provider of that name. Raises LookupError if there is none.
+    """Return the provider of that name. Raises NoProvider.
 
     A skill adds a provider by putting a module into runner/providers/.
     """
-    name = settings.provider
+    name = settings["provider"]
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
-        raise LookupError(f"provider '{name}' is no name of a provider")
+        raise NoProvider(f"provider '{name}' is no name of a provider")
+    module = f"{__package__}.providers.{name}"
     try:
-        module = importlib.import_module(f"{__package__}.providers.{name}")
+        provider: Provider = importlib.import_module(module).make(settings, paths)
     except ModuleNotFoundError as exc:
-        if exc.name != f"{__package__}.providers.{name}":
+        if exc.name != module:
             raise
-        raise LookupError(f"this agent image has no provider '{name}'") from None
-    provider: Provider = module.make(settings, paths)
+        raise NoProvider(f"this agent image has no provider '{name}'") from None
     return provider

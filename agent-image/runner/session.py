@@ -7,135 +7,112 @@ import os
 import select
 import threading
 import time
+from typing import cast
 
 from . import journal
-from .host import Backoff, Host, open_greeted
-from .notify import notify
+from .host import Connection, Host, HostAway, HostError, backoff
 from .processes import Reaper
-from .protocol import ProtocolError, Settings, parse_turn
-from .provider import Paths, Provider, make_provider
+from .provider import NoProvider, Paths, Provider, Settings, Turn, make_provider
 from .turn import TurnRun
-from .wire import Connection, HostAway, HostError, render_call
 
 
 class Session:
-    """Runs in the main thread. Only wake() may be called from elsewhere."""
+    """Runs in the main thread. Only wake() and mute() may be called from elsewhere, by signal handlers."""
+
+    _settings: Settings
+    _provider: Provider
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
         self._host = Host(paths.host_socket)
-        self._settings: Settings | None = None
-        self._provider: Provider | None = None
-        self._work: Connection | None = None
+        self._is_ready = False
         self._run: TurnRun | None = None
         self._idle_since = time.monotonic()
         self._reaper = Reaper()
         self._woken, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def wake(self) -> None:
-        """Make the main thread look again; may be called by any thread and by signal handlers."""
+        """Make the main thread look again."""
         with contextlib.suppress(BlockingIOError):  # full: it will look anyway
             os.write(self._waker, b"\0")
 
     def mute(self) -> None:
-        """Tell the router nothing more; may be called by signal handlers."""
-        self._host.mute()
+        """Tell the router nothing more."""
+        self._host.is_muted = True
 
     def serve(self) -> int:
         """Work until there is nothing to do any more; return the exit status."""
-        backoff = Backoff()
+        waits = backoff()
         while True:
             try:
-                self._connect()
-                backoff.reset()
-                if self._serve_connection():
+                with contextlib.closing(Connection(self._paths.host_socket)) as work:
+                    work.send("Work", {}, more=True)
+                    waits = backoff()
+                    if not self._is_ready:  # a router that was restarted does not change a running agent
+                        self._get_ready(cast("Settings", work.greeting))
+                    self._host.open()  # before a turn has something to tell
+                    self._serve_work(work)
                     return 0
             except HostAway as exc:
                 journal.info("host-away", reason=exc)
-                backoff.wait()
             except HostError as exc:
                 if exc.name == "ProtocolMismatch":
                     journal.error("protocol-mismatch", reason="rebuild the agent image")
                     return 1
                 journal.warning("work-refused", reason=exc)
-                backoff.wait()
-            except ProtocolError as exc:
-                journal.error("protocol-error", reason=exc)
+            except NoProvider as exc:
+                journal.error("no-provider", reason=exc)
                 return 1
-            finally:
-                if self._work is not None:
-                    self._work.close()
-                    self._work = None
+            next(waits)
 
-    def _connect(self) -> None:
-        self._work, settings = open_greeted(self._paths.host_socket)
-        self._work.send(render_call("Work", {}, more=True))
-        if self._settings is None:  # a router that was restarted does not change a running agent
-            self._settings = settings
-            # No STATUS= for each turn: the user's manager would tell it to everybody on the bus.
-            notify("READY=1", f"STATUS=provider {settings.provider}")
-            try:
-                self._provider = make_provider(settings, self._paths)
-            except LookupError as exc:
-                raise ProtocolError(str(exc)) from exc
-            # While the message travels: importing an SDK takes much longer than all the rest together.
-            threading.Thread(target=self._provider.load, name="load", daemon=True).start()
-            journal.info("session-ready", agent=settings.agent, session=settings.session)
-        self._host.open()  # before a turn has something to tell
+    def _get_ready(self, settings: Settings) -> None:
+        self._settings, self._is_ready = settings, True
+        # No STATUS= for each turn: the user's manager would tell it to everybody on the bus.
+        journal.notify("READY=1", f"STATUS=provider {settings['provider']}")
+        self._provider = make_provider(settings, self._paths)
+        # While the message travels: importing an SDK takes much longer than all the rest together.
+        threading.Thread(target=self._provider.load, name="load", daemon=True).start()
+        journal.info("session-ready", agent=settings["agent"], session=settings["session"])
 
-    def _serve_connection(self) -> bool:
-        """Handle what arrives. True: good-bye was said."""
-        assert self._work is not None and self._settings is not None
+    def _serve_work(self, work: Connection) -> None:
+        """Handle what arrives, until good-bye was said."""
         poll = select.poll()
-        poll.register(self._work, select.POLLIN)
+        poll.register(work, select.POLLIN)
         poll.register(self._woken, select.POLLIN)
         while True:
-            while (reply := self._work.take()) is not None:
-                self._handle(reply)
-            reap_in = self._reaper.reap(time.monotonic())
-            idle_in = self._idle_in()
-            if idle_in is not None and idle_in <= 0:
-                if not self._host.call("Goodbye", {}).get("stay"):
+            while (reply := work.take()) is not None:
+                if reply.get("turn") is not None:
+                    self._start(reply["turn"])
+                elif self._run is not None and self._run.turn["id"] == reply.get("stop"):
+                    self._run.stop(on_stuck=lambda: os._exit(1))
+            waits = [self._reaper.reap(time.monotonic()), self._idle_in()]
+            if waits[1] is not None and waits[1] <= 0:
+                if not self._host.call("Goodbye", {})["stay"]:
                     journal.info("session-idle")
-                    notify("STOPPING=1")
-                    return True
-                self._idle_since, idle_in = time.monotonic(), self._settings.idle_s
-            waits = [wait for wait in (reap_in, idle_in) if wait is not None]
-            ready = poll.poll(min(waits) * 1000 + 1 if waits else None)
-            for fd, _ in ready:
+                    journal.notify("STOPPING=1")
+                    return
+                self._idle_since, waits[1] = time.monotonic(), self._settings["idleSeconds"]
+            timeout_s = min((wait for wait in waits if wait is not None), default=None)
+            for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000 + 1):
                 if fd == self._woken:
                     os.read(self._woken, 4096)
                 else:
-                    self._work.read()
+                    work.read()
 
     def _idle_in(self) -> float | None:
         """Return the seconds until good-bye is due, None while there is work."""
-        assert self._settings is not None
         if self._run is not None:
             if not self._run.is_over:
                 return None
             self._run, self._idle_since = None, time.monotonic()
-        return self._settings.idle_s - (time.monotonic() - self._idle_since)
+        return self._settings["idleSeconds"] - (time.monotonic() - self._idle_since)
 
-    def _handle(self, reply: dict[str, object]) -> None:
-        if reply.get("turn") is not None:
-            self._start(reply["turn"])
-        elif self._run is not None and self._run.id == reply.get("stop"):
-            self._run.stop(on_stuck=lambda: os._exit(1))
-
-    def _start(self, raw: object) -> None:
-        assert self._settings is not None and self._provider is not None
-        turn = parse_turn(raw)
+    def _start(self, turn: Turn) -> None:
         if self._run is not None and not self._run.is_over:
-            if (self._run.id, self._run.attempt) == (turn.id, turn.attempt):
+            running = self._run.turn
+            if (running["id"], running["attempt"]) == (turn["id"], turn["attempt"]):
                 return  # the router was restarted, or we were cut off: it goes on
             self._run.abandon()
             self._run.join()
-        self._run = TurnRun(
-            turn,
-            host=self._host,
-            provider=self._provider,
-            heartbeat_s=self._settings.heartbeat_s,
-            on_end=self.wake,
-        )
-        self._run.start()
+        self._run = TurnRun(turn, self._host, self._provider, on_end=self.wake)
+        self._run.start(heartbeat_s=self._settings["heartbeatSeconds"])

@@ -29,7 +29,7 @@ class Transcript:
         self._messages: list[Message] = []
         self._turn_at = 0  # where the last turn begins in it
         self._input: list[str] = []
-        self._end: str | None = None
+        self.last_end: str | None = None  #: how the last turn ended; None: it broke off, or there was none
         self._replies: list[str] = []
         size = self._read(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # until close()
@@ -40,18 +40,13 @@ class Transcript:
         """The conversation as the API takes it, from the last compaction on."""
         return repair(self._messages)
 
-    @property
-    def last_end(self) -> str | None:
-        """How the last turn ended, None if it broke off or there was none."""
-        return self._end
-
     def is_of(self, input: Sequence[str]) -> bool:
         """Whether the last turn had this input."""
         return self._input == list(input)
 
     def answered(self, input: Sequence[str]) -> list[str] | None:
         """Return the replies if the last turn had this input and was answered."""
-        return list(self._replies) if self.is_of(input) and self._end == "answered" else None
+        return list(self._replies) if self.is_of(input) and self.last_end == "answered" else None
 
     def begin(self, input: Sequence[str], message: Message) -> None:
         self._append({"input": list(input), "message": message})
@@ -68,29 +63,25 @@ class Transcript:
         self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line, separators=(",", ":"), default=self._as_json)
-        self._write(data.encode() + b"\n")
-        self._take(
-            json.loads(data)
-        )  # not `line`: what we send now is then what we would send after a restart
-
-    def _write(self, line: bytes) -> None:
+        data = json.dumps(line, separators=(",", ":"), default=self._as_json).encode() + b"\n"
         size = os.fstat(self._file.fileno()).st_size
-        if self._file.write(line) != len(line):  # the disk is full: leave no half a line
+        if self._file.write(data) != len(data):  # the disk is full: leave no half a line
             self._file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # Not `line`: what we send now is then what we would send after a restart.
+        self._take(json.loads(data))
 
     def _take(self, line: dict[str, Any]) -> None:
         if "end" in line:
-            self._end, self._replies = line["end"], line.get("replies", [])
-            if self._end == "forgotten":
+            self.last_end, self._replies = line["end"], line.get("replies", [])
+            if self.last_end == "forgotten":
                 del self._messages[self._turn_at :]
             return
         message = line["message"]
         if "input" in line:
-            if line["input"] != self._input or self._end not in (None, "failed"):
+            if line["input"] != self._input or self.last_end not in (None, "failed"):
                 self._turn_at = len(self._messages)  # else it is a further attempt
-            self._input, self._end = line["input"], None
+            self._input, self.last_end = line["input"], None
         if any(block.get("type") == "compaction" for block in blocks(message)):
             self._messages.clear()  # the API ignores what comes before it
             self._turn_at = 0
@@ -126,40 +117,32 @@ def repair(messages: Sequence[Message]) -> list[Message]:
     A turn may end, and a container may be killed, at any moment: between a tool's call and its result too.
     """
     whole: list[Message] = []
-    asked: dict[str, None] = {}  # the ids of the tool_use blocks of the message before, in order
-    for message in messages:
+    asked: dict[str, None] = {}  # the ids of the tool_use blocks that wait for a result, in order
+    # A last, empty message of the user: what was asked in the end has no result either.
+    for message in [*messages, {"role": "user", "content": []}]:
         # The API refuses text of spaces alone, even what it wrote itself.
         content = [block for block in blocks(message) if block["type"] != "text" or block["text"].strip()]
-        if message["role"] == "assistant":
-            if asked:
-                whole.append({"role": "user", "content": _missing(asked)})
-            asked = {block["id"]: None for block in content if block["type"] == "tool_use"}
-        else:
+        if message["role"] == "user":
             content = [b for b in content if b["type"] != "tool_result" or b["tool_use_id"] in asked]
             for block in content:
-                if block["type"] == "tool_result":
-                    asked.pop(block["tool_use_id"], None)
-            content = _missing(asked) + content
-            asked = {}
-        if content:
-            whole.append({**message, "content": content})
-    if asked:
-        whole.append({"role": "user", "content": _missing(asked)})
-    return _merged(whole)
-
-
-def _missing(asked: dict[str, None]) -> list[dict[str, Any]]:
-    return [
-        {"type": "tool_result", "tool_use_id": id, "content": INTERRUPTED, "is_error": True} for id in asked
-    ]
-
-
-def _merged(messages: list[Message]) -> list[Message]:
-    """Put messages of the user that follow each other into one: their tool results must come first in it."""
-    merged: list[Message] = []
-    for message in messages:
-        if merged and message["role"] == "user" and merged[-1]["role"] == "user":
-            merged[-1] = {"role": "user", "content": [*blocks(merged[-1]), *blocks(message)]}
+                asked.pop(block.get("tool_use_id", ""), None)
+        missing = [
+            {"type": "tool_result", "tool_use_id": id, "content": INTERRUPTED, "is_error": True}
+            for id in asked
+        ]
+        asked = {}
+        if message["role"] == "user":
+            _add(whole, {**message, "content": missing + content})
         else:
-            merged.append(message)
-    return merged
+            _add(whole, {"role": "user", "content": missing})
+            _add(whole, {**message, "content": content})
+            asked = {block["id"]: None for block in content if block["type"] == "tool_use"}
+    return whole
+
+
+def _add(messages: list[Message], message: Message) -> None:
+    """Append it, unless it is empty; one of the user to one of the user: tool results come first in it."""
+    if messages and message["role"] == "user" == messages[-1]["role"]:
+        messages[-1] = {"role": "user", "content": messages[-1]["content"] + message["content"]}
+    elif message["content"]:
+        messages.append(message)

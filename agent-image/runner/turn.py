@@ -9,10 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from . import journal
-from .host import Host
-from .protocol import Turn
-from .provider import Provider, Stopped, TurnFailed
-from .wire import HostError, MessageTooLong
+from .host import Host, HostAway, HostError, MessageTooLong
+from .provider import Provider, Stopped, Turn, TurnFailed
 
 _FLUSH_S = 0.1  # text deltas are put together for so long: a fast model must not cost a call a word
 _FLUSH_CHARS = 2048
@@ -26,10 +24,8 @@ class Chat:
     def __init__(self, turn: str, host: Host) -> None:
         self.stopping = threading.Event()  #: set once nobody wants this turn's result any more
         self.abandoned = False  #: the lease is lost, too: not stopped by a person
-        self._turn = turn
-        self._host = host
-        self._text = ""
-        self._flushed_at = 0.0
+        self._turn, self._host = turn, host
+        self._text, self._flushed_at = "", 0.0
 
     def thinking(self, text: str = "") -> None:
         self._report("thinking", text)
@@ -47,7 +43,7 @@ class Chat:
         if self._text:
             text, self._text = self._text, ""
             self._flushed_at = time.monotonic()
-            self._host.tell("ReportActivity", {"turn": self._turn, "kind": "text", "text": clean(text)})
+            self._report("text", text)
 
     def send(self, key: str, text: str) -> None:
         """Send a message to the chat now; return when the router has it. Raises Stopped, ValueError."""
@@ -58,9 +54,12 @@ class Chat:
         except HostError as exc:
             if exc.name != "NoSuchTurn":
                 raise ValueError(f"the router refused the message: {exc.name}") from exc
-            self.abandoned = True
-            self.stopping.set()
+            self.end(abandoned=True)
             raise Stopped from exc
+
+    def end(self, *, abandoned: bool = False) -> None:
+        self.abandoned |= abandoned
+        self.stopping.set()
 
     def _report(self, kind: str, text: str) -> None:
         self.flush()
@@ -68,25 +67,22 @@ class Chat:
 
 
 class TurnRun:
-    """A turn that runs until finish() was answered, or nobody wants its result any more."""
+    """A turn that runs until FinishTurn() was answered, or nobody wants its result any more."""
 
-    def __init__(
-        self, turn: Turn, *, host: Host, provider: Provider, heartbeat_s: float, on_end: Callable[[], None]
-    ) -> None:
-        self.id = turn.id
-        self.attempt = turn.attempt
-        self._turn = turn
+    def __init__(self, turn: Turn, host: Host, provider: Provider, *, on_end: Callable[[], None]) -> None:
+        self.turn = turn
+        self._id = turn["id"]
         self._host = host
         self._provider = provider
-        self._renew_s = max(heartbeat_s / 3, 0.05)  # two may be lost before the lease ends
         self._on_end = on_end
-        self._chat = Chat(turn.id, host)
+        self._chat = Chat(self._id, host)
         self._over = threading.Event()
         self._worker = threading.Thread(target=self._work, name="turn", daemon=True)
 
-    def start(self) -> None:
+    def start(self, *, heartbeat_s: float) -> None:
         self._worker.start()
-        threading.Thread(target=self._renew, name="heartbeat", daemon=True).start()
+        renew_s = max(heartbeat_s / 3, 0.05)  # two may be lost before the lease ends
+        threading.Thread(target=self._renew, args=[renew_s], name="heartbeat", daemon=True).start()
 
     def join(self) -> None:
         self._worker.join(_STOP_GRACE_S)
@@ -97,79 +93,72 @@ class TurnRun:
 
     def stop(self, on_stuck: Callable[[], None]) -> None:
         """The person wants it to stop: end it and say so. Calls on_stuck if the provider does not obey."""
-        if self._chat.stopping.is_set():
-            return
-        self._chat.stopping.set()
-        self._provider.stop()
-        timer = threading.Timer(_STOP_GRACE_S, self._give_up, [on_stuck])
-        timer.daemon = True
-        timer.start()
+        if not self._chat.stopping.is_set():
+            self._chat.end()
+            self._provider.stop()
+            timer = threading.Timer(_STOP_GRACE_S, self._give_up, [on_stuck])
+            timer.daemon = True
+            timer.start()
 
     def abandon(self) -> None:
         """The lease is lost: end it and say nothing."""
-        self._chat.abandoned = True
-        self._chat.stopping.set()
+        self._chat.end(abandoned=True)
         self._provider.stop()
 
     def _work(self) -> None:
         started = time.monotonic()
-        outcome = self._outcome()
+        result = self._result()
         self._chat.flush()
         if not self._chat.abandoned:
-            self._finish(outcome)
+            self._finish(result)
+        outcome = "abandoned" if self._chat.abandoned else result["outcome"]
+        took_ms = round((time.monotonic() - started) * 1000)
         journal.info(
-            "turn-ended",
-            turn=self.id,
-            attempt=self.attempt,
-            outcome="abandoned" if self._chat.abandoned else outcome["outcome"],
-            took_ms=round((time.monotonic() - started) * 1000),
+            "turn-ended", turn=self._id, attempt=self.turn["attempt"], outcome=outcome, took_ms=took_ms
         )
         self._over.set()
         self._on_end()
 
-    def _outcome(self) -> dict[str, Any]:
+    def _result(self) -> dict[str, Any]:
         try:
-            replies = self._provider.run(self._turn, self._chat)
+            replies = self._provider.run(self.turn, self._chat)
         except Stopped:
             return {"outcome": "stopped", "replies": []}
         except TurnFailed as exc:
             return _failed(exc)
         except Exception:
-            journal.error("provider-bug", turn=self.id, trace=traceback.format_exc(limit=-4))
+            journal.error("provider-bug", turn=self._id, trace=traceback.format_exc(limit=-4))
             return _failed(TurnFailed("internal", "The agent's runner failed; its journal says why."))
         shown = [_shortened(clean(text)) for text in replies if text.strip()]
         return {"outcome": "answered", "replies": shown}
 
-    def _finish(self, outcome: dict[str, Any]) -> None:
+    def _finish(self, result: dict[str, Any]) -> None:
         """Say how the turn ended until the router has heard it."""
         try:
-            self._host.call("FinishTurn", {"turn": self.id, **outcome})
-        except HostError as exc:
-            if exc.name == "NoSuchTurn":
-                journal.warning("turn-lost", turn=self.id, reason="its lease had ended, dropping it")
+            self._host.call("FinishTurn", {"turn": self._id, **result})
+        except (HostError, MessageTooLong) as exc:
+            if isinstance(exc, HostError) and exc.name == "NoSuchTurn":
+                journal.warning("turn-lost", turn=self._id, reason="its lease had ended, dropping it")
                 return
-            self._finish_refused(outcome, exc.name)
-        except MessageTooLong:
-            self._finish_refused(outcome, "too long")
+            journal.error("finish-refused", turn=self._id, reason=exc)
+            if result["outcome"] != "failed":  # else the lease ends, and the router decides
+                self._finish(_failed(TurnFailed("internal", "The agent's reply could not be handed over.")))
 
-    def _finish_refused(self, outcome: dict[str, Any], reason: str) -> None:
-        journal.error("finish-refused", turn=self.id, reason=reason)
-        if outcome["outcome"] != "failed":  # else the lease ends, and the router decides
-            self._finish(_failed(TurnFailed("internal", "The agent's reply could not be handed over.")))
-
-    def _renew(self) -> None:
-        while not self._over.wait(self._renew_s):
+    def _renew(self, renew_s: float) -> None:
+        while not self._over.wait(renew_s):
             try:
-                self._host.try_call("RenewTurn", {"turn": self.id})
+                self._host.call_once("RenewTurn", {"turn": self._id})
+            except HostAway:
+                pass
             except HostError as exc:
                 if exc.name == "NoSuchTurn" and not self.is_over:
-                    journal.warning("lease-lost", turn=self.id, reason="stopping the turn")
+                    journal.warning("lease-lost", turn=self._id, reason="stopping the turn")
                     self.abandon()
                     return
 
     def _give_up(self, on_stuck: Callable[[], None]) -> None:
         if not self.is_over and not self._chat.abandoned:
-            journal.error("stop-stuck", turn=self.id, reason="the turn did not stop in time, leaving")
+            journal.error("stop-stuck", turn=self._id, reason="the turn did not stop in time, leaving")
             self._finish({"outcome": "stopped", "replies": []})
             on_stuck()
 

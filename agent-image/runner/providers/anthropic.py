@@ -11,8 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .. import journal
-from ..protocol import Settings, Turn
-from ..provider import Paths, Provider
+from ..provider import Paths, Settings, Turn
 from ..turn import Chat
 
 if TYPE_CHECKING:
@@ -21,22 +20,18 @@ if TYPE_CHECKING:
 
 class Anthropic:
     def __init__(self, settings: Settings, paths: Paths) -> None:
-        self._settings = settings
-        self._paths = paths
+        self._settings, self._paths = settings, paths
         self._lock = threading.Lock()
         self._conversation: Conversation | None = None
 
-    def load(self) -> None:
-        self._loaded()
-
     def run(self, turn: Turn, chat: Chat) -> list[str]:
-        return self._loaded().run(turn, chat)
+        return self.load().run(turn, chat)
 
     def stop(self) -> None:
         if self._conversation is not None:  # else run() looks at chat.stopping once it is loaded
             self._conversation.stop()
 
-    def _loaded(self) -> Conversation:
+    def load(self) -> Conversation:
         with self._lock:
             if self._conversation is None:
                 started = time.monotonic()
@@ -54,5 +49,4 @@ class Anthropic:
             return self._conversation
 
 
-def make(settings: Settings, paths: Paths) -> Provider:
-    return Anthropic(settings, paths)
+make = Anthropic

@@ -17,8 +17,7 @@ from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_tools
 from anthropic.types.beta import BetaContextManagementConfigParam, BetaMessageParam
 
 from ..processes import kill_all, open_descendants
-from ..protocol import Settings, Turn
-from ..provider import Paths, Stopped, TurnFailed
+from ..provider import Paths, Settings, Stopped, Turn, TurnFailed
 from ..transcript import Transcript
 from ..turn import Chat
 from .failures import failure_of
@@ -36,22 +35,19 @@ _WITHOUT_COMPACTION = ("-4-5",)  # models of the list that are older than it
 # It complains when a shell is gone before its watcher looked, which is how the SDK ends one.
 logging.getLogger("asyncio").setLevel(logging.ERROR)
 
-Tool = BetaAsyncFunctionTool[Any]
-
 
 class Conversation:
     """All turns of one session. run() is called by one thread at a time, stop() by any."""
 
     def __init__(self, settings: Settings, paths: Paths) -> None:
-        self._settings = settings
-        self._paths = paths
-        self._model = settings.model or DEFAULT_MODEL
+        self._settings, self._paths = settings, paths
+        self._model = settings["model"] or DEFAULT_MODEL
         self._transcript = Transcript(os.path.join(paths.session, "transcript.jsonl"), _as_json)
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[list[str]]] | None = None
 
     def run(self, turn: Turn, chat: Chat) -> list[str]:
-        ids = [message.id for message in turn.messages]
-        if turn.attempt > 1 and (replies := self._transcript.answered(ids)) is not None:
+        ids = [message["id"] for message in turn["messages"]]
+        if turn["attempt"] > 1 and (replies := self._transcript.answered(ids)) is not None:
             return replies  # only the word of it was lost: nobody has to think, or to pay, again
         try:
             self._begin(turn, ids)
@@ -70,49 +66,43 @@ class Conversation:
         return replies
 
     def stop(self) -> None:
-        running = self._running
-        if running is None:
+        if (running := self._running) is None:
             return  # not begun, or over: _run() looks at chat.stopping
-        loop, task = running
         # The SDK kills the shell alone, and its commands would go on. They are found before it dies, since
         # after that they are no longer its children; and killed after the cancel, or the model heard of it.
-        commands = open_descendants()
+        commands, (loop, task) = open_descendants(), running
         with contextlib.suppress(RuntimeError):  # closed meanwhile
             loop.call_soon_threadsafe(task.cancel)
         kill_all(commands)
 
     def _begin(self, turn: Turn, ids: list[str]) -> None:
-        resumed = turn.attempt > 1 and self._transcript.is_of(ids) and bool(self._transcript.messages)
-        broke_off = bool(self._transcript.messages) and self._transcript.last_end != "answered"
-        text = render_input(
-            turn, resumed=resumed, last_end=self._transcript.last_end if broke_off else "answered"
-        )
+        begun = bool(self._transcript.messages)
+        resumed = begun and turn["attempt"] > 1 and self._transcript.is_of(ids)
+        last_end = self._transcript.last_end if begun else "answered"
+        text = render_input(turn, resumed=resumed, last_end=last_end)
         self._transcript.begin(ids, {"role": "user", "content": [{"type": "text", "text": text}]})
 
     async def _run(self, chat: Chat) -> list[str]:
         task = asyncio.current_task()
         assert task is not None
         self._running = asyncio.get_running_loop(), task
-        tools: list[Tool] = []
         try:
             if chat.stopping.is_set():
                 raise Stopped
-            tools = self._make_tools(chat)
             async with self._make_client() as client:
-                return await self._talk(client, tools, chat)
+                return await self._talk(client, chat)
         finally:
+            # asyncio.run() then ends the shell, which lives in a tool's generator; nobody may cancel that.
             self._running = None
-            for tool in tools:
-                await _close(tool)
 
-    async def _talk(self, client: AsyncAnthropic, tools: list[Tool], chat: Chat) -> list[str]:
+    async def _talk(self, client: AsyncAnthropic, chat: Chat) -> list[str]:
         compacts = not any(part in self._model for part in _WITHOUT_COMPACTION)
         runner = client.beta.messages.tool_runner(
             model=self._model,
             max_tokens=MAX_TOKENS,
             system=render_system(self._settings, self._paths.workspace),
             messages=cast("list[BetaMessageParam]", self._transcript.messages),
-            tools=tools,
+            tools=self._make_tools(chat),
             stream=True,
             thread=False,  # the conversation is ours, in the transcript; the server keeps none
             cache_control={"type": "ephemeral"},
@@ -134,9 +124,7 @@ class Conversation:
                 raise TurnFailed("refused", "The model declined to answer this.")
             self._transcript.add(dict(message.to_param()))
             if message.stop_reason == "tool_use":
-                results = (
-                    await runner.generate_tool_call_response()
-                )  # the loop then takes these, it runs none twice
+                results = await runner.generate_tool_call_response()  # the loop then runs none twice
                 if results is not None:
                     self._transcript.add(dict(results))
             if chat.stopping.is_set():
@@ -149,9 +137,8 @@ class Conversation:
         return [text or "[The model ended its turn without a reply.]"]
 
     def _make_client(self) -> AsyncAnthropic:
-        transport = httpx2.AsyncHTTPTransport(
-            uds=self._paths.gateway_socket, verify=False
-        )  # the gateway does TLS
+        # verify: the gateway does TLS.
+        transport = httpx2.AsyncHTTPTransport(uds=self._paths.gateway_socket, verify=False)
         timeout = httpx2.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         return AsyncAnthropic(
             base_url="http://gateway/anthropic",
@@ -162,7 +149,7 @@ class Conversation:
             open_telemetry=False,
         )
 
-    def _make_tools(self, chat: Chat) -> list[Tool]:
+    def _make_tools(self, chat: Chat) -> list[BetaAsyncFunctionTool[Any]]:
         keys: dict[str, int] = {}
 
         @beta_async_tool
@@ -177,34 +164,12 @@ class Conversation:
                 raise ToolError(str(exc)) from exc
             return "sent"
 
-        context = AgentToolContext(
-            workdir=self._paths.workspace, allowed_roots=[Path("/tmp")], env=self._tool_environment()
-        )
+        # The agent's shell gets our environment, without what only we need, and a name for git.
+        ours, agent = ("NANOCLAW_", "NOTIFY_", "ANTHROPIC_"), self._settings["agent"]
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        env |= {"GIT_AUTHOR_NAME": agent, "GIT_COMMITTER_NAME": agent, "EMAIL": f"{agent}@localhost"}
+        context = AgentToolContext(workdir=self._paths.workspace, allowed_roots=[Path("/tmp")], env=env)
         return [*beta_agent_toolset_20260401(context), send_message]
-
-    def _tool_environment(self) -> dict[str, str]:
-        """Return what the agent's shell gets: ours, without what only we need, and a name for git."""
-        agent = self._settings.agent
-        return {
-            **{
-                k: v
-                for k, v in os.environ.items()
-                if not k.startswith(("NANOCLAW_", "NOTIFY_", "ANTHROPIC_"))
-            },
-            "GIT_AUTHOR_NAME": agent,
-            "GIT_COMMITTER_NAME": agent,
-            "EMAIL": f"{agent}@localhost",
-        }
-
-
-async def _close(tool: Tool) -> None:
-    """End what the tool holds (the shell). The Messages tool loop leaves that to us (see agent_toolset)."""
-    close = getattr(tool, "aclose", None) or getattr(tool, "close", None)
-    if close is not None:
-        with contextlib.suppress(Exception):
-            result = close()
-            if result is not None:
-                await result
 
 
 def _tool_line(name: str, input: object) -> str:

@@ -10,14 +10,16 @@ Each line of the messages is said back, unless it is one of these commands:
 
 from __future__ import annotations
 
-from ..protocol import Settings, Turn
-from ..provider import Paths, Provider, Stopped, TurnFailed
+from ..provider import Paths, Settings, Stopped, Turn, TurnFailed
 from ..turn import Chat
 
 _TICK_S = 0.1
 
 
 class Echo:
+    def __init__(self, settings: Settings, paths: Paths) -> None:
+        pass
+
     def load(self) -> None:
         pass
 
@@ -27,7 +29,7 @@ class Echo:
     def run(self, turn: Turn, chat: Chat) -> list[str]:
         said: list[str] = []
         sends = 0
-        for line in (line for message in turn.messages for line in message.text.split("\n")):
+        for line in "\n".join(message["text"] for message in turn["messages"]).split("\n"):
             command, _, rest = line.partition(" ")
             if command == "/sleep":
                 _work(float(rest or 1), chat)
@@ -37,22 +39,20 @@ class Echo:
                 chat.send(f"echo-{sends}", rest)
             elif command == "/fail":
                 code, _, after = rest.partition(" ")
+                message = "The echo provider was told to fail."
+                retry_after_s = float(after) if after else None
                 raise TurnFailed(
-                    code or "internal",
-                    "The echo provider was told to fail.",
-                    retryable=bool(after),
-                    retry_after_s=float(after) if after else None,
+                    code or "internal", message, retryable=bool(after), retry_after_s=retry_after_s
                 )
             elif command == "/sent":
-                texts = ", ".join(repr(sent.text) for sent in turn.already_sent) or "nothing"
-                said.append(f"attempt {turn.attempt}, already sent: {texts}")
+                texts = ", ".join(repr(sent["text"]) for sent in turn["alreadySent"]) or "nothing"
+                said.append(f"attempt {turn['attempt']}, already sent: {texts}")
             else:
                 said.append(line)
             if chat.stopping.is_set():
                 raise Stopped
         text = "\n".join(said)
-        if not text.strip():
-            text = "done"
+        text = text if text.strip() else "done"
         chat.text(text)
         return [text]
 
@@ -64,5 +64,4 @@ def _work(seconds: float, chat: Chat) -> None:
             raise Stopped
 
 
-def make(settings: Settings, paths: Paths) -> Provider:
-    return Echo()
+make = Echo

@@ -11,29 +11,18 @@ import httpx2
 
 from ..provider import TurnFailed
 
-_CODES = {
-    "authentication_error": "authentication",
-    "permission_error": "authentication",
-    "billing_error": "quota",
-    "rate_limit_error": "rate_limit",
-    "overloaded_error": "overloaded",
-    "request_too_large": "overflow",
-    "invalid_request_error": "invalid_request",
-    "not_found_error": "invalid_request",
-    "timeout_error": "connection",
-    "api_error": "overloaded",
-}
-_STATUS_TYPES = {
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    409: "api_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    504: "timeout_error",
-    529: "overloaded_error",
+#: The API's type of an error: our code, and the statuses that mean it when the answer names no type.
+_KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "authentication_error": ("authentication", (401,)),
+    "permission_error": ("authentication", (403,)),
+    "billing_error": ("quota", (402,)),
+    "rate_limit_error": ("rate_limit", (429,)),
+    "overloaded_error": ("overloaded", (529,)),
+    "request_too_large": ("overflow", (413,)),
+    "not_found_error": ("invalid_request", (404,)),
+    "timeout_error": ("connection", (408, 504)),
+    "api_error": ("overloaded", (409, *range(500, 600))),
+    "invalid_request_error": ("invalid_request", ()),
 }
 _RETRYABLE = ("rate_limit", "overloaded", "connection")
 _SENTENCES = {
@@ -50,27 +39,31 @@ _DETAIL_CHARS = 200
 
 def failure_of(exc: Exception) -> TurnFailed:
     """Return what to report for that exception; raise it again if it is a bug."""
-    if isinstance(exc, TurnFailed):
-        return exc
-    if isinstance(exc, anthropic.APIStatusError):
-        return _failure_of_status(exc)
-    if isinstance(exc, anthropic.APITimeoutError | httpx2.TimeoutException):
-        return TurnFailed("connection", f"{_SENTENCES['connection']}.", retryable=True)
-    if isinstance(exc, anthropic.APIConnectionError | httpx2.TransportError):
-        return TurnFailed("connection", "The connection to the model provider broke off.", retryable=True)
-    if isinstance(exc, anthropic.APIError):
-        return TurnFailed("internal", "The model provider's answer was not understood.", retryable=True)
-    if isinstance(exc, OSError):
-        reason = exc.strerror or type(exc).__name__
-        return TurnFailed("internal", f"The agent's files cannot be used: {reason}.", retryable=True)
+    match exc:
+        case TurnFailed():
+            return exc
+        case anthropic.APIStatusError():
+            return _failure_of_status(exc)
+        case anthropic.APITimeoutError() | httpx2.TimeoutException():
+            return TurnFailed("connection", f"{_SENTENCES['connection']}.", retryable=True)
+        case anthropic.APIConnectionError() | httpx2.TransportError():
+            return TurnFailed(
+                "connection", "The connection to the model provider broke off.", retryable=True
+            )
+        case anthropic.APIError():
+            return TurnFailed("internal", "The model provider's answer was not understood.", retryable=True)
+        case OSError():
+            message = f"The agent's files cannot be used: {exc.strerror or type(exc).__name__}."
+            return TurnFailed("internal", message, retryable=True)
     raise exc
 
 
 def _failure_of_status(exc: anthropic.APIStatusError) -> TurnFailed:
     # The type first: an error within a stream comes with the status 200 that the stream began with.
     status = exc.status_code
-    kind = exc.type or _STATUS_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    code = _CODES.get(kind, "overloaded" if status >= 500 else "invalid_request")
+    meant = [kind for kind, (_, statuses) in _KINDS.items() if status in statuses]
+    kind: str = exc.type or [*meant, "invalid_request_error"][0]
+    code, _ = _KINDS.get(kind) or _KINDS["api_error" if status >= 500 else "invalid_request_error"]
     detail = " ".join((exc.api_message or "").split())[:_DETAIL_CHARS]
     if code == "invalid_request":
         if "prompt is too long" in detail:
@@ -80,22 +73,17 @@ def _failure_of_status(exc: anthropic.APIStatusError) -> TurnFailed:
     message = f"{_SENTENCES[code]} ({kind.replace('_', ' ')}" + (f", {status})" if status >= 400 else ")")
     if detail and code in ("authentication", "invalid_request", "quota"):
         message += f": {detail}"
-    return TurnFailed(
-        code,
-        message,
-        retryable=code in _RETRYABLE,
-        retry_after_s=_retry_after_s(exc.response.headers) if code in _RETRYABLE else None,
-    )
+    retryable = code in _RETRYABLE
+    retry_after_s = _retry_after_s(exc.response.headers) if retryable else None
+    return TurnFailed(code, message, retryable=retryable, retry_after_s=retry_after_s)
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Return the wait that the response asks for (RFC 9110, Retry-After: seconds or a date)."""
     value = headers.get("retry-after", "")
     try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
+        if value.replace(".", "", 1).isdigit():
+            return float(value)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
         return None

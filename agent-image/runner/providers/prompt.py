@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import UTC, datetime
 from xml.sax.saxutils import quoteattr
 
-from ..protocol import Message, Settings, Turn
+from ..provider import Settings, Turn
 
 _MAX_NOTES_BYTES = 64 * 1024
 
@@ -26,9 +27,13 @@ _ENDS = {
 
 
 def render_system(settings: Settings, workspace: str) -> str:
-    parts = [_PLACE.format(agent=settings.agent, workspace=workspace), settings.instructions]
-    if notes := _read_notes(workspace):
-        parts.append(f"Notes of this workspace (CLAUDE.md):\n\n{notes}")
+    parts = [_PLACE.format(agent=settings["agent"], workspace=workspace), settings["instructions"]]
+    try:
+        with open(os.path.join(workspace, "CLAUDE.md"), encoding="utf-8", errors="replace") as file:
+            if notes := file.read(_MAX_NOTES_BYTES):
+                parts.append(f"Notes of this workspace (CLAUDE.md):\n\n{notes}")
+    except OSError:
+        pass
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 
@@ -44,30 +49,16 @@ def render_input(turn: Turn, *, resumed: bool, last_end: str | None) -> str:
     else:
         if last_end in _ENDS:
             parts.append(f"({_ENDS[last_end]})")
-        parts += [_render_message(message) for message in turn.messages]
-    if turn.already_sent:
-        sent = "\n".join(f"<sent>{_guarded(sent.text)}</sent>" for sent in turn.already_sent)
+        for message in turn["messages"]:
+            at = datetime.fromtimestamp(message["receivedAt"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+            head = f"<message from={quoteattr(message['sender'])} at={quoteattr(at)}>"
+            parts.append(f"{head}\n{_guarded(message['text'])}\n</message>")
+    if turn["alreadySent"]:
+        sent = "\n".join(f"<sent>{_guarded(sent['text'])}</sent>" for sent in turn["alreadySent"])
         parts.append(f"(An earlier attempt at this already sent to the chat; do not send it again:)\n{sent}")
     return "\n\n".join(parts)
 
 
-def _render_message(message: Message) -> str:
-    at = datetime.fromtimestamp(message.received_at, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    head = f"<message from={quoteattr(message.sender)} at={quoteattr(at)}>"
-    return f"{head}\n{_guarded(message.text)}\n</message>"
-
-
 def _guarded(text: str) -> str:
     """Return the text so that it cannot end its own tag and speak as somebody else."""
-    for name in ("message", "sent"):
-        for tag in (f"<{name}", f"</{name}"):
-            text = text.replace(tag, "&lt;" + tag[1:])
-    return text
-
-
-def _read_notes(workspace: str) -> str:
-    try:
-        with open(os.path.join(workspace, "CLAUDE.md"), encoding="utf-8", errors="replace") as file:
-            return file.read(_MAX_NOTES_BYTES)
-    except OSError:
-        return ""
+    return re.sub(r"<(?=/?(?:message|sent))", "&lt;", text)

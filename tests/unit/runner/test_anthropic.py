@@ -246,6 +246,15 @@ def test_stop_kills_a_command(runner: Runner, api: MessagesApi) -> None:
     assert runner.router.wait("FinishTurn", 2)["replies"] == ["back"]  # and the API took the transcript
 
 
+def test_shell_ends_with_its_turn(runner: Runner, api: MessagesApi) -> None:
+    api.add({"tool_use": [{"name": "bash", "input": {"command": "echo $$ > pid"}}]}, {"text": "done"})
+
+    runner.router.give("work")
+
+    runner.router.wait("FinishTurn")
+    wait_for(lambda: not is_running(int((runner.workspace / "pid").read_text())))
+
+
 def test_sigterm_kills_a_command(runner: Runner, api: MessagesApi) -> None:
     api.add({"tool_use": [{"name": "bash", "input": {"command": "echo $$ > pid; touch runs; sleep 60"}}]})
     runner.router.give("wait")
