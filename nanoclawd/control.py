@@ -241,7 +241,7 @@ class ControlService:
             "configuration": None if agent.config is None else _configuration(agent.config),
             "runtime": {
                 "state": agent.state,
-                "problem": f"{agent.problem} ({agent.hint})" if agent.hint else agent.problem,
+                "problem": str(agent.problem or ""),
                 "unitTemplate": f"nanoclaw-{agent.name}@.service",
                 "hostUid": quadlet.host_uid(agent.index),
                 "sessions": len(rows),

@@ -29,8 +29,7 @@ class Agent:
     config: AgentConfig | None  #: None if its file is broken
     index: int  #: of its uid; -1 while it has none
     held: bool = False
-    problem: str = ""  #: why it cannot run; empty if it can
-    hint: str = ""
+    problem: NanoclawError | None = None  #: why it cannot run
 
     @property
     def state(self) -> str:
@@ -66,8 +65,9 @@ class Registry:
     def config(self, name: str) -> AgentConfig:
         """Return the configuration of an agent that can run. Raises NotFound, ConfigError."""
         agent = self.get(name)
-        if agent.config is None or agent.problem:
-            raise ConfigError(agent.problem, hint=agent.hint)
+        if agent.problem is not None:
+            raise ConfigError(agent.problem.message, hint=agent.problem.hint)
+        assert agent.config is not None
         return agent.config
 
     def instructions(self, name: AgentName) -> str:
@@ -99,21 +99,18 @@ class Registry:
                     agent = replace(agent, config=config)
                     specs.append(self._spec(agent))
                 except NanoclawError as exc:
-                    agent = _broken(agent, exc)
+                    agent = replace(agent, problem=exc)
                 loaded[name] = agent
             units = await asyncio.to_thread(quadlet.installed_units)
             failures = await self._follow(specs, [name for name, _ in units if name not in loaded])
-            loaded |= {name: _broken(loaded[name], failure) for name, failure in failures.items()}
+            loaded |= {name: replace(loaded[name], problem=failure) for name, failure in failures.items()}
             self._agents = loaded
-        problems = []
-        for agent in loaded.values():
-            if agent.problem:
-                problems.append(f"{agent.problem} ({agent.hint})" if agent.hint else agent.problem)
-                journal.error("agent-broken", problems[-1], agent=agent.name)
+        problems = {name: str(agent.problem) for name, agent in loaded.items() if agent.problem}
+        for name, problem in problems.items():
+            journal.error("agent-broken", problem, agent=name)
         for stranger in misnamed:
-            problems.append(str(stranger))
             journal.warning("agent-misnamed", f"{stranger}, ignoring it")
-        return problems
+        return [*problems.values(), *map(str, misnamed)]
 
     async def _follow(
         self, specs: Sequence[UnitSpec], orphans: Sequence[AgentName] = ()
@@ -204,7 +201,7 @@ class Registry:
         """Make the unit follow what is in the agent's file now. Raises what is wrong with it."""
         if instructions is not None:
             agents.write_instructions(path, instructions)
-        agent = replace(agent, config=agents.read_agent(path), problem="", hint="")
+        agent = replace(agent, config=agents.read_agent(path), problem=None)
         for failure in (await self._follow([self._spec(agent)])).values():
             raise failure
         return agent
@@ -244,10 +241,6 @@ def _make_directory(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:  # full, or a file is in its place
         raise files.failed(path, "cannot be made", exc) from None
-
-
-def _broken(agent: Agent, exc: NanoclawError) -> Agent:
-    return replace(agent, problem=exc.message, hint=exc.hint)
 
 
 @contextmanager
