@@ -15,17 +15,8 @@ from nanoclawd.errors import ConfigError
 # In the home everything whose name begins with a dot: credentials, histories, our own files, what shells and
 # systemd run with the person's rights. These too:
 PRIVATE_IN_HOME = ("bin", "snap")
-#: Looked at one by one, since a dotfile manager may have made symlinks of them that lead elsewhere.
-OFTEN_LINKED = (
-    "aws",
-    "containers",
-    "environment.d",
-    "gcloud",
-    "gh",
-    "git",
-    "nanoclaw",
-    "systemd",
-)  # in ~/.config
+#: In ~/.config; looked at one by one, since a dotfile manager may have made symlinks of them.
+OFTEN_LINKED = ("aws", "containers", "environment.d", "gcloud", "gh", "git", "nanoclaw", "systemd")
 #: Of the system: the kernel's, devices, configuration, other users', services' data.
 PRIVATE = (
     *("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin", "/sys", "/tmp"),
@@ -110,9 +101,8 @@ def _check_pair(one: BindMount, other: BindMount) -> None:
     for inner, outer in ((one, other), (other, one)):
         # Through the outer one the agent could put a symlink in the inner one's place, for our next start.
         if not outer.read_only and outer.source in inner.source.parents:
-            raise ConfigError(
-                f"mount of '{inner.source}': lies in '{outer.source}', which the agent may write"
-            )
+            reason = f"lies in '{outer.source}', which the agent may write"
+            raise ConfigError(f"mount of '{inner.source}': {reason}")
 
 
 def private_paths() -> list[Path]:

@@ -80,17 +80,11 @@ def host_uid(index: int) -> int:
         text = Path("/etc/subuid").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return UNKNOWN_UID
-    for line in text.splitlines():
-        name, *numbers = line.split(":")
-        if (
-            name in (getpass.getuser(), str(person))
-            and len(numbers) == 2
-            and all(map(str.isdecimal, numbers))
-        ):
-            start, count = map(int, numbers)
-            if offset < count:
-                return start + offset
-            offset -= count
+    mine = rf"^(?:{re.escape(getpass.getuser())}|{person}):([0-9]+):([0-9]+)$"
+    for start, count in re.findall(mine, text, re.MULTILINE):
+        if offset < int(count):
+            return int(start) + offset
+        offset -= int(count)
     return UNKNOWN_UID
 
 

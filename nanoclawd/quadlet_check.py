@@ -56,9 +56,7 @@ class _Check:
     def __init__(self, directory: Path, texts: Mapping[AgentName, str]) -> None:
         self.directory = directory  #: ours alone
         self.texts = texts
-        self.drop_ins: dict[AgentName, list[Path]] = defaultdict(
-            list
-        )  #: real files, in the order they apply
+        self.drop_ins: dict[AgentName, list[Path]] = defaultdict(list)  #: real files, as they apply
         self.staged: dict[Path, Path] = {}  #: a drop-in directory in our directory, and the real one
         self.problems: dict[AgentName, NanoclawError] = {}
 
@@ -83,9 +81,7 @@ class _Check:
         """Run the generator; return the services that it makes, and note what it refuses."""
         generator = next((path for path in GENERATORS if os.access(path, os.X_OK)), None)
         if generator is None:
-            raise Unavailable(
-                "Podman's Quadlet generator is not installed", hint="install podman 5.3 or newer"
-            )
+            raise Unavailable("Podman's Quadlet generator is missing", hint="install podman 5.3 or newer")
         result = await programs.run(
             [generator, "--dryrun", "--user"], env={"QUADLET_UNIT_DIRS": str(self.directory / "quadlets")}
         )

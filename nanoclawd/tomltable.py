@@ -44,9 +44,8 @@ def parse(text: str, rows: Rows, name: str) -> dict[str, Any]:
         reason, _, place = str(exc).rpartition(" (at ")
         line = re.match(r"line ([0-9]+)", place)
         where = f"{name}:{line[1] if line else text.count(chr(10)) + 1}"
-        raise ConfigError(
-            f"{where}: is not TOML: {reason or exc}", hint="the format is TOML: key = value"
-        ) from None
+        hint = "the format is TOML: key = value"
+        raise ConfigError(f"{where}: is not TOML: {reason or exc}", hint=hint) from None
     except (RecursionError, ValueError) as exc:  # nested too deeply; a number of 5,000 digits
         raise ConfigError(f"{name}: is not TOML that can be read: {exc}", hint="remove that line") from None
     return check(table, rows, name, text)
@@ -98,11 +97,11 @@ def _line(text: str, key: str) -> int:
     tables: Counter[str] = Counter()
     for number, line in enumerate(text.split("\n"), 1):
         if head := _HEAD.match(line):
-            found = table = _plain(head[2])
+            table = _plain(head[2])
             if head[1] == "[[":
-                table = f"{found}.{tables[found]}"
-                tables[found] += 1
-                found = table
+                tables[table] += 1
+                table = f"{table}.{tables[table] - 1}"
+            found = table
         elif assignment := _ASSIGNMENT.match(line):
             found = _plain(f"{table}.{assignment[1]}" if table else assignment[1])
         else:
@@ -202,9 +201,8 @@ def change(text: str, changes: Mapping[str, Any]) -> str:
     new = text
     for key, value in changes.items():
         inline = re.search(rf"^\s*{re.escape(key)}\s*=", new, re.MULTILINE)
-        new = (
-            _set_tables(new, key, value) if isinstance(value, list) and not inline else _set(new, key, value)
-        )
+        set_value = _set_tables if isinstance(value, list) and not inline else _set
+        new = set_value(new, key, value)
     return new if _loads_or_none(new) == wanted else tomli_w.dumps(wanted)
 
 
@@ -242,14 +240,9 @@ def _comment(assignment: str) -> str:
 
 def _set_tables(text: str, key: str, tables: list[Any]) -> str:
     """Return the TOML text with all [[key]] tables replaced."""
-    kept: list[str] = []
-    ours = False
-    for line in text.splitlines(keepends=True):
-        if line.lstrip().startswith("["):
-            ours = re.match(rf"\s*\[\[\s*{re.escape(key)}\s*\]\]", line) is not None
-        if not ours:
-            kept.append(line)
-    rest = "".join(kept).rstrip()
+    # From each [[key]] up to the next line that begins with a bracket.
+    block = rf"^[ \t]*\[\[\s*{re.escape(key)}\s*\]\].*\n?(?:(?![ \t]*\[).*\n?)*"
+    rest = re.sub(block, "", text, flags=re.MULTILINE).rstrip()
     blocks = (f"[[{key}]]\n" + tomli_w.dumps(table) for table in tables)
     return "\n\n".join(part.rstrip() for part in (rest, *blocks) if part) + "\n"
 

@@ -11,10 +11,14 @@ from tests.support.product import Product, unique_prefix
 
 #: What is wrong with agents/NAME.toml: how it is made ($f is the file), what is said of it, what to do.
 FILES = {
-    "syntax": ("echo 'provider = ' > $f", ":1: Invalid value", "the format is TOML: key = value"),
+    "syntax": (
+        "echo 'provider = ' > $f",
+        ":1: is not TOML: Invalid value",
+        "the format is TOML: key = value",
+    ),
     "unfinished": (
         'printf \'provider = "echo"\\nmodel = "x\' > $f',
-        ":2: Unterminated string",
+        ":2: is not TOML: Unterminated string",
         "the format is TOML: key = value",
     ),
     "key": (
@@ -111,7 +115,7 @@ def test_who_writes_to_a_broken_agent_reads_why_at_once(
         assert (refused.returncode, refused.stdout, refused.stderr) == (
             1,
             "",
-            f"error: {file}:1: Invalid value\nhint: the format is TOML: key = value\n",
+            f"error: {file}:1: is not TOML: Invalid value\nhint: the format is TOML: key = value\n",
         )
     status = machine.unit("nanoclaw.service", "StatusText")["StatusText"]
     machine.write(file, 'provider = "echo"\n')

@@ -274,7 +274,7 @@ def test_a_symlink_of_a_dotfile_manager_stays(path: Path, tmp_path: Path) -> Non
 @given(
     st.dictionaries(
         st.sampled_from(sorted(agents.KEYS)), st.text() | st.integers() | st.booleans() | st.none()
-    ),
+    )
 )
 def test_any_change_is_made_whole_or_refused(
     tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
