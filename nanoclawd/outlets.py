@@ -106,9 +106,15 @@ class Outlets:
     def publish(self, rows: list[Row]) -> None:
         """After that write: queue the leased deliveries for every adapter that wants them."""
         for row in rows:
-            for outlet in list(self._outlets):
-                if outlet.live and outlet.wants(row["channel"], row["chat"], row["in_reply_to"]):
-                    self._put(outlet, row)
+            takers = [
+                outlet
+                for outlet in self._outlets
+                if outlet.live and outlet.wants(row["channel"], row["chat"], row["in_reply_to"])
+            ]
+            for outlet in takers:
+                self._put(outlet, row)
+            if not takers:  # the adapter for which it was leased has left meanwhile
+                self._give_back(row["channel"], [row["key"]])
 
     def report_activity(
         self, session: SessionRow, kind: str, text: str = "", event: str | None = None
