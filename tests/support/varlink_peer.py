@@ -114,9 +114,10 @@ class Peer:
         return reply
 
     async def result(self) -> Json:
-        """Return the parameters of the next reply. Raises VarlinkError."""
+        """Return the parameters of the next reply. Raises VarlinkError, EOFError."""
         reply = await self.receive()
-        assert reply is not None, "the server hung up"
+        if reply is None:
+            raise EOFError("the server hung up")
         if "error" in reply:
             raise VarlinkError(reply["error"], reply["parameters"])
         parameters: Json = reply["parameters"]

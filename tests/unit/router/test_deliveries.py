@@ -219,6 +219,35 @@ def test_adapters_that_come_and_go_at_any_moment_lose_nothing(place: Place) -> N
     place.run(run)
 
 
+def test_adapter_that_leaves_while_its_delivery_is_written_loses_nothing(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            claim = router.outlets.claim
+
+            def leave(tx, session, event):  # type: ignore[no-untyped-def]
+                rows = claim(tx, session, event)
+                if rows:
+                    (outlet,) = router.outlets._outlets
+                    asyncio.get_running_loop().call_soon(router.outlets.detach, outlet)
+                    router.outlets.claim = claim  # type: ignore[method-assign]
+                return rows
+
+            detach = router.outlets.detach
+            router.outlets.claim = leave  # type: ignore[method-assign]
+            router.outlets.detach = lambda outlet: (  # type: ignore[method-assign]
+                detach(outlet) if outlet in router.outlets._outlets else None
+            )
+            await router.deliver("hello")
+            await router.settled()
+            await adapter.close()
+
+            again = await router.attach()
+            assert await again.reply() == "echo: hello"
+
+    place.run(run)
+
+
 @pytest.mark.parametrize("method", ["Deliver", "StopTurn", "ReportSent"])
 def test_call_whose_client_hangs_up_has_its_whole_effect(place: Place, method: str) -> None:
     """With "more" the server ends a handler whose client has gone: not between a write and what follows."""
