@@ -12,7 +12,7 @@ from pathlib import Path
 from nanoclawd import limits, paths
 from nanoclawd.cli import control, output
 from nanoclawd.cli.parser import UsageError
-from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
+from nanoclawd.errors import ConfigError, Failed, Refused
 from nanoclawd.wire import Json
 
 DELETE_S = 600.0  #: for a workspace
@@ -31,15 +31,13 @@ def set_(options: Namespace) -> None:
     if all(value is None for value in keys.values()):
         raise UsageError("nothing to change", hint="'nanoclawctl agent set --help' lists what there is")
     reply = control.call_agent("SetAgent", options.AGENT, keys)
-    restart = (
-        f"Sessions that run keep what they have; 'nanoclawctl agent restart {options.AGENT}' ends that."
-    )
     _warn_if_broken(options, reply)
-    output.done(options, reply, restart if reply["runtime"]["running"] else "")
+    keeps = f"Sessions that run keep what they have; 'nanoclawctl agent restart {options.AGENT}' ends that."
+    output.done(options, reply, keeps if reply["runtime"]["running"] else "")
 
 
 def list_(options: Namespace) -> None:
-    agents = control.list_("ListAgents", "name")
+    agents = control.list_agents()
     if options.json:
         return output.say_json({"agents": agents})
     if not agents:
@@ -113,7 +111,7 @@ def _purge(directory: Path) -> None:
     Its files belong to the agent's uid, one of the person's subordinate uids: only podman-unshare(1), where
     that uid is mapped, may remove them. rm(1) follows no symbolic link that an agent left there.
     """
-    from nanoclawd.cli import programs
+    from nanoclawd.cli.doctor import ask
 
     trash = paths.state() / "trash"
     inside = directory.parent == trash and directory.name not in ("", ".", "..")
@@ -122,16 +120,10 @@ def _purge(directory: Path) -> None:
     if not os.path.lexists(directory):
         return
     command = ["podman", "unshare", "rm", "-rf", "--", str(directory)]
-    try:
-        result = programs.run(command, timeout_s=DELETE_S)
-        problem = result.stderr.strip() if result.returncode else ""
-    except Unavailable as exc:
-        problem = exc.message
-    if problem or os.path.lexists(directory):
-        raise Failed(
-            f"the agent is removed, but '{directory}' cannot be deleted: {problem or 'it is still there'}",
-            hint=f"try: {shlex.join(command)}",
-        )
+    code, out = ask(*command, timeout_s=DELETE_S)
+    if code != 0 or os.path.lexists(directory):
+        problem = f"the agent is removed, but '{directory}' cannot be deleted: {out or 'it is still there'}"
+        raise Failed(problem, hint=f"try: {shlex.join(command)}")
 
 
 def _act(method: str, options: Namespace) -> None:
@@ -144,18 +136,14 @@ start, stop, restart = (partial(_act, f"{verb}Agent") for verb in ("Start", "Sto
 
 def _keys(options: Namespace) -> Json:
     """Return the configuration keys as the router takes them; None is "stays" or "the default"."""
-    instructions = options.instructions
-    return {
-        "description": options.description,
-        "provider": options.provider,
-        "model": options.model,
-        "image": options.image,
-        "instructions": None if instructions is None else _read_instructions(instructions),
+    keys = {
         "idleSeconds": options.idle_seconds,
         "memoryMax": options.memory_max,
         "tasksMax": options.tasks_max,
         "cpuQuota": options.cpu_quota,
+        "instructions": None if options.instructions is None else _read_instructions(options.instructions),
     }
+    return {key: getattr(options, key) for key in ("description", "provider", "model", "image")} | keys
 
 
 def _read_instructions(name: str) -> str:

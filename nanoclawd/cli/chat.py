@@ -13,7 +13,7 @@ from queue import Empty
 from types import FrameType
 
 from nanoclawd.cli import control, output, text
-from nanoclawd.cli.conversation import Activity, Conversation, Delivery, Inbox, Item, chat_id, check_text
+from nanoclawd.cli.conversation import Activity, Conversation, Delivery, Item, check_text
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.cli.prompt import Prompt, Woken, no_echo
 from nanoclawd.cli.screen import Screen
@@ -37,24 +37,25 @@ _STATUS = {
 def run(options: Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("a chat needs a terminal", hint="in scripts use 'nanoclawctl send --wait'")
-    chat, agent = chat_id(options.AGENT, options.chat), options.AGENT
+    agent, screen = options.AGENT, Screen(sys.stdout, preview=True)
+    conversation = Conversation(agent, options.chat, screen)
     runtime = control.call_agent("ShowAgent", agent)["runtime"]
     if runtime["state"] == "held":
         output.talk(f"'{agent}' is stopped; messages wait until 'nanoclawctl agent start {agent}'.")
     elif runtime["state"] == "broken":
         output.talk(f"warning: '{agent}' cannot run: {runtime['problem']}")
-    return _Chat(agent, chat).run()
+    return _Chat(agent, conversation, screen).run()
 
 
 class _Chat:
     """The main thread's side. The conversation's thread only fills `inbox`."""
 
-    def __init__(self, agent: str, chat: str) -> None:
+    def __init__(self, agent: str, conversation: Conversation, screen: Screen) -> None:
         self.agent = agent
-        self.inbox: Inbox = Inbox()
-        self.screen = Screen(sys.stdout, preview=True)
+        self.conversation = conversation
+        self.inbox = conversation.inbox
+        self.screen = screen
         self.prompt = Prompt("you> ", is_waiting=lambda: not self.inbox.empty())
-        self.conversation = Conversation(chat, agent, inbox=self.inbox, screen=self.screen)
         self.exchanging = False  #: activity is of interest
         self.working = False  #: Ctrl-C is for the agent, not for us
         self.lost: NanoclawError | None = None  #: why nothing can come any more
@@ -96,12 +97,10 @@ class _Chat:
         except NanoclawError as error:
             if error is self.lost:
                 raise
-            self.screen.end()
-            output.say_error(error, as_json=False)
+            self._say(error)
             self.prompt.typed = message
         except KeyboardInterrupt:
-            self.screen.end()
-            output.talk("It may not have been sent. Send it again to be sure: it will not be doubled.")
+            self._say("It may not have been sent. Send it again to be sure: it will not be doubled.")
             self.prompt.typed = message
         finally:
             self.working = self.exchanging = False
@@ -125,8 +124,7 @@ class _Chat:
                 if not isinstance(item, KeyboardInterrupt):
                     self._show(item, status=not stopping)
                 elif stopping:
-                    self.screen.end()
-                    return output.talk("It goes on; the reply will be shown when it comes.")
+                    return self._say("It goes on; the reply will be shown when it comes.")
                 else:
                     stopping = True
                     self.screen.set_status("stopping; Ctrl-C again goes on without waiting")
@@ -139,12 +137,14 @@ class _Chat:
         try:
             if self.conversation.stop_turn():
                 return True
-            self.screen.end()
-            output.talk("There was nothing to stop.")
+            self._say("There was nothing to stop.")
         except NanoclawError as error:
-            self.screen.end()
-            output.say_error(error, as_json=False)
+            self._say(error)
         return False
+
+    def _say(self, what: str | NanoclawError) -> None:
+        self.screen.end()
+        output.talk(what) if isinstance(what, str) else output.say_error(what, as_json=False)
 
     def _show_waiting(self, within_s: float) -> None:
         """Show what was sent while nobody waited for it, or comes `within_s`."""
@@ -156,7 +156,14 @@ class _Chat:
     def _show(self, item: Item, *, status: bool) -> None:
         match item:
             case Delivery():
-                self._show_delivery(item)
+                # Printed unless that was done; then reported: what fails in between is known as shown.
+                if not self.conversation.was_shown(item):
+                    self.screen.erase()
+                    name = output.colour(output.BOLD, f"{text.one_line(item.agent)}>")
+                    if item.kind == "notice":
+                        name = output.colour(output.YELLOW, "notice:")
+                    print(name, text.visible(item.text.rstrip("\n")), flush=True)
+                self.conversation.report(item.key)
             case Activity() if status:
                 words = text.one_line(item.text)
                 if item.kind == "text":
@@ -168,16 +175,6 @@ class _Chat:
             case NanoclawError():
                 self.lost = item
                 raise item
-
-    def _show_delivery(self, delivery: Delivery) -> None:
-        """Print it, unless that was done; then report it."""
-        if not self.conversation.was_shown(delivery):
-            self.screen.erase()
-            name = output.colour(output.BOLD, f"{text.one_line(delivery.agent)}>")
-            if delivery.kind == "notice":
-                name = output.colour(output.YELLOW, "notice:")
-            print(name, text.visible(delivery.text.rstrip("\n")), flush=True)
-        self.conversation.report(delivery.key)
 
     def _put(self, item: Item) -> None:
         """Called in the conversation's thread."""

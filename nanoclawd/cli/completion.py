@@ -64,7 +64,7 @@ def answer(words: Sequence[str]) -> None:
     *before, current = words or [""]
     for word, help_ in _offers(before, current):
         if word.startswith((current, ":")):
-            print(f"{word}\t{help_}".rstrip().replace("%%", "%"))
+            print(f"{word}\t{help_}".rstrip())
 
 
 def _offers(before: Sequence[str], current: str) -> Iterable[tuple[str, str]]:

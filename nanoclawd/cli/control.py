@@ -15,8 +15,7 @@ COMPLETION_S = 1.0  #: for names that would be nice to have; a person waits with
 
 _ERRORS = {
     kind.__name__: kind
-    for kind in errors.NanoclawError.__subclasses__()
-    if kind.__module__ == errors.__name__
+    for kind in (errors.ConfigError, errors.NotFound, errors.Refused, errors.Unavailable, errors.Failed)
 }
 
 
@@ -51,17 +50,15 @@ def stream(method: str, parameters: Json | None = None, *, timeout_s: float = AN
         yield from client.stream(f"{INTERFACE}.{method}", parameters)
 
 
-def list_(
-    method: str, key: str, parameters: Json | None = None, *, timeout_s: float = ANSWER_S
-) -> list[Json]:
-    """Return the method's answers that hold `key`: one without it says that there is nothing."""
-    return [reply for reply in stream(method, parameters, timeout_s=timeout_s) if reply.get(key)]
+def list_agents(*, timeout_s: float = ANSWER_S) -> list[Json]:
+    # One reply without a name says that there is none.
+    return [reply for reply in stream("ListAgents", timeout_s=timeout_s) if reply.get("name")]
 
 
 def agent_names() -> list[str]:
     """Return the names of all agents, or none if they do not come at once."""
     try:
-        return [str(agent["name"]) for agent in list_("ListAgents", "name", timeout_s=COMPLETION_S)]
+        return [str(agent["name"]) for agent in list_agents(timeout_s=COMPLETION_S)]
     except errors.NanoclawError:
         return []
 
@@ -69,7 +66,8 @@ def agent_names() -> list[str]:
 def sessions(agent: str | None) -> list[Json]:
     """Return the sessions of one agent, or of all."""
     with suggesting(agent or ""):
-        return [reply["session"] for reply in list_("ListSessions", "session", {"agent": agent})]
+        replies = list(stream("ListSessions", {"agent": agent}))
+    return [reply["session"] for reply in replies if reply.get("session")]
 
 
 @contextmanager

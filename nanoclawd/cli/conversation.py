@@ -49,7 +49,6 @@ class Activity:
 
 #: None: what was waiting has been sent. NanoclawError: nothing more will come. KeyboardInterrupt: Ctrl-C.
 Item = Delivery | Activity | NanoclawError | KeyboardInterrupt | None
-Inbox = SimpleQueue[Item]
 
 
 def chat_id(agent: str, name: str | None) -> str:
@@ -102,11 +101,12 @@ class Lines:
 class Conversation:
     """Says something, and yields what comes. A thread fills `inbox`, whatever becomes of the connection."""
 
-    def __init__(self, chat: str, agent: str, *, inbox: Inbox, screen: Screen) -> None:
-        self._chat: Json = {"channel": CHANNEL, "chat": chat}
+    def __init__(self, agent: str, name: str | None, screen: Screen) -> None:
+        """`name` tells several chats with one agent apart. Raises Refused if it is none."""
+        self._chat: Json = {"channel": CHANNEL, "chat": chat_id(agent, name)}
         self._agent = agent
-        self._inbox = inbox
         self._screen = screen
+        self.inbox: SimpleQueue[Item] = SimpleQueue()
         self._client: Client | None = None
         self._shown = Lines("shown", SHOWN)
         self.until = inf  #: what is waited for is given up when time.monotonic() is this
@@ -148,7 +148,7 @@ class Conversation:
             if end == inf and now >= self.until:
                 raise TimeoutError
             try:
-                item = self._inbox.get(timeout=min(1.0, end - now, self.until - now if end == inf else inf))
+                item = self.inbox.get(timeout=min(1.0, end - now, self.until - now if end == inf else inf))
             except Empty:
                 self._screen.tick()
                 continue

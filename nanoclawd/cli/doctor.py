@@ -72,24 +72,17 @@ def main() -> int:
 
 def check_floor() -> Iterator[Check]:
     """Yield what there is of that which must be there before NanoClaw can be installed."""
-    yield check_user()
-    yield check_python()
-    yield check_systemd()
-    yield check_user_manager()
-    yield check_podman()
-    yield check_subordinate_ids("uid")
-    yield check_subordinate_ids("gid")
+    for check in (check_user, check_python, check_systemd, check_user_manager, check_podman):
+        yield check()
+    yield from map(check_subordinate_ids, ("uid", "gid"))
     yield check_cgroups()
 
 
 def check_all() -> Iterator[Check]:
     """Yield the result of each check: from the machine to the agents."""
     yield from check_floor()
-    yield check_linger()
-    yield check_journal()
-    yield check_network_online()
-    yield check_disk()
-    yield check_socket_path()
+    for check in (check_linger, check_journal, check_network_online, check_disk, check_socket_path):
+        yield check()
     yield from map(check_socket, SOCKETS)
     yield from check_router()
 
@@ -264,7 +257,7 @@ def check_router() -> Iterator[Check]:
 
     try:
         status = control.call("Status", timeout_s=STATUS_S)
-        agents = control.list_("ListAgents", "name", timeout_s=STATUS_S)
+        agents = control.list_agents(timeout_s=STATUS_S)
     except NanoclawError as exc:
         yield Check("router", MISSING, exc.message, "see 'journalctl --user -u nanoclaw'")
         return
@@ -320,15 +313,14 @@ def check_agents(agents: list[Json]) -> Iterator[Check]:
             yield Check(f"image {image}", MISSING, found, "nanoclawctl image build")
 
 
-def ask(*command: str) -> tuple[int, str]:
+def ask(*command: str, timeout_s: float = 0) -> tuple[int, str]:
     """Return exit code and output of a program; 127 if there is none, 124 if it takes too long."""
-    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    timeout_s = timeout_s or PROGRAM_S
+    null, pipe, same = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
     try:
-        done = subprocess.run(
-            command, stdin=null, stdout=pipe, stderr=subprocess.STDOUT, timeout=PROGRAM_S, check=False
-        )
+        done = subprocess.run(command, stdin=null, stdout=pipe, stderr=same, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        return 124, f"no answer within {PROGRAM_S:.0f} s"
+        return 124, f"no answer within {timeout_s:.0f} s"
     except OSError as exc:
         return 127, f"{command[0]}: {exc.strerror}"
     return done.returncode, done.stdout.decode(errors="replace").strip()

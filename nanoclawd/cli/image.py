@@ -6,9 +6,10 @@ import os
 from argparse import Namespace
 
 from nanoclawd import limits
-from nanoclawd.cli import control, output, programs
+from nanoclawd.cli import control, output
+from nanoclawd.cli.doctor import ask
 from nanoclawd.cli.parser import UsageError
-from nanoclawd.errors import Failed, Unavailable
+from nanoclawd.errors import Failed
 
 WARM_S = 600.0
 
@@ -33,18 +34,15 @@ def build(options: Namespace) -> None:
     if image is None:
         raise Failed("the build ended without an image", hint="see 'journalctl --user -u nanoclaw'")
     _warm(image)
-    output.say_json({"imageId": image}) if options.json else output.say(image)
+    if options.json:
+        return output.say_json({"imageId": image})
+    output.say(image)
 
 
 def _warm(image: str) -> None:
     """Let Podman map the layers to a user namespace like the agents', else the first answer waits for it."""
     output.talk("Preparing it for the agents' user namespace")
     options = ["--rm", "--pull=never", "--network=none", "--userns=keep-id", "--entrypoint", "/bin/true"]
-    try:
-        done = programs.run(["podman", "run", *options, image], timeout_s=WARM_S)
-        problem = done.stderr.strip() if done.returncode else ""
-        problem = problem or (f"podman ended with {done.returncode}" if done.returncode else "")
-    except Unavailable as exc:
-        problem = exc.message
-    if problem:
-        output.talk(f"warning: it is not prepared, and the first answer will take longer: {problem}")
+    code, out = ask("podman", "run", *options, image, timeout_s=WARM_S)
+    if code != 0:
+        output.talk(f"warning: that failed, so that the first answer will take longer: {out or code}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nanoclawd.cli.table import COMMANDS, NOUNS, PROGRAM, Command
 from nanoclawd.errors import NanoclawError
@@ -119,19 +119,20 @@ def make_parser(command: Command, *, positional: bool) -> argparse.ArgumentParse
     )
     parser.add_argument("--help", "-h", action="store_true", help="show this text")
     for option in command.options:
-        if option.positional:
-            if positional:
-                parser.add_argument(option.name, nargs=None if option.needed else "?", help=option.help)
-        elif option.metavar:
-            parser.add_argument(
-                *filter(None, (option.name, option.short)),
-                action="append" if option.repeat else "store",
-                default=option.default,
-                help=option.help,
-                metavar=option.metavar,
-                type=option.read,
-            )
-        else:
-            flags = filter(None, (option.name, option.short))
-            parser.add_argument(*flags, action="store_true", help=option.help)
+        names = [name for name in (option.name, option.short) if name]
+        help_ = option.help.replace("%", "%%")
+        if not option.positional and not option.metavar:
+            parser.add_argument(*names, action="store_true", help=help_)
+        elif not option.positional:
+            if option.default is not None:
+                help_ += " (default: %(default)s)"
+            action = "append" if option.repeat else "store"
+            settings: dict[str, Any] = {
+                "metavar": option.metavar,
+                "default": option.default,
+                "type": option.read,
+            }
+            parser.add_argument(*names, action=action, help=help_, **settings)
+        elif positional:
+            parser.add_argument(*names, nargs=None if option.needed else "?", help=help_)
     return parser

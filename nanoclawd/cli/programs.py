@@ -1,15 +1,14 @@
-"""Other programs that only the person, outside every sandbox, can run: argument list, no shell, deadline."""
+"""Programs that nanoclawctl becomes: what only the person, outside every sandbox, can run."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 from argparse import Namespace
 from typing import NoReturn
 
 from nanoclawd.cli import control
 from nanoclawd.cli.parser import UsageError
-from nanoclawd.errors import Failed, NotFound, Unavailable
+from nanoclawd.errors import Failed, NotFound
 from nanoclawd.ids import parse_agent_name, parse_session_name
 
 
@@ -49,24 +48,3 @@ def _become(arguments: list[str]) -> NoReturn:
     except OSError as exc:
         hint = "'nanoclawctl doctor' checks what is needed"
         raise Failed(f"cannot run {arguments[0]}: {exc.strerror}", hint=hint) from exc
-
-
-def run(arguments: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end and return what it printed, whatever its exit code.
-
-    Raises Unavailable if it cannot be started or takes longer than `timeout_s`; it is then killed.
-    """
-    try:
-        return subprocess.run(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"'{' '.join(arguments)}' took longer than {timeout_s:.0f} s") from None
-    except OSError as exc:
-        raise Unavailable(f"cannot run {arguments[0]}: {exc.strerror}") from exc

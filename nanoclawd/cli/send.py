@@ -12,7 +12,7 @@ from math import inf
 
 from nanoclawd import limits
 from nanoclawd.cli import control, output
-from nanoclawd.cli.conversation import Activity, Conversation, Delivery, Inbox, chat_id, check_text
+from nanoclawd.cli.conversation import Activity, Conversation, Delivery, check_text
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.cli.screen import Screen
 from nanoclawd.errors import Failed, NanoclawError, Refused
@@ -24,13 +24,11 @@ ASK_S = 2.0  #: for the reason of a delay, which nobody waits for
 def run(options: Namespace) -> int:
     """Send; with --wait print the reply too, and return 1 if it is a notice about a failure."""
     message = check_text(_read_text(options.TEXT))
-    chat = chat_id(options.AGENT, options.chat)
     event = str(uuid.uuid4())
-    inbox: Inbox = Inbox()
     screen = Screen(sys.stderr, preview=False)
-    conversation = Conversation(chat, options.AGENT, inbox=inbox, screen=screen)
+    conversation = Conversation(options.AGENT, options.chat, screen)
     conversation.until = time.monotonic() + (STORE_S if not options.wait else options.timeout or inf)
-    conversation.connect(event, inbox.put if options.wait else None)
+    conversation.connect(event, conversation.inbox.put if options.wait else None)
     replies: list[Delivery] = []
     try:
         with control.suggesting(options.AGENT):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PROGRAM = "nanoclawctl"
 
@@ -61,16 +61,66 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Command:
+    """A row of COMMANDS."""
+
     name: str  #: noun and verb, or the noun alone
-    help: str  #: one line
     run: str  #: "module:function" in this package, imported only when the command runs
-    options: tuple[Option, ...] = ()
+    takes: str  #: names of OPTIONS; a positional argument in brackets may be left out
+    help: str  #: one line
     more: str = ""  #: a paragraph for --help
 
     @property
     def words(self) -> tuple[str, ...]:
         return tuple(self.name.split())
 
+    @property
+    def options(self) -> tuple[Option, ...]:
+        return tuple(
+            replace(OPTIONS[name.strip("[]")], needed=name[0] != "[") for name in self.takes.split()
+        )
+
+
+_OPTIONS = (
+    Option("AGENT", "name of the agent", complete="agents"),
+    Option("TEXT", "the message; - or nothing reads it from stdin"),
+    Option("NAME", "name of the secret, e.g. anthropic"),
+    Option("SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
+    Option("--json", "print one JSON document; an error is one too, on stderr"),
+    Option("--yes", "do not ask", short="-y"),
+    Option("--floor", "only what must be there before the installation"),
+    Option("--follow", "go on with new lines as they come", short="-f"),
+    Option("--lines", "show the last N lines", "N", count, short="-n", default=100),
+    Option("--chat", "use another conversation with the same agent", "CHAT"),
+    Option("--wait", "wait for the reply and print it"),
+    Option("--timeout", "with --wait: give up after so long; 0 never does", "SECONDS", seconds, default=600),
+    Option("--description", "one line for people", "TEXT"),
+    Option("--provider", "who runs the model: anthropic, echo or a skill's", "NAME"),
+    Option("--model", "model of the provider; empty for its default", "MODEL"),
+    Option("--image", "name of the container image", "IMAGE"),
+    Option("--instructions", "file with instructions; - is stdin", "FILE", complete="files"),
+    Option("--idle-seconds", "seconds without work until a container stops", "N", seconds),
+    Option("--memory-max", "memory limit as in MemoryMax=, e.g. 1G", "SIZE"),
+    Option("--tasks-max", "limit of processes and threads", "N", count),
+    Option("--cpu-quota", "CPU limit, e.g. 150%; empty for none", "PERCENT"),
+    Option(
+        "--mount",
+        "show a file or directory to the agent, read-only unless :rw; may be repeated",
+        *("SOURCE:TARGET[:rw]", mount),
+        repeat=True,
+        complete="files",
+    ),
+    Option("--no-mounts", "take all mounts away; --mount replaces them"),
+    Option("--purge", "delete the workspace too"),
+    Option("--session", "which one, if several run", "SESSION"),
+    Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
+    Option(
+        "--base-directory",
+        "directory made by agent-image/make-base: a base and packages without network",
+        "DIRECTORY",
+        complete="directories",
+    ),
+)
+OPTIONS = {option.name: option for option in _OPTIONS}
 
 NOUNS = {
     "agent": "configure, start and stop agents",
@@ -79,152 +129,58 @@ NOUNS = {
     "secret": "keep the credentials that the gateway uses",
 }
 
-JSON = Option("--json", "print one JSON document; an error is one too, on stderr")
-YES = Option("--yes", "do not ask", short="-y")
-AGENT = Option("AGENT", "name of the agent", complete="agents")
-CHAT = Option("--chat", "use another conversation with the same agent", "CHAT")
-LOGS = (
-    Option("--follow", "go on with new lines as they come", short="-f"),
-    Option("--lines", "show the last N lines", "N", count, short="-n", default=100),
+_KEYS = (
+    "--description --provider --model --image --instructions --idle-seconds --memory-max --tasks-max "
+    "--cpu-quota --mount"
 )
-KEYS = (
-    Option("--description", "one line for people", "TEXT"),
-    Option("--provider", "who runs the model: anthropic, echo or a skill's", "NAME"),
-    Option("--model", "model of the provider; empty for its default", "MODEL"),
-    Option("--image", "container image", "IMAGE"),
-    Option("--instructions", "file with instructions; - is stdin", "FILE", complete="files"),
-    Option("--idle-seconds", "seconds without work until a container stops", "N", seconds),
-    Option("--memory-max", "memory limit as in MemoryMax=, e.g. 1G", "SIZE"),
-    Option("--tasks-max", "limit of processes and threads", "N", count),
-    Option("--cpu-quota", "CPU limit, e.g. 150%%; empty for none", "PERCENT"),
-    Option(
-        "--mount",
-        "show a file or directory to the agent, read-only unless :rw; may be repeated",
-        *("SOURCE:TARGET[:rw]", mount),
-        repeat=True,
-        complete="files",
-    ),
-)
-
-COMMANDS: tuple[Command, ...] = (
-    Command(
-        "status", "show what runs, what waits, and whether the sandboxes are active", "status:run", (JSON,)
-    ),
-    Command(
-        "doctor",
+_ROWS = (
+    ("status", "status:run", "--json", "show what runs, what waits, and whether the sandboxes are active"),
+    (
+        *("doctor", "doctor:run", "--floor --json"),
         "check what NanoClaw needs, and say what to do about what is missing",
-        "doctor:run",
-        (JSON, Option("--floor", "only what must be there before the installation")),
-        more="Works without the daemon. Fails if something that is needed is missing.",
+        "Works without the daemon. Fails if something that is needed is missing.",
     ),
-    Command("reload", "read all configuration again", "status:reload", (JSON,)),
-    Command(
+    ("reload", "status:reload", "--json", "read all configuration again"),
+    (
         "logs",
-        "show the journal of the daemons, or of one agent",
         "programs:logs",
-        (Option("AGENT", "only this agent", needed=False, complete="agents"), *LOGS),
+        "[AGENT] --follow --lines",
+        "show the journal of the daemons, or of one agent",
     ),
-    Command(
-        "chat",
-        "talk to an agent in this terminal",
-        "chat:run",
-        (AGENT, CHAT),
-        more="Ctrl-C stops what the agent is doing; at the prompt, Ctrl-D leaves. "
+    (
+        *("chat", "chat:run", "AGENT --chat", "talk to an agent in this terminal"),
+        "Ctrl-C stops what the agent is doing; at the prompt, Ctrl-D leaves. "
         "A line that ends in a backslash goes on in the next one.",
     ),
-    Command(
-        "send",
-        "send one message to an agent",
-        "send:run",
-        (
-            AGENT,
-            Option("TEXT", "the message; - or nothing reads it from stdin", needed=False),
-            CHAT,
-            Option("--wait", "wait for the reply and print it"),
-            Option(
-                "--timeout",
-                "with --wait: give up after so long; 0 never does (default: 600)",
-                *("SECONDS", seconds),
-                default=600,
-            ),
-            JSON,
-        ),
-    ),
-    Command("agent add", "add an agent", "agents:add", (AGENT, *KEYS, JSON)),
-    Command("agent list", "list all agents", "agents:list_", (JSON,)),
-    Command("agent show", "show one agent", "agents:show", (AGENT, JSON)),
-    Command(
-        "agent set",
+    ("send", "send:run", "AGENT [TEXT] --chat --wait --timeout --json", "send one message to an agent"),
+    ("agent add", "agents:add", f"AGENT {_KEYS} --json", "add an agent"),
+    ("agent list", "agents:list_", "--json", "list all agents"),
+    ("agent show", "agents:show", "AGENT --json", "show one agent"),
+    (
+        *("agent set", "agents:set_", f"AGENT {_KEYS} --no-mounts --json"),
         "change an agent; what is not named stays",
-        "agents:set_",
-        (AGENT, *KEYS, Option("--no-mounts", "take all mounts away; --mount replaces them"), JSON),
     ),
-    Command(
-        "agent remove",
+    (
+        *("agent remove", "agents:remove", "AGENT --purge --yes --json"),
         "remove an agent; its workspace goes to the trash",
-        "agents:remove",
-        (AGENT, Option("--purge", "delete the workspace too"), YES, JSON),
     ),
-    Command("agent start", "let a stopped agent work again", "agents:start", (AGENT, JSON)),
-    Command(
-        "agent stop",
+    ("agent start", "agents:start", "AGENT --json", "let a stopped agent work again"),
+    (
+        *("agent stop", "agents:stop", "AGENT --json"),
         "stop an agent until it is started again; its messages wait",
-        "agents:stop",
-        (AGENT, JSON),
     ),
-    Command(
-        "agent restart",
+    (
+        *("agent restart", "agents:restart", "AGENT --json"),
         "stop an agent's containers, and start those that have work",
-        "agents:restart",
-        (AGENT, JSON),
     ),
-    Command("agent logs", "show the journal of an agent", "programs:logs", (AGENT, *LOGS)),
-    Command(
-        "agent shell",
-        "open a shell in a running container of the agent",
-        "programs:shell",
-        (AGENT, Option("--session", "which one, if several run", "SESSION")),
-    ),
-    Command(
-        "session list",
-        "list sessions, of one agent or of all",
-        "status:sessions",
-        (Option("AGENT", "only of this agent", needed=False, complete="agents"), JSON),
-    ),
-    Command(
-        "image build",
-        "build the agent image",
-        "image:build",
-        (
-            Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
-            Option(
-                "--base-directory",
-                "directory made by agent-image/make-base: a base and packages without network",
-                "DIRECTORY",
-                complete="directories",
-            ),
-            Option("--image", "name of the result", "IMAGE"),
-            JSON,
-        ),
-    ),
-    Command(
-        "secret set",
-        "store a secret; it is asked for, or read from stdin",
-        "secret:set_",
-        (Option("NAME", "e.g. anthropic"), JSON),
-    ),
-    Command("secret list", "list secrets by name; values are never shown", "secret:list_", (JSON,)),
-    Command(
-        "secret remove",
-        "remove a secret",
-        "secret:remove",
-        (Option("NAME", "as 'secret list' shows it"), YES, JSON),
-    ),
-    Command(
-        "completion",
-        "print a script for the completion of a shell",
-        "completion:run",
-        (Option("SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")),),
-    ),
-    Command("version", "print the version", "status:version", (JSON,)),
+    ("agent logs", "programs:logs", "AGENT --follow --lines", "show the journal of an agent"),
+    ("agent shell", "programs:shell", "AGENT --session", "open a shell in a running container of the agent"),
+    ("session list", "status:sessions", "[AGENT] --json", "list sessions, of one agent or of all"),
+    ("image build", "image:build", "--base --base-directory --image --json", "build the agent image"),
+    ("secret set", "secret:set_", "NAME --json", "store a secret; it is asked for, or read from stdin"),
+    ("secret list", "secret:list_", "--json", "list secrets by name; values are never shown"),
+    ("secret remove", "secret:remove", "NAME --yes --json", "remove a secret"),
+    ("completion", "completion:run", "SHELL", "print a script for the completion of a shell"),
+    ("version", "status:version", "--json", "print the version"),
 )
+COMMANDS = tuple(Command(*row) for row in _ROWS)
