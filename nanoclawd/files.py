@@ -44,10 +44,12 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
 def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
     """Replace `path` (or what a symlink there points to) by `text`, durable when this returns.
 
-    At any moment, also after a power loss, there is either the old file or the new one.
+    At any moment, also after a power loss, there is either the old file or the new one. A directory that is
+    missing is made.
     Raises Failed, and leaves the old file, if it cannot be written.
     """
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = path.resolve()  # a dotfile manager's symlink stays one
         # In the same directory: rename(2) works neither across file systems nor across the bind mounts that
         # ReadWritePaths= makes. The name has no suffix that Quadlet or we would read.

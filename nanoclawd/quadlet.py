@@ -19,7 +19,7 @@ from string import Template
 from nanoclawd import paths, quadlet_check
 from nanoclawd.agents import AgentConfig
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, Refused
-from nanoclawd.files import failed, remove_file, sync_directory, write_text
+from nanoclawd.files import remove_file, sync_directory, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.mounts import BindMount
 
@@ -215,14 +215,11 @@ def _write_units(
     for spec in specs:
         path = unit_file(spec.agent, spec.index)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, texts[spec.agent], mode=0o644)
             # With another index it was elsewhere, and of two files with one name Quadlet takes the first.
             for other in path.parent.parent.glob(f"*/{path.name}"):
                 if other != path:
-                    other.unlink(missing_ok=True)
-        except OSError as exc:
-            problems[spec.agent] = failed(path, "cannot be written", exc)
+                    remove_file(other)
         except Failed as exc:
             problems[spec.agent] = exc
     return problems

@@ -140,7 +140,6 @@ class Registry:
             row = (await self._db.write(lambda tx: _ensure_rows(tx, [agent_name])))[agent_name]
             agent = Agent(name=agent_name, config=None, index=row["uid_index"])
             try:
-                _make_directory(paths.agents())
                 with _restored_on_failure(agent_name) as path:
                     agents.write_agent(path, AgentConfig(name=agent_name, **values))
                     agent = await self._install(agent, path, instructions)
