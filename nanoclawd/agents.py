@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_num
 DEFAULT_IMAGE = "localhost/nanoclaw-agent:latest"
 MOUNTS = 16  #: [[mounts]] of one agent
 PATH_CHARACTERS = 1024
+WORD_CHARACTERS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,28 +154,19 @@ def write_instructions(path: Path, text: str) -> None:
 
 # --- values -----------------------------------------------------------------------------------------
 
-
-def _pattern(pattern: str, reason: str, hint: str) -> Callable[[Any], str]:
-    compiled = re.compile(pattern, re.ASCII)
-
-    def parse(value: Any) -> str:
-        text = line_of_text(256)(value)
-        if not compiled.fullmatch(text):
-            raise BadValue(reason, hint)
-        return text
-
-    return parse
-
-
+_PATH = line_of_text(PATH_CHARACTERS)
 _IMAGE_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 #: One row a key: how its value is checked. Defaults and meaning stand in AgentConfig.
 KEYS: dict[str, Callable[[Any], Any]] = {
     "description": line_of_text(200),
-    "provider": _pattern(
-        r"[a-z][a-z0-9_-]{0,31}", "is not a provider's name", 'write "anthropic" or "echo"'
+    "provider": line_of_text(
+        WORD_CHARACTERS, r"[a-z][a-z0-9_-]{0,31}", "is not a provider's name", 'write "anthropic" or "echo"'
     ),
-    "model": _pattern(r"(?:[A-Za-z0-9][A-Za-z0-9._:/@-]*)?", "is not a model's name", "use the API's name"),
-    "image": _pattern(
+    "model": line_of_text(
+        WORD_CHARACTERS, r"([A-Za-z0-9][A-Za-z0-9._:/@-]*)?", "is not a model's name", "use the API's name"
+    ),
+    "image": line_of_text(
+        WORD_CHARACTERS,
         # Quadlet takes *.build, *.image and *.pod for units of its own.
         rf"(?!.*\.(?:build|image|pod)$)(?:[a-zA-Z0-9][a-zA-Z0-9.-]*(?::[0-9]+)?/)?{_IMAGE_PART}(?:/{_IMAGE_PART})*"
         r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
@@ -183,22 +174,22 @@ KEYS: dict[str, Callable[[Any], Any]] = {
         f"write it as {DEFAULT_IMAGE}",
     ),
     "idle_seconds": whole_number(0, 7 * 86_400),
-    "memory_max": _pattern(
+    "memory_max": line_of_text(
+        WORD_CHARACTERS,
         r"[1-9][0-9]{0,14}[KMGT]?|100%|[1-9][0-9]?%|infinity",
         "is not a size",
         'write "512M" or "2G", or remove the line for the default',
     ),
     "tasks_max": whole_number(16, 65_536),
-    "cpu_quota": _pattern(
-        r"(?:[1-9][0-9]{0,5}%)?", "is not a percentage", 'write "150%" for one and a half CPUs'
+    "cpu_quota": line_of_text(
+        WORD_CHARACTERS,
+        r"([1-9][0-9]{0,5}%)?",
+        "is not a percentage",
+        'write "150%" for one and a half CPUs',
     ),
     "mounts": tomltable.tables(
         Mount,
-        {
-            "source": line_of_text(PATH_CHARACTERS),
-            "target": line_of_text(PATH_CHARACTERS),
-            "read_only": true_or_false,
-        },
+        {"source": _PATH, "target": _PATH, "read_only": true_or_false},
         required=("source", "target"),
         max_count=MOUNTS,
         hint="write [[mounts]] and below it source = …, target = …",

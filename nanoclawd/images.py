@@ -152,13 +152,8 @@ def _exists(api: Any, reference: str) -> bool:
 
 
 def _build(api: Any, image: str, base: str | None, directory: str | None) -> str:
-    parameters = {
-        "t": image,
-        "dockerfile": "Containerfile",
-        "layers": "true",
-        "rm": "true",
-        "forcerm": "true",
-    }
+    parameters = {"t": image, "dockerfile": "Containerfile", "layers": "true"}
+    parameters |= {"rm": "true", "forcerm": "true"}
     wheelhouse = None
     if directory is not None:
         base = base or BASE_IMAGE

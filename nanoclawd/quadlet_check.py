@@ -144,10 +144,8 @@ class _Check:
 
         if where := self.find(agent, is_quoted):
             self.note(agent, where, reason)
-        elif self.drop_ins[agent]:
-            self.note(agent, self.suspects(agent), f"the unit with this is refused: {reason}")
         else:
-            self.note(agent, "", f"the unit made of it is refused: {reason}")
+            self.note(agent, self.suspects(agent), f"with this the unit is refused: {reason}")
 
     def note_dislike(self, agent: AgentName, reason: str, service: str, number: int) -> None:
         """Note what systemd says of a generated service, of its line `number` unless that is 0."""

@@ -133,7 +133,9 @@ def _shown(value: Any) -> str:
 # --- values -----------------------------------------------------------------------------------------
 
 
-def line_of_text(max_characters: int) -> Callable[[Any], str]:
+def line_of_text(
+    max_characters: int, pattern: str = ".*", reason: str = "", hint: str = ""
+) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if not isinstance(value, str):
             raise BadValue("must be a string", 'write it in quotes: "…"')
@@ -141,6 +143,8 @@ def line_of_text(max_characters: int) -> Callable[[Any], str]:
             raise BadValue(f"is longer than {max_characters} characters")
         if not value.isprintable():
             raise BadValue("has a line break or another control character", "use one line of text")
+        if not re.fullmatch(pattern, value, re.ASCII):
+            raise BadValue(reason, hint)
         return value
 
     return parse
