@@ -28,7 +28,7 @@ from nanoclawd import journal, sandbox
 from nanoclawd.errors import ConfigError
 from nanoclawd.gateway import limits
 from nanoclawd.gateway.service import GatewayService
-from nanoclawd.gateway.sessions import Configuration, Gateway
+from nanoclawd.gateway.sessions import Gateway
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.server import Server
 from nanoclawd.settings import read_settings
@@ -79,15 +79,13 @@ async def run(listener: socket.socket) -> None:
 def read_configuration(gateway: Gateway) -> None:
     """Take over what nanoclaw.toml says now; if it is wrong, keep what is there."""
     try:
-        settings = read_settings()
+        gateway.settings = read_settings()
     except ConfigError as exc:
-        kept = gateway.configuration.settings
+        kept = not isinstance(gateway.settings, ConfigError)
         going_on = "keeping the former settings" if kept else "refusing all requests until it is corrected"
         journal.error("bad-config", f"{exc}, {going_on}")
-        if kept is None:
-            gateway.configuration = Configuration(problem=exc)
-    else:
-        gateway.configuration = Configuration(settings=settings)
+        if not kept:
+            gateway.settings = exc
 
 
 def reload(gateway: Gateway) -> None:

@@ -34,9 +34,9 @@ class Exchange:
     """What the journal gets to know of one request: never content."""
 
     started: float
+    provider: str | None = None
     method: str = "-"
     path: str = "-"
-    provider: str | None = None
     status: int = 0
     reason: str | None = None  #: why it did not end well
     received_bytes: int = 0  #: body, from the agent

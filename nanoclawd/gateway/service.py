@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from nanoclawd import journal, paths
-from nanoclawd.errors import Refused
+from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.gateway.sessions import Gateway, check_listener
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName, parse_agent_name, parse_session_name, unit_name
@@ -53,11 +53,10 @@ class GatewayService:
         return {}
 
     async def _status(self, call: Call) -> Json:
-        configuration = self._gateway.configuration
-        routes = [
-            {"provider": "", "endpoint": "", "credential": "", "credentialState": str(configuration.problem)}
-        ]
-        if configuration.settings is not None:
+        settings = self._gateway.settings
+        if isinstance(settings, ConfigError):
+            routes = [{"provider": "", "endpoint": "", "credential": "", "credentialState": str(settings)}]
+        else:
             routes = [
                 {
                     "provider": provider.name,
@@ -65,7 +64,7 @@ class GatewayService:
                     "credential": provider.credential,
                     "credentialState": await self._gateway.keys.describe(provider.credential),
                 }
-                for provider in configuration.settings.providers.values()
+                for provider in settings.providers.values()
             ]
         return {
             "version": VERSION,

@@ -7,7 +7,8 @@ import os
 import socket
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 
 from nanoclawd import journal
 from nanoclawd.errors import ConfigError, Refused
@@ -34,6 +35,11 @@ class Session:
         self._refilled_at = time.monotonic()
         self._quiet_until = 0.0
 
+    def forget(self, connection: AgentConnection, _: object) -> None:
+        """Count a connection out that has ended."""
+        del self.open[connection]
+        self.slots.release()
+
     def stop_accepting(self) -> None:
         if self.accepting is not None:
             self.accepting.cancel()
@@ -56,35 +62,19 @@ class Session:
             if time.monotonic() < self._quiet_until:
                 return
             self._quiet_until = time.monotonic() + limits.LOG_TOO_FAST_S
-        journal.info(
-            "request",
-            agent=self.agent,
-            session=self.name,
-            provider=exchange.provider,
-            method=exchange.method,
-            path=exchange.path,
-            status=exchange.status,
-            reason=exchange.reason,
-            received_bytes=exchange.received_bytes,
-            sent_bytes=exchange.sent_bytes,
-            took_ms=round((time.monotonic() - exchange.started) * 1000),
-            unit=unit_name(self.agent, self.name),
-        )
-
-
-@dataclass(slots=True)
-class Configuration:
-    """What nanoclaw.toml said last; `problem` if it could not be read, and then nothing is forwarded."""
-
-    settings: Settings | None = None
-    problem: ConfigError | None = None
+        fields = asdict(exchange)
+        fields["took_ms"] = round((time.monotonic() - fields.pop("started")) * 1000)
+        del fields["is_head_sent"]
+        unit = unit_name(self.agent, self.name)
+        journal.info("request", agent=self.agent, session=self.name, **fields, unit=unit)
 
 
 class Gateway:
     """Everything that the sessions share. Its tasks live in `tasks`."""
 
     def __init__(self, tasks: asyncio.TaskGroup, tls: ssl.SSLContext) -> None:
-        self.configuration = Configuration()
+        #: What nanoclaw.toml said last, or why it could not be read: then nothing is forwarded.
+        self.settings: Settings | ConfigError = ConfigError("nanoclaw.toml was not read yet")
         self.keys = Keys()
         self.pool = Pool(tasks, tls)
         self.sessions: dict[tuple[AgentName, SessionName], Session] = {}
@@ -92,10 +82,9 @@ class Gateway:
 
     def provider(self, name: str) -> Provider:
         """Return the provider `name`. Raises ErrorReply."""
-        settings, problem = self.configuration.settings, self.configuration.problem
-        if settings is None:
-            raise ErrorReply(503, "bad-config", f"The gateway has no configuration: {problem}.")
-        return settings.providers[name]
+        if isinstance(self.settings, ConfigError):
+            raise ErrorReply(503, "bad-config", f"The gateway has no configuration: {self.settings}.")
+        return self.settings.providers[name]
 
     def attach(self, agent: AgentName, name: SessionName, listener: socket.socket) -> None:
         """Serve `listener` in place of the session's older one; closed at the end. Raises Refused."""
@@ -146,16 +135,9 @@ class Gateway:
                     await asyncio.sleep(1)
                     continue
                 connection = AgentConnection(session)
-                session.open[connection] = self._tasks.create_task(
-                    self._serve(connection, sock), name=f"{session.agent}/{session.name} connection"
-                )
-
-    async def _serve(self, connection: AgentConnection, sock: socket.socket) -> None:
-        try:
-            await connection.serve(sock)
-        finally:
-            del connection.session.open[connection]
-            connection.session.slots.release()
+                task = self._tasks.create_task(connection.serve(sock), name=f"{session.name} connection")
+                session.open[connection] = task
+                task.add_done_callback(partial(session.forget, connection))
 
 
 def check_listener(descriptor: int) -> socket.socket:

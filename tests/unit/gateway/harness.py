@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanoclawd.gateway.sessions import Configuration, Gateway, Session
+from nanoclawd.gateway.sessions import Gateway, Session
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.settings import parse_settings
@@ -155,7 +155,7 @@ async def bench(
     settings = settings or f'[providers.anthropic]\nendpoint = "{endpoint}"\n'
     async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         gateway = Gateway(tasks, make_tls())
-        gateway.configuration = Configuration(settings=parse_settings(settings))
+        gateway.settings = parse_settings(settings)
         path = directory / "gateway.sock"
         gateway.attach(AGENT, SESSION, listen(path))
         table = Bench(gateway, path)

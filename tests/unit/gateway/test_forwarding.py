@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from nanoclawd import credentials
 from nanoclawd.errors import ConfigError
 from nanoclawd.gateway import limits
-from nanoclawd.gateway.sessions import Configuration
 from nanoclawd.ids import CredentialName
 from tests.unit.gateway.harness import (
     AGENT,
@@ -440,7 +439,7 @@ def test_key_that_is_no_header_value_is_not_used(directory: Path) -> None:
 def test_broken_configuration_refuses_all(directory: Path) -> None:
     async def main() -> Reply:
         async with bench(directory, answer(OK)) as table:
-            table.gateway.configuration = Configuration(problem=ConfigError("nanoclaw.toml:3: is wrong"))
+            table.gateway.settings = ConfigError("nanoclaw.toml:3: is wrong")
             return await table.ask(post())
 
     reply = asyncio.run(main())
