@@ -1,7 +1,7 @@
 """Settings of the installation: nanoclaw.toml, read into frozen data.
 
-SETTINGS has one row per key: it makes the parser, the default, the error text and the manual's table. A
-missing file is as good as an empty one; what is wrong in it is an error that says what to write instead.
+SETTINGS has one row per key; nanoclaw.toml(5) explains each. A missing file is as good as an empty one; what
+is wrong in it is an error that says what to write instead.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class Setting:
     parse: Callable[[Any], Any]  #: from TOML's value; raises BadValue
     default: Any  #: as TOML has it
     example: str  #: a line that may be written there
-    help: str
 
 
 def read_settings(path: Path | None = None) -> Settings:
@@ -153,7 +152,6 @@ SETTINGS = (
         parse=whole_number(1, limits.FDSTORE // 2),
         default=limits.SESSIONS,
         example=f"max_sessions = {limits.SESSIONS}",
-        help="Agent containers that run at once; further sessions wait.",
     ),
     Setting(
         key="mounts.allow",
@@ -166,20 +164,17 @@ SETTINGS = (
         ),
         default=[],
         example='allow = [ {path = "~/src", read_only = true} ]',
-        help="What may be mounted into agents: these paths and what is below them. Empty: nothing.",
     ),
     Setting(
         key="providers.anthropic.endpoint",
         parse=_endpoint,
         default="https://api.anthropic.com",
         example='endpoint = "https://api.anthropic.com"',
-        help="Where the Messages API is. http:// is for this host only.",
     ),
     Setting(
         key="providers.anthropic.credential",
         parse=_credential,
         default="anthropic",
         example='credential = "anthropic"',
-        help="Name of the API key, as given to 'nanoclawctl secret set'.",
     ),
 )
