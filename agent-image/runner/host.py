@@ -36,7 +36,7 @@ class HostError(Exception):
         self.name = name.removeprefix(_INTERFACE)  #: e.g. "NoSuchTurn"
 
 
-class MessageTooLong(Exception):
+class MessageTooLong(ValueError):
     """The message would be over MAX_MESSAGE_BYTES; nothing was sent."""
 
 
@@ -63,7 +63,7 @@ class Connection:
         # A model may write half of a surrogate pair, which is no UTF-8; ensure_ascii would let it through.
         data = json.dumps(call, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         if len(data) > MAX_MESSAGE_BYTES:
-            raise MessageTooLong(f"{method}: {len(data)} bytes")
+            raise MessageTooLong(f"the message is too long: {len(data)} bytes")
         self._try(self._sock.sendall, data + b"\0")
 
     def receive(self) -> dict[str, Any]:

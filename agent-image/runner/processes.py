@@ -60,11 +60,10 @@ class Reaper:
     def reap(self, now: float) -> float | None:
         """Reap what has been dead for long; return in how many seconds to look again, if at all."""
         me = os.getpid()
-        dead = {pid for pid, (parent, state) in read_tree().items() if parent == me and state == "Z"}
+        dead = [pid for pid, (parent, state) in read_tree().items() if parent == me and state == "Z"]
         self._zombies = {pid: self._zombies.get(pid, now) for pid in dead}
-        for pid, since in list(self._zombies.items()):
+        for pid, since in self._zombies.items():
             if now - since >= _GRACE_S:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
-                del self._zombies[pid]
-        return _GRACE_S if self._zombies else None
+        return _GRACE_S if dead else None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import gc
+import importlib.util
 import re
+import threading
+import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
+
+from . import journal
 
 if TYPE_CHECKING:
     from .turn import Chat
@@ -29,16 +34,11 @@ class Message(TypedDict):
     text: str
 
 
-class Sent(TypedDict):
-    key: str
-    text: str
-
-
 class Turn(TypedDict):
     id: str
     attempt: int
     messages: list[Message]
-    alreadySent: list[Sent]
+    alreadySent: list[dict[str, str]]
 
 
 class Paths(NamedTuple):
@@ -70,9 +70,6 @@ class TurnFailed(Exception):
 class Provider(Protocol):
     """Answers turns, one at a time. Made by `make(settings, paths)` of its module."""
 
-    def load(self) -> object:
-        """Do the slow part of starting. Called once, in a thread, while the first message travels."""
-
     def run(self, turn: Turn, chat: Chat) -> list[str]:
         """Return the replies. Raises TurnFailed; Stopped, soon after chat.stopping is set."""
 
@@ -84,19 +81,43 @@ class NoProvider(Exception):
     """This agent image has no such provider."""
 
 
-def make_provider(settings: Settings, paths: Paths) -> Provider:
-    """Return the provider of that name. Raises NoProvider.
+class LoadedProvider:
+    """The provider that the settings name: loaded in a thread, since an SDK takes longer than all the rest.
 
     A skill adds a provider by putting a module into runner/providers/.
     """
-    name = settings["provider"]
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
-        raise NoProvider(f"provider '{name}' is no name of a provider")
-    module = f"{__package__}.providers.{name}"
-    try:
-        provider: Provider = importlib.import_module(module).make(settings, paths)
-    except ModuleNotFoundError as exc:
-        if exc.name != module:
-            raise
-        raise NoProvider(f"this agent image has no provider '{name}'") from None
-    return provider
+
+    def __init__(self, settings: Settings, paths: Paths) -> None:
+        """Begin to load it. Raises NoProvider."""
+        name = settings["provider"]
+        self._module = f"{__package__}.providers.{name}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
+            raise NoProvider(f"provider '{name}' is no name of a provider")
+        if importlib.util.find_spec(self._module) is None:
+            raise NoProvider(f"this agent image has no provider '{name}'")
+        self._settings, self._paths = settings, paths
+        self._lock = threading.Lock()
+        self._provider: Provider | None = None
+        threading.Thread(target=self._load, name="load", daemon=True).start()
+
+    def run(self, turn: Turn, chat: Chat) -> list[str]:
+        return self._load().run(turn, chat)
+
+    def stop(self) -> None:
+        if self._provider is not None:  # else run() looks at chat.stopping once it is loaded
+            self._provider.stop()
+
+    def _load(self) -> Provider:
+        with self._lock:
+            if self._provider is None:
+                started = time.monotonic()
+                # Thousands of modules make millions of objects that stay: to look for garbage among them
+                # again and again takes a quarter of the import.
+                gc.disable()
+                try:
+                    self._provider = importlib.import_module(self._module).make(self._settings, self._paths)
+                finally:
+                    gc.freeze()
+                    gc.enable()
+                journal.info("provider-loaded", took_ms=round((time.monotonic() - started) * 1000))
+            return self._provider

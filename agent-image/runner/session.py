@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import threading
 import time
 from typing import cast
 
 from . import journal
 from .host import Connection, Host, HostAway, HostError, backoff
 from .processes import Reaper
-from .provider import NoProvider, Paths, Provider, Settings, Turn, make_provider
+from .provider import LoadedProvider, NoProvider, Paths, Settings, Turn
 from .turn import TurnRun
 
 
@@ -20,7 +19,7 @@ class Session:
     """Runs in the main thread. Only wake() and mute() may be called from elsewhere, by signal handlers."""
 
     _settings: Settings
-    _provider: Provider
+    _provider: LoadedProvider
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
@@ -69,9 +68,7 @@ class Session:
         self._settings, self._is_ready = settings, True
         # No STATUS= for each turn: the user's manager would tell it to everybody on the bus.
         journal.notify("READY=1", f"STATUS=provider {settings['provider']}")
-        self._provider = make_provider(settings, self._paths)
-        # While the message travels: importing an SDK takes much longer than all the rest together.
-        threading.Thread(target=self._provider.load, name="load", daemon=True).start()
+        self._provider = LoadedProvider(settings, self._paths)
         journal.info("session-ready", agent=settings["agent"], session=settings["session"])
 
     def _serve_work(self, work: Connection) -> None:
@@ -84,7 +81,7 @@ class Session:
                 if reply.get("turn") is not None:
                     self._start(reply["turn"])
                 elif self._run is not None and self._run.turn["id"] == reply.get("stop"):
-                    self._run.stop(on_stuck=lambda: os._exit(1))
+                    self._run.stop()
             waits = [self._reaper.reap(time.monotonic()), self._idle_in()]
             if waits[1] is not None and waits[1] <= 0:
                 if not self._host.call("Goodbye", {})["stay"]:
@@ -102,13 +99,13 @@ class Session:
     def _idle_in(self) -> float | None:
         """Return the seconds until good-bye is due, None while there is work."""
         if self._run is not None:
-            if not self._run.is_over:
+            if not self._run.over.is_set():
                 return None
             self._run, self._idle_since = None, time.monotonic()
         return self._settings["idleSeconds"] - (time.monotonic() - self._idle_since)
 
     def _start(self, turn: Turn) -> None:
-        if self._run is not None and not self._run.is_over:
+        if self._run is not None and not self._run.over.is_set():
             running = self._run.turn
             if (running["id"], running["attempt"]) == (turn["id"], turn["attempt"]):
                 return  # the router was restarted, or we were cut off: it goes on

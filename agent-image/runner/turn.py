@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -49,8 +50,6 @@ class Chat:
         """Send a message to the chat now; return when the router has it. Raises Stopped, ValueError."""
         try:
             self._host.call("SendMessage", {"turn": self._turn, "key": key, "text": clean(text)})
-        except MessageTooLong as exc:
-            raise ValueError("the message is too long") from exc
         except HostError as exc:
             if exc.name != "NoSuchTurn":
                 raise ValueError(f"the router refused the message: {exc.name}") from exc
@@ -70,13 +69,10 @@ class TurnRun:
     """A turn that runs until FinishTurn() was answered, or nobody wants its result any more."""
 
     def __init__(self, turn: Turn, host: Host, provider: Provider, *, on_end: Callable[[], None]) -> None:
-        self.turn = turn
-        self._id = turn["id"]
-        self._host = host
-        self._provider = provider
-        self._on_end = on_end
+        self.turn, self._id = turn, turn["id"]
+        self._host, self._provider, self._on_end = host, provider, on_end
         self._chat = Chat(self._id, host)
-        self._over = threading.Event()
+        self.over = threading.Event()  #: set once there is nothing left to do or to say
         self._worker = threading.Thread(target=self._work, name="turn", daemon=True)
 
     def start(self, *, heartbeat_s: float) -> None:
@@ -87,16 +83,12 @@ class TurnRun:
     def join(self) -> None:
         self._worker.join(_STOP_GRACE_S)
 
-    @property
-    def is_over(self) -> bool:
-        return self._over.is_set()
-
-    def stop(self, on_stuck: Callable[[], None]) -> None:
-        """The person wants it to stop: end it and say so. Calls on_stuck if the provider does not obey."""
+    def stop(self) -> None:
+        """The person wants it to stop: end it and say so; if the provider does not obey, end the process."""
         if not self._chat.stopping.is_set():
             self._chat.end()
             self._provider.stop()
-            timer = threading.Timer(_STOP_GRACE_S, self._give_up, [on_stuck])
+            timer = threading.Timer(_STOP_GRACE_S, self._give_up)
             timer.daemon = True
             timer.start()
 
@@ -116,7 +108,7 @@ class TurnRun:
         journal.info(
             "turn-ended", turn=self._id, attempt=self.turn["attempt"], outcome=outcome, took_ms=took_ms
         )
-        self._over.set()
+        self.over.set()
         self._on_end()
 
     def _result(self) -> dict[str, Any]:
@@ -145,22 +137,22 @@ class TurnRun:
                 self._finish(_failed(TurnFailed("internal", "The agent's reply could not be handed over.")))
 
     def _renew(self, renew_s: float) -> None:
-        while not self._over.wait(renew_s):
+        while not self.over.wait(renew_s):
             try:
                 self._host.call_once("RenewTurn", {"turn": self._id})
             except HostAway:
                 pass
             except HostError as exc:
-                if exc.name == "NoSuchTurn" and not self.is_over:
+                if exc.name == "NoSuchTurn" and not self.over.is_set():
                     journal.warning("lease-lost", turn=self._id, reason="stopping the turn")
                     self.abandon()
                     return
 
-    def _give_up(self, on_stuck: Callable[[], None]) -> None:
-        if not self.is_over and not self._chat.abandoned:
+    def _give_up(self) -> None:
+        if not self.over.is_set() and not self._chat.abandoned:
             journal.error("stop-stuck", turn=self._id, reason="the turn did not stop in time, leaving")
             self._finish({"outcome": "stopped", "replies": []})
-            on_stuck()
+            os._exit(1)
 
 
 def _failed(failure: TurnFailed) -> dict[str, Any]:

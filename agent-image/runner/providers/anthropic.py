@@ -1,52 +1,190 @@
-"""The provider `anthropic`: Claude through the gateway, with the tools of Anthropic's SDK in the workspace.
-
-This module imports nothing of the SDK, so that the process can say hello before that has been loaded.
-"""
+"""The provider `anthropic`: Claude, with the SDK's tools and tool loop, kept in the transcript."""
 
 from __future__ import annotations
 
-import gc
-import threading
-import time
-from typing import TYPE_CHECKING
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any, cast
 
-from .. import journal
-from ..provider import Paths, Settings, Turn
+import httpx2
+from anthropic import AsyncAnthropic, BaseModel, omit
+from anthropic.lib.tools import BetaAsyncFunctionTool, ToolError, beta_async_tool
+from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_toolset_20260401
+from anthropic.types.beta import BetaContextManagementConfigParam, BetaMessageParam
+
+from ..processes import kill_all, open_descendants
+from ..provider import Paths, Settings, Stopped, Turn, TurnFailed
+from ..transcript import Transcript
 from ..turn import Chat
+from .failures import failure_of
+from .prompt import render_input, render_system
 
-if TYPE_CHECKING:
-    from .conversation import Conversation
+DEFAULT_MODEL = "claude-sonnet-5-5"
+MAX_TOKENS = 32_000  # of one answer; it is streamed, so a long one does not run into a time-out
+_READ_TIMEOUT_S = 300.0  # between two pieces of a stream; the API sends pings
+_CONNECT_TIMEOUT_S = 10.0
+# The API summarises a long conversation itself; what came before the summary needs not be sent again.
+_COMPACTION_BETA = "compact-2026-01-12"
+_COMPACTION: BetaContextManagementConfigParam = {"edits": [{"type": "compact_20260112"}]}
+_WITHOUT_COMPACTION = ("-4-5",)  # models of the list that are older than it
+
+# It complains when a shell is gone before its watcher looked, which is how the SDK ends one.
+logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
-class Anthropic:
+class Conversation:
+    """All turns of one session. run() is called by one thread at a time, stop() by any."""
+
     def __init__(self, settings: Settings, paths: Paths) -> None:
         self._settings, self._paths = settings, paths
-        self._lock = threading.Lock()
-        self._conversation: Conversation | None = None
+        self._model = settings["model"] or DEFAULT_MODEL
+        self._transcript = Transcript(os.path.join(paths.session, "transcript.jsonl"), _as_json)
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[list[str]]] | None = None
 
     def run(self, turn: Turn, chat: Chat) -> list[str]:
-        return self.load().run(turn, chat)
+        ids = [message["id"] for message in turn["messages"]]
+        if turn["attempt"] > 1 and (replies := self._transcript.answered(ids)) is not None:
+            return replies  # only the word of it was lost: nobody has to think, or to pay, again
+        try:
+            self._begin(turn, ids)
+            replies = asyncio.run(self._run(chat))
+            self._transcript.end("answered", replies)
+        except (asyncio.CancelledError, Stopped):
+            if not chat.abandoned:  # else it broke off, and another attempt goes on with it
+                self._transcript.end("stopped")
+            raise Stopped from None
+        except Exception as exc:
+            failure = failure_of(exc)
+            lasts = failure.code in ("invalid_request", "overflow", "refused")
+            with contextlib.suppress(OSError):  # perhaps what failed
+                self._transcript.end("forgotten" if lasts else "failed")
+            raise failure from exc
+        return replies
 
     def stop(self) -> None:
-        if self._conversation is not None:  # else run() looks at chat.stopping once it is loaded
-            self._conversation.stop()
+        if (running := self._running) is None:
+            return  # not begun, or over: _run() looks at chat.stopping
+        # The SDK kills the shell alone, and its commands would go on. They are found before it dies, since
+        # after that they are no longer its children; and killed after the cancel, or the model heard of it.
+        commands, (loop, task) = open_descendants(), running
+        with contextlib.suppress(RuntimeError):  # closed meanwhile
+            loop.call_soon_threadsafe(task.cancel)
+        kill_all(commands)
 
-    def load(self) -> Conversation:
-        with self._lock:
-            if self._conversation is None:
-                started = time.monotonic()
-                # Thousands of modules make millions of objects that stay: to look for garbage among them
-                # again and again takes a quarter of the import.
-                gc.disable()
-                try:
-                    from .conversation import Conversation
+    def _begin(self, turn: Turn, ids: list[str]) -> None:
+        begun = bool(self._transcript.messages)
+        resumed = begun and turn["attempt"] > 1 and self._transcript.is_of(ids)
+        last_end = self._transcript.last_end if begun else "answered"
+        text = render_input(turn, resumed=resumed, last_end=last_end)
+        self._transcript.begin(ids, {"role": "user", "content": [{"type": "text", "text": text}]})
 
-                    self._conversation = Conversation(self._settings, self._paths)
-                finally:
-                    gc.freeze()
-                    gc.enable()
-                journal.info("provider-loaded", took_ms=round((time.monotonic() - started) * 1000))
-            return self._conversation
+    async def _run(self, chat: Chat) -> list[str]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running = asyncio.get_running_loop(), task
+        try:
+            if chat.stopping.is_set():
+                raise Stopped
+            async with self._make_client() as client:
+                return await self._talk(client, chat)
+        finally:
+            # asyncio.run() then ends the shell, which lives in a tool's generator; nobody may cancel that.
+            self._running = None
+
+    async def _talk(self, client: AsyncAnthropic, chat: Chat) -> list[str]:
+        compacts = not any(part in self._model for part in _WITHOUT_COMPACTION)
+        runner = client.beta.messages.tool_runner(
+            model=self._model,
+            max_tokens=MAX_TOKENS,
+            system=render_system(self._settings, self._paths.workspace),
+            messages=cast("list[BetaMessageParam]", self._transcript.messages),
+            tools=self._make_tools(chat),
+            stream=True,
+            thread=False,  # the conversation is ours, in the transcript; the server keeps none
+            cache_control={"type": "ephemeral"},
+            betas=[_COMPACTION_BETA] if compacts else omit,
+            context_management=_COMPACTION if compacts else omit,
+        )
+        async for stream in runner:
+            chat.thinking()
+            async for event in stream:
+                if event.type == "text":
+                    chat.text(event.text)
+                elif event.type == "content_block_stop" and event.content_block.type == "tool_use":
+                    chat.tool(_tool_line(event.content_block.name, event.content_block.input))
+            chat.flush()
+            message = await stream.get_final_message()
+            if message.stop_reason is None:
+                raise TurnFailed("connection", "The model's answer broke off.", retryable=True)
+            if message.stop_reason == "refusal":
+                raise TurnFailed("refused", "The model declined to answer this.")
+            self._transcript.add(dict(message.to_param()))
+            if message.stop_reason == "tool_use":
+                results = await runner.generate_tool_call_response()  # the loop then runs none twice
+                if results is not None:
+                    self._transcript.add(dict(results))
+            if chat.stopping.is_set():
+                raise Stopped
+        text = "".join(block.text for block in message.content if block.type == "text").strip()
+        if message.stop_reason == "model_context_window_exceeded":
+            raise TurnFailed("overflow", "The conversation is longer than this model can take.")
+        if message.stop_reason == "max_tokens":
+            text = f"{text}\n\n[The answer reached its greatest length and was cut off.]"
+        return [text or "[The model ended its turn without a reply.]"]
+
+    def _make_client(self) -> AsyncAnthropic:
+        # verify: the gateway does TLS.
+        transport = httpx2.AsyncHTTPTransport(uds=self._paths.gateway_socket, verify=False)
+        timeout = httpx2.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        return AsyncAnthropic(
+            base_url="http://gateway/anthropic",
+            api_key="the-gateway-has-it",  # the SDK insists on one
+            http_client=httpx2.AsyncClient(transport=transport, timeout=timeout, trust_env=False),
+            timeout=timeout,
+            max_retries=0,  # the router retries, with a back-off that the person sees
+            open_telemetry=False,
+        )
+
+    def _make_tools(self, chat: Chat) -> list[BetaAsyncFunctionTool[Any]]:
+        keys: dict[str, int] = {}
+
+        @beta_async_tool
+        async def send_message(text: str) -> str:
+            """Send a message to the chat at once, before your reply: for news of work that takes long."""
+            digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+            keys[digest] = keys.get(digest, 0) + 1
+            try:
+                # By content: what a later attempt says again gets the same key, and is not said twice.
+                await asyncio.to_thread(chat.send, f"{digest}.{keys[digest]}", text)
+            except ValueError as exc:
+                raise ToolError(str(exc)) from exc
+            return "sent"
+
+        # The agent's shell gets our environment, without what only we need, and a name for git.
+        ours, agent = ("NANOCLAW_", "NOTIFY_", "ANTHROPIC_"), self._settings["agent"]
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        env |= {"GIT_AUTHOR_NAME": agent, "GIT_COMMITTER_NAME": agent, "EMAIL": f"{agent}@localhost"}
+        context = AgentToolContext(workdir=self._paths.workspace, allowed_roots=[Path("/tmp")], env=env)
+        return [*beta_agent_toolset_20260401(context), send_message]
 
 
-make = Anthropic
+def _tool_line(name: str, input: object) -> str:
+    """Return one line that says what the tool does, e.g. `bash: ls -la`."""
+    if isinstance(input, dict):
+        for field in ("command", "file_path", "pattern", "text"):
+            if isinstance(value := input.get(field), str):
+                return f"{name}: {value}"
+    return name
+
+
+def _as_json(value: Any) -> object:
+    if isinstance(value, BaseModel):
+        return value.to_dict(mode="json")
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+make = Conversation

@@ -20,9 +20,6 @@ class Echo:
     def __init__(self, settings: Settings, paths: Paths) -> None:
         pass
 
-    def load(self) -> None:
-        pass
-
     def stop(self) -> None:
         pass  # it waits on chat.stopping
 

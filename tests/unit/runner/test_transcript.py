@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.transcript import Transcript, repair
@@ -48,6 +48,7 @@ def test_repair_changes_nothing_twice(broken: list[dict[str, Any]]) -> None:
     assert repair(once) == once
 
 
+@settings(deadline=None)  # a disk may take long over fsync(2)
 @given(st.integers(min_value=0))
 def test_transcript_cut_anywhere_can_be_read(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("session") / "transcript.jsonl"
