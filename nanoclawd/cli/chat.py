@@ -34,7 +34,7 @@ _STATUS = {
 }
 
 
-def run(options: Namespace) -> int:
+def chat(options: Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("a chat needs a terminal", hint="in scripts use 'nanoclawctl send --wait'")
     agent, screen = options.AGENT, Screen(sys.stdout, preview=True)

@@ -55,7 +55,7 @@ complete -c nanoclawctl -f -a '(__nanoclawctl)'""",
 }
 
 
-def run(options: Namespace) -> None:
+def completion(options: Namespace) -> None:
     print(f"{SCRIPTS[options.SHELL]}\n# made by 'nanoclawctl completion {options.SHELL}'")
 
 

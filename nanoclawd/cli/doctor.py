@@ -44,7 +44,7 @@ class Check(NamedTuple):
     todo: str = ""  #: what to do about it
 
 
-def run(options: Namespace) -> int:
+def doctor(options: Namespace) -> int:
     """Check everything, print it, and return 1 if something that is needed is missing."""
     from nanoclawd.cli import output
 

@@ -14,7 +14,7 @@ from nanoclawd.errors import Failed
 WARM_S = 600.0
 
 
-def build(options: Namespace) -> None:
+def image_build(options: Namespace) -> None:
     """Build the agent image: the progress is talk, the id of the image is the result."""
     if options.base and options.base_directory:
         raise UsageError("--base and --base-directory exclude each other")

@@ -17,7 +17,7 @@ from nanoclawd.ids import parse_credential_name
 VALUE_BYTES = 64 << 10  #: read at most; what may be stored is less
 
 
-def set_(options: Namespace) -> None:
+def secret_set(options: Namespace) -> None:
     if sys.stdin.isatty():
         from getpass import getpass
 
@@ -45,7 +45,7 @@ def set_secret(name: str, value: bytes) -> None:
         )
 
 
-def list_(options: Namespace) -> None:
+def secret_list(options: Namespace) -> None:
     entries = credentials.list_entries()
     if options.json:
         secrets = [
@@ -72,7 +72,7 @@ def list_(options: Namespace) -> None:
     output.say_table(("SECRET", "STORED", "CHANGED"), rows)
 
 
-def remove(options: Namespace) -> None:
+def secret_remove(options: Namespace) -> None:
     if not options.yes:
         output.confirm(f"Remove the secret '{options.NAME}'?")
     credentials.remove(parse_credential_name(options.NAME))

@@ -21,7 +21,7 @@ STORE_S = 30.0  #: without --wait: for the message to be stored
 ASK_S = 2.0  #: for the reason of a delay, which nobody waits for
 
 
-def run(options: Namespace) -> int:
+def send(options: Namespace) -> int:
     """Send; with --wait print the reply too, and return 1 if it is a notice about a failure."""
     message = check_text(_read_text(options.TEXT))
     event = str(uuid.uuid4())

@@ -12,39 +12,39 @@ from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
 
 
-def run(options: Namespace) -> None:
-    status = control.call("Status")
+def status(options: Namespace) -> None:
+    found = control.call("Status")
     if options.json:
-        return output.say_json(status)
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status["startedAt"]))
-    running = output.duration(max(0.0, time.time() - status["startedAt"]))
-    output.say(f"NanoClaw {status['version']}, pid {status['pid']}, since {since} ({running})\n")
+        return output.say_json(found)
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["startedAt"]))
+    running = output.duration(max(0.0, time.time() - found["startedAt"]))
+    output.say(f"NanoClaw {found['version']}, pid {found['pid']}, since {since} ({running})\n")
     units = (
         (unit["name"], f"{unit['activeState']} ({unit['subState']})", output.size(unit["memoryBytes"]))
-        for unit in status["units"]
+        for unit in found["units"]
     )
     output.say_table(("UNIT", "STATE", "MEMORY"), units)
     output.say("")
-    _say_sandbox("router", status["sandbox"])
-    gateway = status["gateway"]
+    _say_sandbox("router", found["sandbox"])
+    gateway = found["gateway"]
     if gateway is None:
         print(f"Gateway:          {colour(RED, 'away')}, agents cannot reach their models")
-        output.say(f"                  {status['gatewayProblem']}")
+        output.say(f"                  {found['gatewayProblem']}")
     else:
         _say_sandbox("gateway", gateway["sandbox"])
         for route in gateway["routes"]:
             _say_route(route)
-    queue = status["queue"]
+    queue = found["queue"]
     output.say(
-        f"{'Agents:':<17} {status['agents']}\n"
+        f"{'Agents:':<17} {found['agents']}\n"
         f"{'Messages:':<17} {queue['queued']} waiting, {queue['leased']} being answered, "
         f"{queue['answered']} answered, {queue['stopped']} stopped, {queue['dead']} dead letters\n"
         f"{'Deliveries:':<17} {queue['deliveriesPending']} waiting, {queue['deliveriesSent']} sent, "
         f"{queue['deliveriesDead']} dead letters"
     )
-    if status["sessions"]:
+    if found["sessions"]:
         output.say("")
-        _say_sessions(status["sessions"])
+        _say_sessions(found["sessions"])
 
 
 def _say_route(route: Json) -> None:
@@ -82,7 +82,7 @@ def reload(options: Namespace) -> None:
     output.talk(f"{reply['agents']} agents are read.")
 
 
-def sessions(options: Namespace) -> None:
+def session_list(options: Namespace) -> None:
     found = control.sessions(options.AGENT)
     if options.json:
         return output.say_json({"sessions": found})

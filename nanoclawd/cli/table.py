@@ -61,10 +61,9 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A row of COMMANDS."""
+    """A command; "agent list" is done by agent_list() in the module that MODULES names, or else agent.py."""
 
     name: str  #: noun and verb, or the noun alone
-    run: str  #: "module:function" in this package, imported only when the command runs
     takes: str  #: names of OPTIONS; a positional argument in brackets may be left out
     help: str  #: one line
     more: str = ""  #: a paragraph for --help
@@ -79,6 +78,9 @@ class Command:
             replace(OPTIONS[name.strip("[]")], needed=name[0] != "[") for name in self.takes.split()
         )
 
+
+#: Imported only when the command runs.
+MODULES = {"logs": "agent", "reload": "status", "session": "status", "version": "status"}
 
 _OPTIONS = (
     Option("AGENT", "name of the agent", complete="agents"),
@@ -105,7 +107,8 @@ _OPTIONS = (
     Option(
         "--mount",
         "show a file or directory to the agent, read-only unless :rw; may be repeated",
-        *("SOURCE:TARGET[:rw]", mount),
+        metavar="SOURCE:TARGET[:rw]",
+        read=mount,
         repeat=True,
         complete="files",
     ),
@@ -133,54 +136,41 @@ _KEYS = (
     "--description --provider --model --image --instructions --idle-seconds --memory-max --tasks-max "
     "--cpu-quota --mount"
 )
-_ROWS = (
-    ("status", "status:run", "--json", "show what runs, what waits, and whether the sandboxes are active"),
-    (
-        *("doctor", "doctor:run", "--floor --json"),
+COMMANDS = (
+    Command("status", "--json", "show what runs, what waits, and whether the sandboxes are active"),
+    Command(
+        "doctor",
+        "--floor --json",
         "check what NanoClaw needs, and say what to do about what is missing",
-        "Works without the daemon. Fails if something that is needed is missing.",
+        more="Works without the daemon. Fails if something that is needed is missing.",
     ),
-    ("reload", "status:reload", "--json", "read all configuration again"),
-    (
-        "logs",
-        "programs:logs",
-        "[AGENT] --follow --lines",
-        "show the journal of the daemons, or of one agent",
-    ),
-    (
-        *("chat", "chat:run", "AGENT --chat", "talk to an agent in this terminal"),
-        "Ctrl-C stops what the agent is doing; at the prompt, Ctrl-D leaves. "
+    Command("reload", "--json", "read all configuration again"),
+    Command("logs", "[AGENT] --follow --lines", "show the journal of the daemons, or of one agent"),
+    Command(
+        "chat",
+        "AGENT --chat",
+        "talk to an agent in this terminal",
+        more="Ctrl-C stops what the agent is doing; at the prompt, Ctrl-D leaves. "
         "A line that ends in a backslash goes on in the next one.",
     ),
-    ("send", "send:run", "AGENT [TEXT] --chat --wait --timeout --json", "send one message to an agent"),
-    ("agent add", "agents:add", f"AGENT {_KEYS} --json", "add an agent"),
-    ("agent list", "agents:list_", "--json", "list all agents"),
-    ("agent show", "agents:show", "AGENT --json", "show one agent"),
-    (
-        *("agent set", "agents:set_", f"AGENT {_KEYS} --no-mounts --json"),
-        "change an agent; what is not named stays",
+    Command("send", "AGENT [TEXT] --chat --wait --timeout --json", "send one message to an agent"),
+    Command("agent add", f"AGENT {_KEYS} --json", "add an agent"),
+    Command("agent list", "--json", "list all agents"),
+    Command("agent show", "AGENT --json", "show one agent"),
+    Command("agent set", f"AGENT {_KEYS} --no-mounts --json", "change an agent; what is not named stays"),
+    Command(
+        "agent remove", "AGENT --purge --yes --json", "remove an agent; its workspace goes to the trash"
     ),
-    (
-        *("agent remove", "agents:remove", "AGENT --purge --yes --json"),
-        "remove an agent; its workspace goes to the trash",
-    ),
-    ("agent start", "agents:start", "AGENT --json", "let a stopped agent work again"),
-    (
-        *("agent stop", "agents:stop", "AGENT --json"),
-        "stop an agent until it is started again; its messages wait",
-    ),
-    (
-        *("agent restart", "agents:restart", "AGENT --json"),
-        "stop an agent's containers, and start those that have work",
-    ),
-    ("agent logs", "programs:logs", "AGENT --follow --lines", "show the journal of an agent"),
-    ("agent shell", "programs:shell", "AGENT --session", "open a shell in a running container of the agent"),
-    ("session list", "status:sessions", "[AGENT] --json", "list sessions, of one agent or of all"),
-    ("image build", "image:build", "--base --base-directory --image --json", "build the agent image"),
-    ("secret set", "secret:set_", "NAME --json", "store a secret; it is asked for, or read from stdin"),
-    ("secret list", "secret:list_", "--json", "list secrets by name; values are never shown"),
-    ("secret remove", "secret:remove", "NAME --yes --json", "remove a secret"),
-    ("completion", "completion:run", "SHELL", "print a script for the completion of a shell"),
-    ("version", "status:version", "--json", "print the version"),
+    Command("agent start", "AGENT --json", "let a stopped agent work again"),
+    Command("agent stop", "AGENT --json", "stop an agent until it is started again; its messages wait"),
+    Command("agent restart", "AGENT --json", "stop an agent's containers, and start those that have work"),
+    Command("agent logs", "AGENT --follow --lines", "show the journal of an agent"),
+    Command("agent shell", "AGENT --session", "open a shell in a running container of the agent"),
+    Command("session list", "[AGENT] --json", "list sessions, of one agent or of all"),
+    Command("image build", "--base --base-directory --image --json", "build the agent image"),
+    Command("secret set", "NAME --json", "store a secret; it is asked for, or read from stdin"),
+    Command("secret list", "--json", "list secrets by name; values are never shown"),
+    Command("secret remove", "NAME --yes --json", "remove a secret"),
+    Command("completion", "SHELL", "print a script for the completion of a shell"),
+    Command("version", "--json", "print the version"),
 )
-COMMANDS = tuple(Command(*row) for row in _ROWS)

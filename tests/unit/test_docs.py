@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from nanoclawd import agents
 from nanoclawd.cli.__main__ import EXIT_CODES
 from nanoclawd.cli.parser import Help, parse, render_help
-from nanoclawd.cli.table import COMMANDS, NOUNS, Command
+from nanoclawd.cli.table import COMMANDS, MODULES, NOUNS, Command
 from nanoclawd.ids import AgentName
 from nanoclawd.settings import SETTINGS
 
@@ -54,6 +55,13 @@ def test_every_command_has_help_and_a_man_page_entry(command: Command) -> None:
                 f"{option.name} is not in the man page"
             )
             assert not option.short or f"Fl {option.short[1:]} |" in words.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_a_function(command: Command) -> None:
+    module = MODULES.get(command.words[0], command.words[0])
+
+    assert callable(getattr(import_module(f"nanoclawd.cli.{module}"), "_".join(command.words)))
 
 
 def test_man_page_has_no_command_and_no_option_that_is_not_there() -> None:

@@ -8,23 +8,25 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from nanoclawd import limits, paths
 from nanoclawd.cli import control, output
 from nanoclawd.cli.parser import UsageError
-from nanoclawd.errors import ConfigError, Failed, Refused
+from nanoclawd.errors import ConfigError, Failed, NotFound, Refused
+from nanoclawd.ids import parse_agent_name, parse_session_name
 from nanoclawd.wire import Json
 
 DELETE_S = 600.0  #: for a workspace
 
 
-def add(options: Namespace) -> None:
+def agent_add(options: Namespace) -> None:
     reply = control.call("AddAgent", {"name": options.AGENT, **_keys(options), "mounts": options.mount})
     output.done(options, reply, f"Added '{options.AGENT}'. Try 'nanoclawctl chat {options.AGENT}'.")
     _warn_if_broken(options, reply)
 
 
-def set_(options: Namespace) -> None:
+def agent_set(options: Namespace) -> None:
     if options.mount and options.no_mounts:
         raise UsageError("--mount and --no-mounts exclude each other")
     keys = {**_keys(options), "mounts": [] if options.no_mounts else options.mount}
@@ -36,7 +38,7 @@ def set_(options: Namespace) -> None:
     output.done(options, reply, keeps if reply["runtime"]["running"] else "")
 
 
-def list_(options: Namespace) -> None:
+def agent_list(options: Namespace) -> None:
     agents = control.list_agents()
     if options.json:
         return output.say_json({"agents": agents})
@@ -56,7 +58,7 @@ def _row(agent: Json) -> tuple[object, ...]:
     )
 
 
-def show(options: Namespace) -> None:
+def agent_show(options: Namespace) -> None:
     reply = control.call_agent("ShowAgent", options.AGENT)
     if options.json:
         return output.say_json(reply)
@@ -90,7 +92,7 @@ def show(options: Namespace) -> None:
         output.say(f"\n{reply['instructions'].rstrip()}")
 
 
-def remove(options: Namespace) -> None:
+def agent_remove(options: Namespace) -> None:
     if not options.yes:
         what = "and delete its workspace" if options.purge else "and move its workspace to the trash"
         output.require_person()
@@ -131,7 +133,50 @@ def _act(method: str, options: Namespace) -> None:
     output.done(options, {"agent": options.AGENT}, "")
 
 
-start, stop, restart = (partial(_act, f"{verb}Agent") for verb in ("Start", "Stop", "Restart"))
+agent_start, agent_stop, agent_restart = (
+    partial(_act, f"{verb}Agent") for verb in ("Start", "Stop", "Restart")
+)
+
+
+def logs(options: Namespace) -> NoReturn:
+    """Become journalctl(1): its pager, colours and keys are what people know."""
+    if options.AGENT is None:
+        units = ["nanoclaw.service", "nanoclaw-gateway.service", "nanoclaw-channel@*.service"]
+    else:
+        units = [f"nanoclaw-{parse_agent_name(options.AGENT)}@*.service"]
+    arguments = ["journalctl", "--user", *(f"--unit={unit}" for unit in units), f"--lines={options.lines}"]
+    _become([*arguments, "--follow"] if options.follow else arguments)
+
+
+agent_logs = logs
+
+
+def agent_shell(options: Namespace) -> NoReturn:
+    """Become a shell in the agent's container."""
+    agent = parse_agent_name(options.AGENT)
+    if options.session is not None:
+        session = parse_session_name(options.session)
+    else:
+        sessions = control.sessions(agent)
+        running = [found["session"] for found in sessions if found["state"] in ("ready", "working")]
+        if not running:
+            hint = f"send it a message first: 'nanoclawctl chat {agent}'"
+            raise NotFound(f"no session of '{agent}' runs", hint=hint)
+        if len(running) > 1:
+            many = f"several sessions of '{agent}' run: {', '.join(running)}"
+            raise UsageError(many, hint="choose: --session")
+        session = parse_session_name(running[0])
+    keyboard = ["--interactive", "--tty"] if os.isatty(0) and os.isatty(1) else ["--interactive"]
+    _become(["podman", "exec", *keyboard, f"nanoclaw-{agent}-{session}", "bash"])
+
+
+def _become(arguments: list[str]) -> NoReturn:
+    """Replace this process by another program. Raises Failed if there is none."""
+    try:
+        os.execvp(arguments[0], arguments)
+    except OSError as exc:
+        hint = "'nanoclawctl doctor' checks what is needed"
+        raise Failed(f"cannot run {arguments[0]}: {exc.strerror}", hint=hint) from exc
 
 
 def _keys(options: Namespace) -> Json:
