@@ -194,7 +194,7 @@ class AgentConnection:
         event: h11.Event = head
         while True:
             try:
-                await upstream.send(event)
+                await upstream.ask(event)
             except OSError:
                 return  # the endpoint takes no more; its answer, or the lack of one, says why
             if isinstance(event, h11.EndOfMessage):

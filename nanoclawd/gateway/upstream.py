@@ -20,7 +20,7 @@ from nanoclawd.gateway.replies import ErrorReply
 from nanoclawd.settings import Endpoint
 
 
-class Upstream:
+class Upstream(Stream):
     """One open connection to an endpoint. Whoever has it ends it by abort() or Pool.put_back()."""
 
     watch: asyncio.Task[None]  #: while it waits in the pool
@@ -28,15 +28,14 @@ class Upstream:
     def __init__(
         self, endpoint: Endpoint, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.endpoint = endpoint
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=limits.ENDPOINT_HEADER_BYTES)
-        self.stream = Stream(http, reader, writer)
-        self.abort = self.stream.abort
+        super().__init__(http, reader, writer)
+        self.endpoint = endpoint
 
-    async def send(self, event: h11.Event) -> None:
+    async def ask(self, event: h11.Event) -> None:
         """Send a part of the request. Raises ErrorReply if nothing of it is taken, OSError at a hang-up."""
         try:
-            await self.stream.send(event, stall_s=limits.ENDPOINT_STALL_S)
+            await self.send(event, stall_s=limits.ENDPOINT_STALL_S)
         except TimeoutError:
             raise ErrorReply(504, "endpoint-stalled", "The endpoint takes no data.") from None
 
@@ -56,14 +55,14 @@ class Upstream:
 
     def start_again(self) -> bool:
         """Get ready for a next request; False if the connection cannot carry one."""
-        if not self.stream.is_done:
+        if not self.is_done:
             return False
-        self.stream.http.start_next_cycle()
-        return not self.stream.http.trailing_data[0] and not self.stream.reader.at_eof()
+        self.http.start_next_cycle()
+        return not self.http.trailing_data[0] and not self.reader.at_eof()
 
     async def _event(self) -> h11.Event:
         try:
-            return await self.stream.receive()
+            return await self.receive()
         except h11.RemoteProtocolError as exc:
             raise ErrorReply(502, "endpoint-answer", "The endpoint does not speak HTTP.") from exc
         except OSError as exc:
@@ -89,7 +88,7 @@ class Pool:
             except asyncio.CancelledError:
                 upstream.abort()
                 raise
-            if upstream.watch.cancelled() and not upstream.stream.reader.at_eof():
+            if upstream.watch.cancelled() and not upstream.reader.at_eof():
                 return upstream
             upstream.abort()
         try:
@@ -130,7 +129,7 @@ class Pool:
         """Wait until the endpoint hangs up or says what nobody asked for, or for too long; then give up."""
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(limits.POOL_IDLE_S):
-                await upstream.stream.reader.read(1)
+                await upstream.reader.read(1)
         upstream.abort()
         with contextlib.suppress(KeyError, ValueError):  # taken out or closed meanwhile
             self._idle[upstream.endpoint].remove(upstream)
