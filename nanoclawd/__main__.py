@@ -30,9 +30,9 @@ from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.ids import unit_name
+from nanoclawd.ids import RESERVED, unit_name
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import leased_turn, session_row
+from nanoclawd.queue import bury_message, leased_turn, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server
 from nanoclawd.session import Session
@@ -174,6 +174,7 @@ async def _recover(
         unit.name
         for unit in await systemd.list_units(["nanoclaw-*@*.service"])
         if unit.active_state in ("active", "activating", "reloading")
+        and not unit.name.startswith(tuple(f"nanoclaw-{name}@" for name in RESERVED))
     }
     adopted: list[Session] = []
 
@@ -194,8 +195,10 @@ async def _recover(
                 adopted.append(session)
                 continue
             lost = tx.one("leased_message", session=session.row.id)
-            if lost is not None:
-                reason = "the router and the agent's container ended together"
+            reason = "the router and the agent's container ended together"
+            if lost is not None and lost["attempts"] >= limits.ATTEMPTS:
+                bury_message(tx, session.row, lost, reason)  # it may be what ended them
+            elif lost is not None:
                 tx.all("requeue_message", id=lost["id"], not_before=0, reason=reason)
         return rows
 
@@ -205,11 +208,13 @@ async def _recover(
         if name not in kept:
             forget_listener(name)
             listener.close()
-    known = {session.unit for session in adopted}
-    for unit in running - known:
-        # Nobody can reach its listeners any more, so it cannot work; its message goes to a new one.
-        journal.warning("orphan-container", "stopping it", unit=unit)
-        await systemd.stop_unit(unit)
+    # Nobody can reach an orphan's listeners any more, so it cannot work; its message goes to a new one.
+    orphans = running - {session.unit for session in adopted}
+    for outcome in await asyncio.gather(*map(systemd.stop_unit, orphans), return_exceptions=True):
+        if isinstance(outcome, NanoclawError):
+            journal.warning("orphan-container", f"{outcome}, leaving it to systemd")
+        elif outcome is not None:
+            raise outcome
     for session in adopted:
         journal.info(
             "session-adopted", unit=session.unit, message=session.turn.message if session.turn else None

@@ -18,6 +18,8 @@ CredentialName = NewType("CredentialName", str)  #: [a-z][a-z0-9_-]{0,63}; part 
 # No dash: Quadlet and systemd look for drop-ins under every dash-truncated prefix of a unit's name, so
 # "a-b" would inherit what is meant for "a". No escape is needed either: %i equals %I.
 AGENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
+#: nanoclaw-channel@.service is an adapter's, and so on: not names for agents.
+RESERVED = ("agents", "channel", "gateway", "podman")
 SESSION_NAME = re.compile(r"[a-z0-9_]{1,48}", re.ASCII)
 CREDENTIAL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
 
@@ -29,6 +31,8 @@ def parse_agent_name(text: str) -> AgentName:
             f"{text[:64]!r} is not a name for an agent",
             hint="use 1 to 32 of a-z, 0-9 and _, beginning with a letter",
         )
+    if text in RESERVED:
+        raise Refused(f"'{text}' is the name of a unit of ours", hint="choose another name for the agent")
     return AgentName(text)
 
 

@@ -103,6 +103,24 @@ def test_turn_of_a_container_that_ended_with_the_router_is_retried(place: Place)
     place.run(run)
 
 
+def test_message_that_ends_router_and_container_each_time_becomes_a_dead_letter(place: Place) -> None:
+    async def run() -> None:
+        runner = place.systemd.program = Steady(pause=asyncio.Event())
+        for attempt in range(1, limits.ATTEMPTS + 1):
+            async with place.router() as router:
+                if attempt == 1:
+                    await router.deliver("poison")
+                await eventually(lambda attempt=attempt: ("poison", attempt) in runner.turns)
+            await place.systemd.end_all()
+        async with place.router() as router:
+            adapter = await router.attach()
+
+            assert "could not be answered" in await adapter.reply()
+            assert [row["state"] for row in await router.inbox()] == ["dead"]
+
+    place.run(run)
+
+
 def test_container_that_ends_while_it_is_adopted_is_replaced(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
