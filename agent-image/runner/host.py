@@ -136,10 +136,8 @@ class Host:
 
     def call_once(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Call once. Raises HostAway, HostError, MessageTooLong."""
-        with self._lock, self._dropped_if_away():
-            connection = self._connected()
-            connection.send(method, parameters)
-            return connection.receive()
+        with self._lock:
+            return self._say(method, parameters)
 
     def tell(self, method: str, parameters: dict[str, Any]) -> None:
         """Say something that may be lost: without a reply, and not at all while the router is away.
@@ -149,10 +147,21 @@ class Host:
         if self._lock.acquire(timeout=_ONEWAY_WAIT_S):
             try:
                 if self._connection is not None and not self.is_muted:
-                    with contextlib.suppress(HostAway), self._dropped_if_away():
-                        self._connection.send(method, parameters, oneway=True)
+                    with contextlib.suppress(HostAway):
+                        self._say(method, parameters, oneway=True)
             finally:
                 self._lock.release()
+
+    def _say(self, method: str, parameters: dict[str, Any], **flags: bool) -> dict[str, Any]:
+        try:
+            connection = self._connected()
+            connection.send(method, parameters, **flags)
+            return {} if "oneway" in flags else connection.receive()
+        except HostAway:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            raise
 
     def _connected(self) -> Connection:
         if self.is_muted:
@@ -160,13 +169,3 @@ class Host:
         if self._connection is None:
             self._connection = Connection(self._path)
         return self._connection
-
-    @contextlib.contextmanager
-    def _dropped_if_away(self) -> Iterator[None]:
-        try:
-            yield
-        except HostAway:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-            raise
