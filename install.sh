@@ -72,6 +72,7 @@ in_machine() {
     "$machine" down
     exit 0
   fi
+  [ -z "${ANTHROPIC_API_KEY:-}" ] || say "It has no network, so the API key is of no use in it: \"demo\" will echo."
   step "Base of the agent image (cached in $cache)"
   mkdir -p "$cache/agent-base"
   "$HERE/agent-image/make-base" "$cache/agent-base"
@@ -104,7 +105,7 @@ completions() { # SHELL: where this user's completions for it lie
 }
 
 prune_images() { # former versions of our image that no container runs on
-  podman image prune --force --filter label=io.nanoclaw.base > /dev/null 2>&1 || true
+  podman image prune --force --filter label=io.nanoclaw.agent-image > /dev/null 2>&1 || true
 }
 
 man_pages() { # where this user's copies of our manual lie

@@ -160,7 +160,7 @@ async def _route(
             gc.collect()
             gc.freeze()
             started.set()
-            daemon.notify(f"READY=1\nSTATUS={len(registry.names())} agents")
+            daemon.notify(f"READY=1\nSTATUS={registry.summary()}")
             journal.info("started", version=VERSION, agents=len(registry.names()))
     finally:
         await db.close()
@@ -243,10 +243,9 @@ def _handle_signals(tasks: asyncio.TaskGroup, reload: Callable[[], object]) -> N
 async def _reload(registry: Registry, control: ControlService) -> None:
     # Type=notify-reload: systemd.service(5); systemctl waits for the READY=1 that follows.
     daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
-    status = ""
     try:
-        problems = await control.reload()
-        status = f"{len(registry.names())} agents" + (f", {len(problems)} broken" if problems else "")
+        await control.reload()
+        status = registry.summary()
     except NanoclawError as exc:
         status = f"reload failed, going on as before: {exc}"
         journal.error("reload-failed", f"{exc}, going on as before")

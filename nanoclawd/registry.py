@@ -52,6 +52,11 @@ class Registry:
     def names(self) -> list[str]:
         return sorted(self._agents)
 
+    def summary(self) -> str:
+        """Say in a few words what there is, for `systemctl status`."""
+        broken = sum(agent.state == "broken" for agent in self._agents.values())
+        return f"{len(self._agents)} agents" + (f" ({broken} broken)" if broken else "")
+
     def get(self, name: str) -> Agent:
         """Return the agent. Raises NotFound."""
         agent = self._agents.get(AgentName(name))

@@ -475,7 +475,7 @@ class Sessions:
     def _report_status(self) -> None:
         """Say in `systemctl status` what goes on."""
         running = sum(s.state not in (SessionState.IDLE, SessionState.QUEUED) for s in self._live.values())
-        daemon.notify(f"STATUS={len(self._registry.names())} agents, {running} sessions running")
+        daemon.notify(f"STATUS={self._registry.summary()}, {running} sessions running")
 
     def _discard(self, session: Session) -> None:
         """Close the listeners and remove the runtime directory of a session without a container."""
@@ -487,7 +487,10 @@ class Sessions:
                 listener.close()
         session.host = session.gateway = None
         # Ours alone: the container sees it read-only.
-        shutil.rmtree(paths.session_runtime(agent, name), ignore_errors=True)
+        runtime = paths.session_runtime(agent, name)
+        shutil.rmtree(runtime, ignore_errors=True)
+        with suppress(OSError):  # another session of the agent lives there
+            runtime.parent.rmdir()
 
     # --- events ------------------------------------------------------------------------------------
 

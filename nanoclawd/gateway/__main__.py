@@ -67,6 +67,7 @@ async def run(listener: socket.socket) -> None:
         service = GatewayService(gateway, checks).service
         serving = tasks.create_task(Server(service, listener).run(), name="varlink")
         watching = tasks.create_task(feed_watchdog(), name="watchdog")
+        gateway.report_status()
         daemon.notify("READY=1")
         await stop.wait()
         # The listener stays open in systemd: who calls now reaches our successor.
@@ -92,6 +93,7 @@ def reload(gateway: Gateway) -> None:
     """What 'systemctl --user reload' does. See "notify-reload" in systemd.service(5)."""
     daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     read_configuration(gateway)
+    gateway.report_status()
     daemon.notify("READY=1")
 
 

@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict
 from functools import partial
 
+from systemd import daemon
+
 from nanoclawd import journal
 from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.gateway import limits
@@ -96,6 +98,7 @@ class Gateway:
         session.stop_accepting()
         listener.setblocking(False)
         session.accepting = self._tasks.create_task(self._accept(session, listener), name=f"{agent}/{name}")
+        self.report_status()
 
     def detach(self, agent: AgentName, name: SessionName) -> None:
         """Close the session's listener and its connections. Harmless if there is none."""
@@ -103,6 +106,16 @@ class Gateway:
             session.stop_accepting()
             for task in session.open.values():
                 task.cancel()
+            self.report_status()
+
+    def report_status(self) -> None:
+        """Say in `systemctl status` what goes on."""
+        problem = self.settings if isinstance(self.settings, ConfigError) else ""
+        daemon.notify(
+            f"STATUS=refusing all requests: {problem}"
+            if problem
+            else f"STATUS={len(self.sessions)} sessions"
+        )
 
     async def drain(self) -> None:
         """Take no more requests; return when those that run are answered, or DRAIN_S have passed."""
