@@ -88,7 +88,9 @@ class Connection:
         reply: dict[str, dict[str, Any]] = json.loads(raw)
         parameters = reply.get("parameters", {})
         if "error" in reply:
-            raise HostError(str(reply["error"]), parameters)
+            error = HostError(str(reply["error"]), parameters)
+            # E.g. its disk is full: whoever says the same again later is understood.
+            raise HostAway(str(error)) if error.name == "Unavailable" else error
         return parameters
 
     def _try(self, operation: Callable[[Any], Any], argument: object) -> Any:

@@ -260,3 +260,12 @@ def test_unknown_provider_ends_it(make_runner: MakeRunner) -> None:
     runner = make_runner(provider="no_such")
 
     assert runner.wait_exit() == 1
+
+
+def test_end_of_a_turn_is_said_again_while_the_router_cannot_write(make_runner: MakeRunner) -> None:
+    runner = make_runner()
+    runner.router.errors["FinishTurn"] = ("Unavailable", {"message": "the disk is full", "hint": ""})
+
+    runner.router.give("hello")
+
+    assert runner.router.wait("FinishTurn", 3) == runner.router.wait("FinishTurn", 1)
