@@ -25,6 +25,8 @@ WARNING = 4  # man 3 syslog; lower is worse
 CRASH = re.compile(
     r"code=dumped|code=killed, status=(4/ILL|6/ABRT|7/BUS|8/FPE|11/SEGV|31/SYS)|SECCOMP|apparmor=\"DENIED\""
 )
+#: What systemd says when a stopped program's last word to it comes after its unit's end: nobody's fault.
+LATE = re.compile(r"Got notification message from PID \d+, but reception is disabled")
 POLL_S = 0.05
 
 T = TypeVar("T")
@@ -214,6 +216,8 @@ class Machine(ABC):
 def _is_alarming(entry: Entry) -> bool:
     if CRASH.search(_as_text(entry.get("MESSAGE", ""))):
         return True
+    if LATE.search(_as_text(entry.get("MESSAGE", ""))):
+        return False
     if int(entry.get("PRIORITY", "6")) > WARNING:
         return False
     units = (entry.get("_SYSTEMD_USER_UNIT"), entry.get("USER_UNIT"))
