@@ -31,7 +31,7 @@ BENCHMARKS: dict[str, Callable[[bool], AsyncIterator[Figure]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="tests/bench/run", description="Measures the product; see DESIGN.md."
+        prog="tests/bench/run", description="Measures the product; see ARCHITECTURE.md."
     )
     parser.add_argument(
         "--quick", action="store_true", help="fewer samples, a shorter idle time: below 90 s"
