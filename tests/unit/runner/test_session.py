@@ -178,7 +178,7 @@ def test_reply_over_the_limit_is_shortened(make_runner: MakeRunner) -> None:
 
     (reply,) = runner.router.wait("FinishTurn")["replies"]
     assert len(reply) < 161_000
-    assert reply.endswith("[140000 more bytes were cut off]")
+    assert reply.endswith("[10000 more bytes were cut off]")
 
 
 def test_nothing_to_say_back_is_said(make_runner: MakeRunner) -> None:
