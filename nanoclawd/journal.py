@@ -45,8 +45,12 @@ def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
     extra = {f"NANOCLAWD_{name.upper()}": str(value) for name, value in fields.items() if value is not None}
     if unit is not None:
         extra["USER_UNIT"] = unit
+    caller = sys._getframe(2)  # send() itself would walk and read the stack, for each line
     sd_journal.send(
         line,
+        CODE_FILE=caller.f_code.co_filename,
+        CODE_LINE=caller.f_lineno,
+        CODE_FUNC=caller.f_code.co_name,
         PRIORITY=str(priority),
         SYSLOG_IDENTIFIER=os.path.basename(sys.argv[0]),
         NANOCLAWD_EVENT=event,
