@@ -118,7 +118,7 @@ async def _route(
             tasks.create_task(db.run(), name="database")
             tasks.create_task(systemd.watch(), name="units")
             await systemd.watching.wait()
-            registry = Registry(version=VERSION, db=db, systemd=systemd, settings=settings)
+            registry = Registry(db=db, systemd=systemd, settings=settings)
             outlets, gateway = Outlets(db), GatewayLink()
             sessions = Sessions(
                 db=db,
@@ -129,13 +129,10 @@ async def _route(
                 tasks=tasks,
                 slots=settings.max_sessions,
             )
-            agent_service = AgentService(
-                version=VERSION, db=db, registry=registry, sessions=sessions, outlets=outlets
-            )
+            agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             sessions.service = agent_service.service
             checks = sandbox.run_checks(sandbox.ROUTER)
             control_service = ControlService(
-                version=VERSION,
                 db=db,
                 systemd=systemd,
                 registry=registry,
@@ -144,9 +141,7 @@ async def _route(
                 gateway=gateway,
                 sandbox=checks,
             )
-            channel_service = ChannelService(
-                version=VERSION, db=db, registry=registry, sessions=sessions, outlets=outlets
-            )
+            channel_service = ChannelService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             await registry.load()
             await _recover(db, systemd, sessions, listeners)
             await control_service.start_waiting()

@@ -28,15 +28,13 @@ _STREAM = 8  #: a runner gets at most a turn and a few stops before it must read
 
 
 class AgentService:
-    def __init__(
-        self, *, version: str, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets
-    ) -> None:
+    def __init__(self, *, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets) -> None:
         self._db = db
         self._registry = registry
         self._sessions = sessions
+        self._turns = sessions.turns
         self._outlets = outlets
         self.service = Service(
-            version=version,
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
                 "Hello": Method(handler=self._hello),
@@ -87,7 +85,7 @@ class AgentService:
         session.end_stream()  # of an older call: there is one runner
         stream = session.open_stream(_STREAM)
         try:
-            await self._sessions.offer(session)
+            await self._turns.resume(session)
             while (work := await stream.get()) is not None:
                 await call.send(work)
         finally:
@@ -98,10 +96,8 @@ class AgentService:
 
     async def _renew(self, call: Call) -> Json:
         session, turn = _running(call)
-        if not await self._db.write(lambda tx: queue.renew_lease(tx, session.row, turn.id)):
+        if not await self._turns.renew(session, turn):
             raise _no_such_turn(turn.id)
-        if session.turn is turn:
-            self._sessions.renewed(session)
         return {}
 
     async def _report_activity(self, call: Call) -> Json:
@@ -139,7 +135,7 @@ class AgentService:
             if outcome == "failed":
                 await self._fail(session, turn, error)
             else:
-                await self._sessions.end_turn(
+                await self._turns.end_turn(
                     session, turn, lambda tx: _finish(tx, session, turn, outcome == "stopped", replies)
                 )
                 journal.info(
@@ -158,7 +154,7 @@ class AgentService:
     async def _fail(self, session: Session, turn: Turn, error: Json) -> None:
         line = " ".join(error["message"].split())[:500] or error["code"]
         after_s = error["retryAfterSeconds"]
-        await self._sessions.fail_turn(
+        await self._turns.fail_turn(
             session,
             turn,
             reason=f"{line} ({error['code'][:40]})",
@@ -176,8 +172,7 @@ class AgentService:
         # one; one that is there keeps this one.
         waiting = await self._db.read("next_message", session=session.row.id)
         if waiting or session.turn is not None or session.taking:
-            if session.can_take():  # else a turn is on its way already, and must not come twice
-                await self._sessions.offer(session)
+            await self._turns.offer(session)  # unless one is on its way already
             return {"stay": True}
         self._sessions.leave(session)
         return {"stay": False}

@@ -20,15 +20,13 @@ INTERFACE = "io.nanoclaw.Channel"
 
 
 class ChannelService:
-    def __init__(
-        self, *, version: str, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets
-    ) -> None:
+    def __init__(self, *, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets) -> None:
         self._db = db
         self._registry = registry
         self._sessions = sessions
+        self._turns = sessions.turns
         self._outlets = outlets
         self.service = Service(
-            version=version,
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
                 "Deliver": Method(handler=self._deliver),
@@ -77,7 +75,7 @@ class ChannelService:
         place = {"agent": agent, "channel": event.channel, "chat": event.chat, "thread": event.thread}
         known = await self._db.read("find_session", **place)
         row = session_row(known[0]) if known else None
-        return await self._sessions.write(row, lambda tx: queue.enqueue(tx, agent, event))
+        return await self._turns.write(row, lambda tx: queue.enqueue(tx, agent, event))
 
     def _find_agent(self, name: str | None, event: Event) -> AgentName:
         if name is None:
@@ -160,7 +158,7 @@ class ChannelService:
         stopped = False
         for row in await self._db.read("list_sessions", agent=None):
             if all(row[name] == parameters[name] for name in ("channel", "chat", "thread")):
-                stopped |= await self._sessions.stop_turn(session_row(row))
+                stopped |= await self._turns.stop_turn(session_row(row))
         return {"stopped": stopped}
 
 

@@ -24,6 +24,7 @@ from nanoclawd.session import SessionState
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
 from nanoclawd.systemd import Systemd
+from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
 
 INTERFACE = "io.nanoclaw.Control"
@@ -45,7 +46,6 @@ class ControlService:
     def __init__(
         self,
         *,
-        version: str,
         db: Database,
         systemd: Systemd,
         registry: Registry,
@@ -54,7 +54,6 @@ class ControlService:
         gateway: GatewayLink,
         sandbox: list[Check],
     ) -> None:
-        self._version = version
         self._db = db
         self._systemd = systemd
         self._registry = registry
@@ -64,7 +63,6 @@ class ControlService:
         self._sandbox = sandbox
         self._started_at = time.time()
         self.service = Service(
-            version=version,
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
                 "Status": Method(handler=self._status),
@@ -94,7 +92,7 @@ class ControlService:
             {(r["queue"], r["state"]): r["number"] for r in await self._db.read("count_states")}
         )
         return {
-            "version": self._version,
+            "version": VERSION,
             "pid": os.getpid(),
             "startedAt": self._started_at,
             "units": await self._units(),

@@ -22,6 +22,7 @@ from nanoclawd.errors import ConfigError, Failed, NanoclawError, Refused
 from nanoclawd.files import remove_file, sync_directory, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.mounts import BindMount
+from nanoclawd.version import VERSION
 
 TEMPLATE = paths.SHARE / "quadlets" / "agent.container.in"
 SECCOMP = paths.SHARE / "quadlets" / "seccomp.json"
@@ -41,7 +42,6 @@ class UnitSpec:
     config: AgentConfig
     index: int  #: 0-based, of this agent alone and for ever: becomes its uid and its SELinux level
     mounts: tuple[BindMount, ...] = ()  #: config.mounts after resolve_mounts(), and those of skills
-    version: str = ""  #: ours, for the header
 
     @property
     def agent(self) -> AgentName:
@@ -113,7 +113,7 @@ def render(spec: UnitSpec) -> str:
         volumes.append(_volume(mount.source, "", mount.target, f"{access},nosuid,nodev,z"))
     return _template().substitute(
         agent=agent,
-        version=spec.version,
+        version=VERSION,
         top="nanoclaw/",
         limits="\n".join(limits),
         uid=container_uid(spec.index, os.getuid()),

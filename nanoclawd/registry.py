@@ -19,6 +19,7 @@ from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.quadlet import UnitSpec
 from nanoclawd.settings import Settings
 from nanoclawd.systemd import Systemd
+from nanoclawd.version import VERSION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +40,7 @@ class Agent:
 class Registry:
     """All agents by name. Changes go one at a time: file, then unit, then one reload; or all as before."""
 
-    def __init__(self, *, version: str, db: Database, systemd: Systemd, settings: Settings) -> None:
-        self._version = version
+    def __init__(self, *, db: Database, systemd: Systemd, settings: Settings) -> None:
         self._db = db
         self._systemd = systemd
         self._agents: dict[AgentName, Agent] = {}
@@ -130,7 +130,7 @@ class Registry:
         removed = await asyncio.to_thread(quadlet.remove_units, orphans) if orphans else []
         if len(stale) > len(failures) or removed:
             await self._systemd.reload()
-            journal.info("units-written", units=len(stale) - len(failures), version=self._version)
+            journal.info("units-written", units=len(stale) - len(failures), version=VERSION)
         return failures | await asyncio.to_thread(_ensure_directories, specs)
 
     async def add(self, name: str, values: Mapping[str, Any], instructions: str | None) -> Agent:
@@ -216,7 +216,6 @@ class Registry:
             config=agent.config,
             index=agent.index,
             mounts=mounts.resolve_mounts(agent.config.mounts, self.settings.mounts),
-            version=self._version,
         )
 
 

@@ -15,6 +15,7 @@ from nanoclawd import journal, limits, wire
 from nanoclawd.errors import NanoclawError
 from nanoclawd.idl import Interface, parse_interface
 from nanoclawd.varlink import Connection
+from nanoclawd.version import VERSION
 from nanoclawd.wire import Json, VarlinkError
 
 SERVICE = "org.varlink.service"
@@ -95,12 +96,11 @@ class Method:
 class Service:
     """The interfaces and the method table behind one kind of listener."""
 
-    def __init__(self, *, version: str, interface: Interface, methods: Mapping[str, Method]) -> None:
+    def __init__(self, *, interface: Interface, methods: Mapping[str, Method]) -> None:
         if set(methods) != set(interface.methods):
             raise ValueError(
                 f"{interface.name}: table and interface differ: {set(methods) ^ set(interface.methods)}"
             )
-        self.version = version
         self.interface = interface
         self.methods = methods
 
@@ -134,7 +134,7 @@ class Service:
             return {
                 "vendor": "NanoClaw for systemd and Podman",
                 "product": "nanoclaw",
-                "version": self.version,
+                "version": VERSION,
                 "url": "man:nanoclawd(8)",
                 "interfaces": list(interfaces),
             }

@@ -1,30 +1,28 @@
-"""The life of sessions: which container runs when, and what becomes of the turn that it had."""
+"""The life of sessions: which container runs when."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import TypeVar
 
 from systemd import daemon
 
-from nanoclawd import journal, limits, paths, queue
-from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd import journal, limits, paths
+from nanoclawd.db import Database, now_ms
 from nanoclawd.diagnosis import explain_start
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import MessageState, SessionRow, Turn
+from nanoclawd.queue import SessionRow
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server, Service
-from nanoclawd.session import Session, SessionState, describe_turn
+from nanoclawd.session import Session, SessionState
 from nanoclawd.sockets import bind_listener, forget_listener, store_listener
 from nanoclawd.systemd import Systemd, UnitChange
-
-T = TypeVar("T")
+from nanoclawd.turns import Turns
 
 
 class Sessions:
@@ -51,6 +49,14 @@ class Sessions:
         self._waiting = 0  #: sessions that have work and no slot
         self._live: dict[int, Session] = {}
         self._by_unit: dict[str, Session] = {}
+        self.turns = Turns(
+            db=db,
+            outlets=outlets,
+            tasks=tasks,
+            find=self.find,
+            stop=self._stop_soon,
+            make_room=self._make_room,
+        )
         self.service: Service | None = None  #: what runners are served; set once before anything starts
         systemd.on_unit_change = self._unit_changed
 
@@ -78,53 +84,9 @@ class Sessions:
         session.hello = session.alive = session.worked = True
         session.state = SessionState.WORKING if session.turn else SessionState.READY
         if session.turn:
-            self._start_lease(session)
+            self.turns.start_lease(session)
         self._add(session)
         self._tasks.create_task(self._run_life(session, adopted=True), name=f"session {session.unit}")
-
-    async def write(self, row: SessionRow | None, operation: Callable[[Transaction], T]) -> T:
-        """Run a write that may give the session `row` something to do, and lease that to its runner at once.
-
-        One commit for both: a message that finds its runner waiting is on disk and on its way together.
-        """
-        taker: Session | None = None
-
-        def write(tx: Transaction) -> tuple[T, Turn | None]:
-            nonlocal taker
-            result = operation(tx)
-            session = self._live.get(row.id) if row is not None else None
-            if session is None or not session.can_take():
-                return result, None
-            session.taking, taker = True, session
-            return result, queue.claim_turn(tx, session.row)
-
-        try:
-            result, turn = await self._db.write(write)
-        except BaseException:
-            if taker is not None:
-                taker.taking = False
-            raise
-        if taker is not None:
-            self._take(taker, turn)
-        return result
-
-    async def stop_turn(self, row: SessionRow) -> bool:
-        """The person says stop: end what the session does and what waits for it. Returns whether there was
-        any.
-        """
-        session = self._live.get(row.id)
-        events, deliveries = await self._db.write(lambda tx: _stop_queued(tx, self._outlets, row))
-        self._outlets.publish(deliveries)
-        for event in events:
-            self._outlets.report_activity(row, "idle", event=event)
-        if session is None or session.turn is None:
-            return bool(events)
-        turn = session.turn
-        session.push({"turn": None, "stop": turn.id})
-        if session.stopping is None:
-            loop = asyncio.get_running_loop()
-            session.stopping = loop.call_later(limits.STOP_TURN_S, self._stop_hard, session, turn)
-        return True
 
     async def stop_containers(self, agent: AgentName) -> None:
         """Stop all containers of an agent because the person says so; their turns go back to the queue."""
@@ -142,18 +104,11 @@ class Sessions:
 
     # --- what runners call (agent_service.py) ------------------------------------------------------
 
-    async def offer(self, session: Session) -> None:
-        """The runner may have room: lease it the next message that is due."""
-        if session.turn is not None:
-            session.push(describe_turn(session.turn))
-        elif session.can_take():
-            await self.write(session.row, _nothing)
-
     def refuse(self, session: Session, reason: NanoclawError) -> None:
         """Nothing can come of this runner: stop it, and let its message have the reason."""
         if session.refused is None:
             session.refused = reason
-            self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
+            self._stop_soon(session)
 
     def expect_work(self, session: Session) -> None:
         """From now on the runner has a while to ask for work: one that never does would block its chat."""
@@ -161,74 +116,6 @@ class Sessions:
             session.silence.cancel()
         loop = asyncio.get_running_loop()
         session.silence = loop.call_later(limits.HELLO_S, self._stop_silent, session)
-
-    def renewed(self, session: Session) -> None:
-        self._start_lease(session)
-
-    async def end_turn(self, session: Session, turn: Turn, operation: Callable[[Transaction], T]) -> T:
-        """Run the write that ends `turn`, publish what it sent, and give the runner what is next."""
-
-        ended = False
-
-        def write(tx: Transaction) -> tuple[T, list[Row]]:
-            nonlocal ended
-            if session.turn is not turn:  # another call was faster
-                raise NotFound(f"turn {turn.id} is over")
-            result = operation(tx)
-            # Ended as far as this transaction goes, so that the next turn can be leased in it.
-            ended, session.turn = True, None
-            session.state = SessionState.READY if session.state is SessionState.WORKING else session.state
-            return result, self._outlets.claim(tx, session.row, turn.event)
-
-        try:
-            result, deliveries = await self.write(session.row, write)
-        except BaseException:
-            if ended:
-                session.turn, session.state = turn, SessionState.WORKING
-            raise
-        if session.stopping is not None:
-            session.stopping.cancel()
-            session.stopping = None
-        self._outlets.publish(deliveries)
-        if session.turn is None and session.lease is not None:
-            session.lease.cancel()
-            session.lease = None
-        self._outlets.report_activity(session.row, "idle", event=turn.event)
-        if session.turn is None:
-            self._note_idle(session)
-        return result
-
-    def retry_later(self, session: Session, not_before: int) -> None:
-        """Offer the session's runner its message again when that is due."""
-        if session.retry is not None:
-            session.retry.cancel()
-        wait_s = max(0.0, (not_before - now_ms()) / 1000)
-        session.retry = asyncio.get_running_loop().call_later(wait_s, session.wanted.set)
-
-    async def fail_turn(
-        self,
-        session: Session,
-        turn: Turn,
-        *,
-        reason: str,
-        retryable: bool,
-        retry_after_ms: int | None = None,
-    ) -> None:
-        """End a turn that failed: a later attempt, or a dead letter with a notice."""
-
-        def fail(tx: Transaction) -> int | None:
-            message = tx.one("leased_message", session=session.row.id)
-            if message is None or message["turn"] != turn.id:
-                raise NotFound(f"turn {turn.id} has no lease any more")
-            return queue.fail_message(
-                tx, session.row, message, reason=reason, retryable=retryable, retry_after_ms=retry_after_ms
-            )
-
-        not_before = await self.end_turn(session, turn, fail)
-        self._note_failure(session, turn.message, turn.attempt, reason, not_before)
-        if not_before is not None:
-            self._outlets.report_activity(session.row, "retrying", reason, turn.event)
-            self.retry_later(session, not_before)
 
     def leave(self, session: Session) -> None:
         """The runner has said good-bye: it takes nothing more, and must be gone soon."""
@@ -275,11 +162,6 @@ class Sessions:
         finally:
             self._waiting -= 1
 
-    def _note_idle(self, session: Session) -> None:
-        if session.idle_since is None:
-            session.idle_since = asyncio.get_running_loop().time()
-        self._make_room()
-
     def _make_room(self) -> None:
         """If a session waits for a slot, end the container that has been idle for longest."""
         leaving = sum(session.left for session in self._live.values())
@@ -294,7 +176,7 @@ class Sessions:
         if idle:
             session = min(idle)[2]
             session.left = True  # from now on it takes nothing
-            self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
+            self._stop_soon(session)
 
     async def _has_work(self, session: Session) -> bool:
         """Wait until the oldest message is due; return False if there is none, or the agent must not run."""
@@ -396,19 +278,12 @@ class Sessions:
                     wanted.cancel()
                 if session.wanted.is_set():
                     session.wanted.clear()
-                    if session.can_take():
-                        await self._offer_later(session)
+                    await self.turns.offer_due(session)
         finally:
             gone.cancel()
 
-    async def _offer_later(self, session: Session) -> None:
-        try:
-            await self.write(session.row, _nothing)
-        except Unavailable:  # the database has logged it; the container is in good health
-            self.retry_later(session, now_ms() + int(limits.STORE_AGAIN_S * 1000))
-
     async def _account(self, session: Session, problem: NanoclawError | None) -> None:
-        """The container is gone: put back or bury what it had, so that nothing ends in silence."""
+        """The container is gone: say why, and have its turn or its message put back or buried."""
         by_person = session.stopped_by_person
         if session.turn is not None or by_person or session.left or session.worked:
             reason = (
@@ -426,45 +301,11 @@ class Sessions:
             result=session.result or None,
         )
 
-        def account(tx: Transaction) -> tuple[Row, int | None] | None:
-            # Asked here and not of session.turn: a write that leased one for it may be under way.
-            message = tx.one("leased_message", session=session.row.id)
-            if message is not None:
-                if by_person:
-                    tx.all("requeue_message", id=message["id"], not_before=0, reason=None)
-                    tx.all("uncount_attempt", id=message["id"])
-                    return None
-                return message, queue.fail_message(tx, session.row, message, reason=reason, retryable=True)
-            if by_person or session.left or session.worked:
-                return None
-            if isinstance(problem, ConfigError | NotFound | Refused):
-                # A broken file or a masked unit does not get better by itself.
-                return _bury_next(tx, session.row, reason)
-            return queue.fail_start(tx, session.row, reason=reason)
-
-        def write(tx: Transaction) -> tuple[tuple[Row, int | None] | None, list[Row]]:
-            failed = account(tx)
-            event = failed[0]["event"] if failed else None
-            return failed, self._outlets.claim(tx, session.row, event)
-
-        failed, deliveries = await self._store(write)
-        session.turn = None
-        self._outlets.publish(deliveries)
-        if failed is not None:
-            message, not_before = failed
-            self._note_failure(session, message["id"], message["attempts"], reason, not_before)
-            kind = "idle" if not_before is None else "retrying"
-            self._outlets.report_activity(session.row, kind, reason, message["event"])
+        # A broken file or a masked unit does not get better by itself.
+        final = isinstance(problem, ConfigError | NotFound | Refused)
+        await self.turns.put_back(session, reason, stopped=by_person, final=final)
         if problem is not None or session.result not in ("", "success"):
             await self._forget_failure(session)
-
-    async def _store(self, operation: Callable[[Transaction], T]) -> T:
-        """Write what nobody else would write if we gave up: again and again while the disk is full."""
-        while True:
-            try:
-                return await self._db.write(operation)
-            except Unavailable:  # logged by the database
-                await asyncio.sleep(limits.STORE_AGAIN_S)
 
     async def _forget_failure(self, session: Session) -> None:
         try:
@@ -510,45 +351,6 @@ class Sessions:
             # Not before it has run: what systemd says late of its previous life must not end this one.
             session.gone.set()
 
-    def _take(self, session: Session, turn: Turn | None) -> None:
-        """After the commit: the turn is leased, the runner gets it."""
-        session.taking = False
-        if turn is None:
-            self._note_idle(session)
-            return
-        session.turn, session.idle_since = turn, None
-        session.worked = True
-        session.state = SessionState.WORKING
-        self._start_lease(session)
-        session.push(describe_turn(turn))
-        self._outlets.report_activity(session.row, "thinking", event=turn.event)
-
-    def _start_lease(self, session: Session) -> None:
-        if session.lease is not None:
-            session.lease.cancel()
-        session.lease = asyncio.get_running_loop().call_later(
-            limits.LEASE_S,
-            lambda: self._tasks.create_task(self._expire(session), name=f"lease of {session.unit}"),
-        )
-
-    async def _expire(self, session: Session) -> None:
-        """A runner that is silent for a whole lease hangs: take the turn from it, and stop its container."""
-        turn = session.turn
-        if turn is None:
-            return
-        journal.warning(
-            "lease-expired", "stopping the container", unit=session.unit, message=turn.message, turn=turn.id
-        )
-        await self._stop_unit(session)
-
-    def _stop_hard(self, session: Session, turn: Turn) -> None:
-        if session.turn is not turn:
-            return
-        journal.warning(
-            "turn-not-stopped", "stopping the container", unit=session.unit, message=turn.message
-        )
-        self._tasks.create_task(self._end_stopped(session, turn), name=f"stop of {session.unit}")
-
     def _stop_silent(self, session: Session) -> None:
         if session.stream is not None or session.turn is not None:
             return
@@ -559,14 +361,10 @@ class Sessions:
 
     def _stop_straggler(self, session: Session) -> None:
         journal.warning("runner-stayed", "it said good-bye; stopping the container", unit=session.unit)
-        self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
+        self._stop_soon(session)
 
-    async def _end_stopped(self, session: Session, turn: Turn) -> None:
-        # NotFound: the runner has ended it meanwhile. Unavailable: logged by the database; at the end of
-        # the container the turn is put back.
-        with suppress(NotFound, Unavailable):
-            await self.end_turn(session, turn, lambda tx: _finish_stopped(tx, session.row, turn))
-        await self._stop_unit(session)
+    def _stop_soon(self, session: Session) -> None:
+        self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
 
     async def _stop_unit(self, session: Session) -> None:
         try:
@@ -578,48 +376,3 @@ class Sessions:
         gone = session.gone  # of this life
         await self._systemd.stop_unit(session.unit)
         gone.set()  # of a unit that was gone already, systemd says nothing more
-
-    def _note_failure(
-        self, session: Session, message: str, attempts: int, reason: str, not_before: int | None
-    ) -> None:
-        if not_before is None:
-            journal.error(
-                "message-dead",
-                reason,
-                message=message,
-                attempts=attempts,
-                unit=session.unit,
-                agent=session.row.agent,
-            )
-        else:
-            wait_s = max(0, not_before - now_ms()) / 1000
-            journal.warning(
-                "message-failed",
-                f"{reason}, retrying in {wait_s:.0f} s",
-                message=message,
-                attempts=attempts,
-                unit=session.unit,
-                agent=session.row.agent,
-            )
-
-
-def _nothing(tx: Transaction) -> None:
-    """The operation of a write that only leases what is due."""
-
-
-def _stop_queued(tx: Transaction, outlets: Outlets, row: SessionRow) -> tuple[list[str], list[Row]]:
-    events = queue.stop_session(tx, row)
-    return events, [delivery for event in events for delivery in outlets.claim(tx, row, event)]
-
-
-def _finish_stopped(tx: Transaction, row: SessionRow, turn: Turn) -> None:
-    queue.finish_turn(tx, row, turn, MessageState.STOPPED, [])
-    queue.publish_stopped(tx, row, turn.message, turn.event)
-
-
-def _bury_next(tx: Transaction, row: SessionRow, reason: str) -> tuple[Row, int | None] | None:
-    message = tx.one("next_message", session=row.id)
-    if message is None:
-        return None
-    queue.bury_message(tx, row, message, reason)
-    return message, None

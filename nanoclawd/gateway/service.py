@@ -23,7 +23,6 @@ class GatewayService:
         self._gateway = gateway
         self._sandbox = sandbox
         self.service = Service(
-            version=VERSION,
             interface=read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink"),
             methods={
                 "Attach": Method(handler=self._attach),

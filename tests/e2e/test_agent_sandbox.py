@@ -22,7 +22,7 @@ from nanoclawd.mounts import BindMount
 
 config = parse_agent('memory_max = "300M"\\ntasks_max = 64\\ncpu_quota = "80%"', Path("probe.toml"))
 shown = BindMount(source=Path.home() / "what is shown", target="/mnt/shown", read_only=True)
-spec = quadlet.UnitSpec(config=config, index=7, mounts=(shown,), version="test")
+spec = quadlet.UnitSpec(config=config, index=7, mounts=(shown,))
 print(asyncio.run(quadlet.install_units([spec])))
 """
 LISTEN = """

@@ -37,7 +37,7 @@ def spec_of(row: dict[str, Any]) -> quadlet.UnitSpec:
         for source, target in row.get("mounts", [])
     )
     config = parse_agent(row["toml"], paths.agents() / f"{row['name']}.toml")
-    return quadlet.UnitSpec(config=config, index=row.get("index", 0), mounts=mounts, version="1")
+    return quadlet.UnitSpec(config=config, index=row.get("index", 0), mounts=mounts)
 
 
 def argv(spec: quadlet.UnitSpec) -> list[str]:

@@ -226,6 +226,9 @@ class RegistryDouble:
     def names(self) -> list[str]:
         return sorted(self.agents)
 
+    def summary(self) -> str:
+        return f"{len(self.agents)} agents"
+
     def find(self, name: str) -> Agent | None:
         if name not in self.agents:
             return None
@@ -322,7 +325,6 @@ class Router:
                     slots=self._slots,
                 )
                 parts: dict[str, Any] = {
-                    "version": "1",
                     "db": db,
                     "registry": registry,
                     "sessions": self.sessions,

@@ -15,8 +15,9 @@ from nanoclawd.errors import ConfigError, NanoclawError, Refused
 from nanoclawd.ids import AgentName
 from nanoclawd.mounts import BindMount
 from nanoclawd.quadlet import UnitSpec, container_uid, quote_argument, render, selinux_level
+from nanoclawd.version import VERSION
 
-BERTA = UnitSpec(config=AgentConfig(name=AgentName("berta")), index=3, version="1.2")
+BERTA = UnitSpec(config=AgentConfig(name=AgentName("berta")), index=3)
 
 
 @pytest.fixture
@@ -73,7 +74,10 @@ def test_the_unit_says_what_is_configured(home: Path) -> None:
 
     lines = render(replace(BERTA, config=config, mounts=mounts)).splitlines()
 
-    assert lines[0] == "# Generated from agents/berta.toml by nanoclaw 1.2; edits are lost. Put yours into"
+    assert (
+        lines[0]
+        == f"# Generated from agents/berta.toml by nanoclaw {VERSION}; edits are lost. Put yours into"
+    )
     for line in (
         *(
             "MemoryMax=512M",
@@ -121,7 +125,7 @@ def test_quoting_refuses_what_ends_a_line() -> None:
 def test_a_unit_is_stale_when_missing_changed_damaged_or_moved(
     home: Path, no_check: dict[AgentName, NanoclawError]
 ) -> None:
-    other = UnitSpec(config=AgentConfig(name=AgentName("anna")), index=4, version="1.2")
+    other = UnitSpec(config=AgentConfig(name=AgentName("anna")), index=4)
     assert quadlet.stale_units([BERTA, other]) == [BERTA, other]
 
     assert install(BERTA, other) == {"berta": None, "anna": None}
@@ -129,11 +133,22 @@ def test_a_unit_is_stale_when_missing_changed_damaged_or_moved(
     path = quadlet.unit_file(AgentName("berta"), 3)
     assert path.stat().st_mode & 0o777 == 0o644
     assert quadlet.stale_units([BERTA, other]) == []
-    for changed in (replace(BERTA, version="1.3"), replace(BERTA, index=5)):
+    bigger = replace(BERTA, config=replace(BERTA.config, memory_max="3G"))
+    for changed in (bigger, replace(BERTA, index=5)):
         assert quadlet.stale_units([changed, other]) == [changed]
     for damage in (b"", b"[Container]\n", b"\xff\xfe", path.read_bytes() + b"Network=host\n"):
         path.write_bytes(damage)
         assert quadlet.stale_units([BERTA, other]) == [BERTA]
+
+
+def test_every_unit_of_another_version_is_stale(
+    home: Path, no_check: dict[AgentName, NanoclawError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(BERTA)
+
+    monkeypatch.setattr(quadlet, "VERSION", "another")
+
+    assert quadlet.stale_units([BERTA]) == [BERTA]
 
 
 def test_a_moved_unit_leaves_nothing_at_its_old_place(
@@ -156,7 +171,7 @@ def test_a_broken_agent_keeps_its_old_unit_and_harms_no_other(
     no_check[AgentName("berta")] = ConfigError("no")
     anna = UnitSpec(config=AgentConfig(name=AgentName("anna")), index=4)
 
-    results = install(replace(BERTA, version="2"), anna)
+    results = install(replace(BERTA, config=replace(BERTA.config, memory_max="3G")), anna)
 
     assert str(results[AgentName("berta")]) == "no"
     assert results[AgentName("anna")] is None

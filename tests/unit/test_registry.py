@@ -51,7 +51,7 @@ def with_registry(host: Host, work: Callable[[Registry], Awaitable[None]]) -> No
         db = await Database.open(paths.state() / "nanoclaw.db", create=True)
         running = asyncio.ensure_future(db.run())
         try:
-            registry = Registry(version="1", db=db, systemd=cast(Systemd, host), settings=parse_settings(""))
+            registry = Registry(db=db, systemd=cast(Systemd, host), settings=parse_settings(""))
             await work(registry)
         finally:
             running.cancel()

@@ -170,7 +170,7 @@ class RouterDouble:
             )
             for name in interface.methods
         }
-        return Service(version="0.1.0", interface=interface, methods=table)
+        return Service(interface=interface, methods=table)
 
     def _noting(
         self,

@@ -34,7 +34,7 @@ class GatewayDouble:
         interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
         handlers = {"Attach": self._attach, "Detach": self._detach}
         methods = {name: Method(handler=handlers.get(name, self._other)) for name in interface.methods}
-        self.service = Service(version="1", interface=interface, methods=methods)
+        self.service = Service(interface=interface, methods=methods)
 
     async def _attach(self, call: Call) -> Json:
         await self.hang.wait()

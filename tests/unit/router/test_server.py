@@ -54,7 +54,7 @@ class Subject:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(path))
         self.listener.listen(128)
-        service = Service(version="1", interface=INTERFACE, methods=methods)
+        service = Service(interface=INTERFACE, methods=methods)
         self.server = Server(service, self.listener, connections=connections)
 
     async def _echo(self, call: Call) -> Json:
@@ -183,7 +183,7 @@ def test_introspection(tmp_path: Path) -> None:
 
 def test_service_must_answer_each_method_of_its_interface() -> None:
     with pytest.raises(ValueError, match="table and interface differ"):
-        Service(version="1", interface=INTERFACE, methods={})
+        Service(interface=INTERFACE, methods={})
 
 
 # --- what is asked wrongly -------------------------------------------------------------------------

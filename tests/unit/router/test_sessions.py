@@ -447,7 +447,7 @@ def test_finish_that_meets_the_hard_stop_ends_once(place: Place) -> None:
             await entered.wait()
             (session,) = router.sessions.live()
             assert session.turn is not None
-            router.sessions._stop_hard(session, session.turn)
+            router.sessions.turns._stop_hard(session, session.turn)
             await asyncio.sleep(0)
             release.set()
 
