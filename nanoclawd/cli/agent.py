@@ -145,7 +145,8 @@ def logs(options: Namespace) -> NoReturn:
     else:
         units = [f"nanoclaw-{parse_agent_name(options.AGENT)}@*.service"]
     arguments = ["journalctl", "--user", *(f"--unit={unit}" for unit in units), f"--lines={options.lines}"]
-    _become([*arguments, "--follow"] if options.follow else arguments)
+    flags = {"--follow": options.follow, "--output=json": options.json}
+    _become([*arguments, *(flag for flag, wanted in flags.items() if wanted)])
 
 
 agent_logs = logs

@@ -145,7 +145,7 @@ COMMANDS = (
         more="Works without the daemon. Fails if something that is needed is missing.",
     ),
     Command("reload", "--json", "read all configuration again"),
-    Command("logs", "[AGENT] --follow --lines", "show the journal of the daemons, or of one agent"),
+    Command("logs", "[AGENT] --follow --lines --json", "show the journal of the daemons, or of one agent"),
     Command(
         "chat",
         "AGENT --chat",
@@ -164,7 +164,7 @@ COMMANDS = (
     Command("agent start", "AGENT --json", "let a stopped agent work again"),
     Command("agent stop", "AGENT --json", "stop an agent until it is started again; its messages wait"),
     Command("agent restart", "AGENT --json", "stop an agent's containers, and start those that have work"),
-    Command("agent logs", "AGENT --follow --lines", "show the journal of an agent"),
+    Command("agent logs", "AGENT --follow --lines --json", "show the journal of an agent"),
     Command("agent shell", "AGENT --session", "open a shell in a running container of the agent"),
     Command("session list", "[AGENT] --json", "list sessions, of one agent or of all"),
     Command("image build", "--base --base-directory --image --json", "build the agent image"),

@@ -300,6 +300,14 @@ def test_logs_become_journalctl_with_the_units_of_the_daemons(run: Run, programs
     )
 
 
+def test_logs_as_json_are_the_journals_own(run: Run, programs: Path) -> None:
+    log = fake_program(programs, "journalctl", "")
+
+    run("logs", "berta", "--json")
+
+    assert log.read_text().endswith("--lines=100 --output=json\n")
+
+
 @pytest.mark.parametrize("command", [["logs"], ["agent", "logs"]])
 def test_logs_of_an_agent_match_all_its_sessions(run: Run, programs: Path, command: list[str]) -> None:
     log = fake_program(programs, "journalctl", "")
