@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -148,7 +149,7 @@ def test_without_podmans_socket_only_images_cannot_be_made(product: Product, mac
         ),
         (
             ("--base", MISSING),
-            "error: the image was not built:\nSTEP 1/7: FROM localhost/nanoclaw-missing:1\n",
+            r"error: the image was not built:\nSTEP 1/\d+: FROM localhost/nanoclaw-missing:1\n",
             "hint: agents go on with the image that they have; "
             "without a registry see agent-image/make-base\n",
         ),
@@ -163,7 +164,7 @@ def test_a_build_that_fails_says_why_and_agents_go_on(
     build = product.ctl("image", "build", *options, check=False)
 
     assert (build.returncode, build.stdout) == (1, "")
-    assert says in build.stderr and build.stderr.endswith(hint)
+    assert re.search(says, build.stderr) and build.stderr.endswith(hint)
     assert product.send(agent, "still there") == "still there"
 
 
