@@ -12,7 +12,6 @@ AgentName = NewType("AgentName", str)  #: [a-z][a-z0-9_]{0,31}; also part of uni
 SessionName = NewType("SessionName", str)  #: [a-z0-9_]{1,48}; the instance of the agent's unit
 MessageId = NewType("MessageId", str)  #: "m" and 16 hex digits
 TurnId = NewType("TurnId", str)  #: "t" and 16 hex digits
-DeliveryKey = NewType("DeliveryKey", str)  #: the idempotency key of one delivery
 CredentialName = NewType("CredentialName", str)  #: [a-z][a-z0-9_-]{0,63}; part of a file's name
 
 # No dash: Quadlet and systemd look for drop-ins under every dash-truncated prefix of a unit's name, so

@@ -12,7 +12,7 @@ from typing import Any
 
 from systemd import journal as sd_journal
 
-ERR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
+ERR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # man 3 syslog
 _to_journal = "JOURNAL_STREAM" in os.environ
 
 

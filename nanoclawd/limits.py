@@ -26,13 +26,11 @@ INSTRUCTIONS_BYTES = 256 << 10
 AGENTS = 1000
 
 # --- queue ----------------------------------------------------------------------------------------
-TURN_MESSAGES = 1  #: inbound messages that one turn takes
 LEASE_S = 45.0  #: a lease without renewal
 HEARTBEAT_S = 15.0  #: what we ask of a runner
 ATTEMPTS = 4  #: claims of one message before it becomes a dead letter
 BACKOFF_FIRST_S = 2.0
 BACKOFF_MAX_S = 900.0
-DELIVERY_LEASE_S = 60.0
 DELIVERY_ATTEMPTS = 12
 WRITES_PER_COMMIT = 64  #: writes grouped into one transaction
 
@@ -47,6 +45,5 @@ BUILD_S = 3600.0
 HELLO_S = 60.0  #: until a runner has asked for work; TimeoutStartSec= of an agent unit is as long
 STORE_AGAIN_S = 5.0  #: until what must be stored is tried again, when the disk is full
 STOP_TURN_S = 10.0  #: a runner that does not stop its turn by then is stopped itself
-SHUTDOWN_S = 5.0
 SESSIONS = 32  #: agent containers at once, unless nanoclaw.toml says otherwise
 FDSTORE = 512  # FileDescriptorStoreMax= of nanoclaw.service
