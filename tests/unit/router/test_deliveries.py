@@ -304,7 +304,11 @@ def test_reply_of_a_container_that_is_killed_as_it_answers_is_delivered(place: P
     place.run(run)
 
 
-def test_full_disk_while_an_adapter_leaves_is_made_good(place: Place) -> None:
+def test_full_disk_while_an_adapter_leaves_is_made_good(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STORE_AGAIN_S", 0.1)  # far longer than eventually() needs to see the timer
+
     async def run() -> None:
         async with place.router() as router:
             adapter = await router.attach()
