@@ -24,6 +24,7 @@ from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_num
 FILE = "nanoclaw.toml"
 MOUNTS = 1000  #: rows of [mounts] allow
 PATH_CHARACTERS = 4096
+RETENTION_DAYS_MAX = 36_500
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", re.ASCII)
 _BASE_PATH = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
 
@@ -61,6 +62,8 @@ class Settings:
     """All of nanoclaw.toml."""
 
     max_sessions: int  #: agent containers at once
+    attempts: int  #: that a message gets before it is a dead letter
+    retention_days: int  #: of what has ended; 0 is for ever
     mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
     providers: Mapping[str, Provider]
 
@@ -96,6 +99,8 @@ def parse_settings(text: str, name: str = FILE) -> Settings:
     )
     return Settings(
         max_sessions=values["max_sessions"],
+        attempts=values["attempts"],
+        retention_days=values["retention_days"],
         mounts=values["mounts.allow"],
         providers={anthropic.name: anthropic},
     )
@@ -152,6 +157,18 @@ SETTINGS = (
         parse=whole_number(1, limits.FDSTORE // 2),
         default=limits.SESSIONS,
         example=f"max_sessions = {limits.SESSIONS}",
+    ),
+    Setting(
+        key="attempts",
+        parse=whole_number(1, 100),
+        default=limits.ATTEMPTS,
+        example=f"attempts = {limits.ATTEMPTS}",
+    ),
+    Setting(
+        key="retention_days",
+        parse=whole_number(0, RETENTION_DAYS_MAX),
+        default=limits.RETENTION_DAYS,
+        example=f"retention_days = {limits.RETENTION_DAYS}",
     ),
     Setting(
         key="mounts.allow",

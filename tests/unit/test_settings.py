@@ -16,7 +16,7 @@ from nanoclawd.settings import SETTINGS, parse_settings, read_settings
 def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
     settings = read_settings(tmp_path / "nanoclaw.toml")
 
-    assert settings.max_sessions == 32
+    assert (settings.max_sessions, settings.attempts, settings.retention_days) == (32, 4, 30)
     assert settings.mounts == ()
     assert str(settings.providers["anthropic"].endpoint) == "https://api.anthropic.com"
     assert settings.providers["anthropic"].credential == "anthropic"
@@ -28,6 +28,8 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = parse_settings(
         """
         max_sessions = 5
+        attempts = 1
+        retention_days = 0
         [mounts]
         allow = [ {path = "~/src"}, {path = "/srv/data", read_only = false} ]
         [providers.anthropic]
@@ -36,7 +38,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         """
     )
 
-    assert settings.max_sessions == 5
+    assert (settings.max_sessions, settings.attempts, settings.retention_days) == (5, 1, 0)
     assert settings.mounts == (
         AllowedMount(path=Path("/home/claw/src"), read_only=True),
         AllowedMount(path=Path("/srv/data"), read_only=False),
@@ -65,6 +67,9 @@ def test_example_of_each_setting_is_valid(row: object) -> None:
         ("max_sessions = true", "must be a whole number: true"),
         ("max_sessions = 0", "t.toml:1: max_sessions must be from 1 to 256: 0"),
         ("max_sessions = 3.5", "must be a whole number: 3.5"),
+        ("attempts = 0", "t.toml:1: attempts must be from 1 to 100: 0"),
+        ("attempts = 101", "must be from 1 to 100: 101"),
+        ("retention_days = -1", "t.toml:1: retention_days must be from 0 to 36500: -1"),
         ("mounts = 3", "t.toml:1: mounts must be a table: 3"),
         ("[mounts]\nallow = '/srv'", "t.toml:2: mounts.allow must be tables: '/srv'"),
         ("[mounts]\nallow = ['/srv']", "must be tables: ['/srv']"),
