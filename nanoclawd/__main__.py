@@ -20,10 +20,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from systemd import daemon
 
-from nanoclawd import journal, limits, paths, sandbox
+from nanoclawd import journal, limits, paths, recovery, sandbox
 from nanoclawd.agent_service import AgentService
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
@@ -58,8 +59,17 @@ def main() -> None:
         action="store_true",
         help="create an empty database where one is missing beside existing agents, then exit",
     )
+    parser.add_argument(
+        "--restore-database",
+        metavar="FILE",
+        type=Path,
+        help="put a backup in place of a database that is missing, then exit",
+    )
     options = parser.parse_args()
     try:
+        if options.restore_database:
+            print("restored:", recovery.restore(options.restore_database, paths.state() / "nanoclaw.db"))
+            return
         asyncio.run(_create_database() if options.create_database else _run())
     except* _Stop:
         pass

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import aiosqlite
 
-from nanoclawd import journal, limits, paths
-from nanoclawd.errors import ConfigError, Refused, Unavailable
+from nanoclawd import files, journal, limits, paths
+from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
 
 T = TypeVar("T")
 Row = sqlite3.Row
@@ -75,7 +75,10 @@ class _Write:
 class Database:
     """Opens with open(); run() must run as a task while write() is used."""
 
-    def __init__(self, writer: sqlite3.Connection, reader: aiosqlite.Connection, lock_fd: int) -> None:
+    def __init__(
+        self, path: Path, writer: sqlite3.Connection, reader: aiosqlite.Connection, lock_fd: int
+    ) -> None:
+        self._path = path
         self._writer = writer
         self._reader = reader
         self._lock_fd = lock_fd
@@ -92,7 +95,7 @@ class Database:
         Raises ConfigError if it is missing beside an existing installation, damaged or too new; Refused if
         another process has it.
         """
-        lock_fd = _lock(path)
+        lock_fd = take_lock(path)
         writer: sqlite3.Connection | None = None
         try:
             beside_agents = not create and any(path.parent.glob("agents/*"))
@@ -105,7 +108,7 @@ class Database:
             reader = await aiosqlite.connect(path, isolation_level=None)
             reader.row_factory = sqlite3.Row
             await reader.execute_fetchall("PRAGMA query_only = ON")
-            return cls(writer, reader, lock_fd)
+            return cls(path, writer, reader, lock_fd)
         except BaseException as exc:
             if writer is not None:
                 writer.close()
@@ -160,6 +163,14 @@ class Database:
             task.uncancel()  # counts: asyncio.timeout() looks whether a cancel was its own
             task.cancel()
         return write.done.result()  # type: ignore[no-any-return]  # the future's type is that of the operation
+
+    async def backup(self, file: Path) -> None:
+        """Write what is committed now to `file`: one database file, mode 0600, durable when this returns.
+
+        Reading and writing go on meanwhile. The router's sandbox lets it write below paths.state() only.
+        Raises Refused if there is such a file already, Failed.
+        """
+        await asyncio.to_thread(_copy_file, self._path, file)
 
     async def run(self) -> None:
         """Write until cancelled. No other task uses the writing connection, so none steps in."""
@@ -217,7 +228,7 @@ def _explain(exc: Exception) -> Exception:
     return exc
 
 
-def _lock(path: Path) -> int:
+def take_lock(path: Path) -> int:
     """Take the lock beside the database, for as long as the descriptor is open."""
     lock = path.with_name(f"{path.name}.lock")
     try:
@@ -261,24 +272,43 @@ def _missing(path: Path) -> ConfigError:
     )
 
 
-def _migrate(connection: sqlite3.Connection, path: Path, *, beside_agents: bool) -> None:
-    """Bring the schema to the newest version: each migration and its record in one transaction."""
+def migrations() -> list[Path]:
+    """Return the files of all migrations; the last one's number is the version of the schema."""
+    return sorted((paths.SQL / "migrations").glob("[0-9]*.sql"))
+
+
+def check(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the version of the database's schema, 0 if it is empty.
+
+    Raises ConfigError if it is not ours, too new or damaged. Reads all of it: 10 ms for each MB.
+    """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if application != APPLICATION_ID and (version or application or tables):
         raise ConfigError(f"'{path}' is a database of another program", hint="move it away")
+    newest = len(migrations())
+    if version > newest:
+        raise ConfigError(
+            f"the database '{path}' has version {version}, and this nanoclawd knows {newest}",
+            hint=f"install the newer nanoclawd again, or put '{path}.backup-{newest}' back",
+        )
+    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if found != "ok":
+        raise ConfigError(f"the database '{path}' is damaged: {' '.join(found.split())}", hint=_DAMAGED_HINT)
+    return int(version)
+
+
+def _migrate(connection: sqlite3.Connection, path: Path, *, beside_agents: bool) -> None:
+    """Bring the schema to the newest version: each migration and its record in one transaction."""
+    version = check(connection, path)
     if version == 0 and beside_agents:  # an empty file is no better than none
         raise _missing(path)
-    migrations = sorted((paths.SQL / "migrations").glob("[0-9]*.sql"))
-    if version > len(migrations):
-        raise ConfigError(
-            f"the database '{path}' has version {version}, and this nanoclawd knows {len(migrations)}",
-            hint=f"install the newer nanoclawd again, or put '{path}.backup-{len(migrations)}' back",
-        )
-    if 0 < version < len(migrations):
-        _backup(connection, path.with_name(f"{path.name}.backup-{version}"))
-    for number, file in enumerate(migrations[version:], start=version + 1):
+    if 0 < version < len(migrations()):
+        backup = path.with_name(f"{path.name}.backup-{version}")
+        copy(connection, backup, replace=True)
+        journal.info("database-backed-up", file=str(backup))
+    for number, file in enumerate(migrations()[version:], start=version + 1):
         # executescript() commits what is open first, so the transaction is part of the script.
         connection.executescript(
             f"BEGIN IMMEDIATE;\n{file.read_text()}\n"
@@ -287,11 +317,36 @@ def _migrate(connection: sqlite3.Connection, path: Path, *, beside_agents: bool)
         journal.info("database-migrated", version=number)
 
 
-def _backup(connection: sqlite3.Connection, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    with closing(sqlite3.connect(target)) as copy:
-        connection.backup(copy)
-    fd = os.open(target, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+def _copy_file(path: Path, target: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        copy(connection, target)
     journal.info("database-backed-up", file=str(target))
+
+
+def copy(connection: sqlite3.Connection, target: Path, *, replace: bool = False) -> None:
+    """Write a consistent copy of the database to `target`: one file, mode 0600, durable when this returns.
+
+    Raises Refused if there is such a file already, unless it is to be replaced; Failed.
+    """
+    temporary = target.with_name(f".{target.name}.new")
+    try:
+        temporary.unlink(missing_ok=True)  # of one who was killed
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Unlike the online backup it rewrites every row and index, and gives a file that needs no log.
+            connection.execute("VACUUM INTO ?", (str(temporary),))
+            os.fsync(fd)
+            if replace:
+                temporary.replace(target)
+            else:
+                os.link(temporary, target)  # unlike rename(2) it replaces nothing
+        finally:
+            os.close(fd)
+            temporary.unlink(missing_ok=True)
+        files.sync_directory(target.parent)
+    except FileExistsError:
+        raise Refused(f"there is a file '{target}' already", hint="choose another name") from None
+    except sqlite3.OperationalError as exc:  # the disk is full
+        raise Failed(f"{target}: cannot be written: {exc}", hint=f"see 'df -h {target.parent}'") from exc
+    except OSError as exc:
+        raise files.failed(target, "cannot be written", exc) from None
