@@ -164,7 +164,8 @@ class Sessions:
 
     def _make_room(self) -> None:
         """If a session waits for a slot, end the container that has been idle for longest."""
-        leaving = sum(session.left for session in self._live.values())
+        # One that has left already, and waits again itself, leaves no slot.
+        leaving = sum(s.left and s.state is not SessionState.QUEUED for s in self._live.values())
         if not self._slots.locked() or leaving >= self._waiting:
             return
         # One that has just come up is not idle: its message is about to be leased to it.

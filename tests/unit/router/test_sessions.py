@@ -792,6 +792,26 @@ def test_idle_container_makes_room(place: Place) -> None:
     place.run(run)
 
 
+def test_session_that_made_room_gets_room_in_its_turn(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BACKOFF_FIRST_S", 0.05)
+
+    async def fails_at_first(container: Container) -> None:
+        await container.begin()
+        while True:
+            turn = await container.take()
+            await (container.fail(turn) if turn["attempt"] == 1 else container.finish(turn, "done"))
+
+    async def run() -> None:
+        place.systemd.program = fails_at_first
+        async with place.router(slots=1) as router:
+            for chat in ("one", "two"):
+                await router.deliver("hello", chat=chat)
+            await router.settled()
+            assert await router.states() == ["answered", "answered"]
+
+    place.run(run)
+
+
 # --- the person and the disk ------------------------------------------------------------------------
 
 
