@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoclawd import limits
 from nanoclawd.wire import Json, WireError
 
 
@@ -161,11 +162,13 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
         case "array":
             if not isinstance(value, list):
                 raise WireError(path, f"must be an array, not {_kind(value)}")
+            _check_size(value, path)
             inner = _inner(expected)
             return [_check(interface, inner, item, f"{path}[{i}]") for i, item in enumerate(value)]
         case "map":
             if not isinstance(value, dict):
                 raise WireError(path, f"must be an object, not {_kind(value)}")
+            _check_size(value, path)
             inner = _inner(expected)
             return {key: _check(interface, inner, item, _join(path, key)) for key, item in value.items()}
         case "enum":
@@ -203,6 +206,12 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
             if not isinstance(value, dict):
                 raise WireError(path, f"must be an object, not {_kind(value)}")
     return value
+
+
+def _check_size(items: Sized, path: str) -> None:
+    """Before each item is looked at: that may cost more than all that was done for the message so far."""
+    if len(items) > limits.JSON_ITEMS:
+        raise WireError(path, f"has more than {limits.JSON_ITEMS} items")
 
 
 def _inner(expected: Type) -> Type:

@@ -5,10 +5,16 @@ from __future__ import annotations
 # --- wire -----------------------------------------------------------------------------------------
 MESSAGE_BYTES = 1 << 20  #: one Varlink message, without its final NUL
 JSON_DEPTH = 32  #: nesting of one message; deeper ones only serve to exhaust the parser
+JSON_BRACKETS = 16_384  #: of one message: 1 MiB of empty arrays would be 350,000 objects
+JSON_ITEMS = 1024  #: of one array or map among a call's parameters
 CONNECTIONS_PER_LISTENER = 64  #: further ones wait in the kernel's backlog
 CONNECTIONS_PER_SESSION = 4  #: a runner needs two
+CALLS_PER_S = 200.0  #: of one session in the long run; a runner makes some ten
+CALLS_BURST = 500
+CALL_BYTES = 32 << 10  #: so many bytes, in either direction, count as one more call
+OFFENCES = 32  #: calls that break the contract, before a session's container is stopped
+OFFENCES_FORGIVEN_PER_S = 1 / 60  #: a runner may be wrong now and then, e.g. about a turn that ended
 LISTEN_BACKLOG = 128
-FDS_PER_MESSAGE = 1
 TURN_AWAY_S = 5.0  #: for telling all who wait why the router does not start
 SEND_S = 30.0  #: a reader that takes nothing for so long is cut off
 STREAM_QUEUE = 256  #: replies waiting for one slow reader of a stream

@@ -1,6 +1,7 @@
 """A Varlink server: accepts connections, checks each call against its interface, runs the handler.
 
-What is malformed, too large or unknown gets a named error of org.varlink.service and costs bounded memory.
+What is malformed, too large or unknown gets a named error of org.varlink.service and costs bounded memory;
+who calls too fast waits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from nanoclawd import journal, limits, wire
 from nanoclawd.errors import NanoclawError
 from nanoclawd.idl import Interface, parse_interface
+from nanoclawd.rates import Rate
 from nanoclawd.varlink import Connection
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json, VarlinkError
@@ -153,16 +155,34 @@ def _checked(interface: Interface, method: str, parameters: Json) -> Json:
 
 
 class Server:
-    """Serves one listening socket until its task is cancelled. Does not own the listener."""
+    """Serves one listening socket until its task is cancelled. Does not own the listener.
+
+    identity: whom all connections stand for; may have a `unit`, for the journal. connections: open at once.
+    calls: how fast all of them together may call; whoever is faster waits, and what it sends stays with the
+    kernel. on_offence: told in a few words of each call that breaks the contract. max_fds: see Connection.
+    """
 
     def __init__(
-        self, service: Service, listener: socket.socket, *, identity: Any = None, connections: int = 0
+        self,
+        service: Service,
+        listener: socket.socket,
+        *,
+        identity: Any = None,
+        connections: int = limits.CONNECTIONS_PER_LISTENER,
+        calls: Rate | None = None,
+        on_offence: Callable[[str], None] = lambda what: None,
+        max_fds: int = 0,
     ) -> None:
         self.service = service
         self.listener = listener
         self.identity = identity
-        self.slots = asyncio.Semaphore(connections or limits.CONNECTIONS_PER_LISTENER)
+        self.slots = asyncio.Semaphore(connections)
         self.active = 0  #: open connections
+        self._calls = calls
+        self._on_offence = on_offence
+        self._max_fds = max_fds
+        self._unit = getattr(identity, "unit", None)
+        self._slowed = False
 
     async def run(self) -> None:
         """Accept and answer. Closes the connections, but not the listener, when cancelled."""
@@ -185,13 +205,16 @@ class Server:
 
     async def _serve(self, sock: socket.socket) -> None:
         self.active += 1
-        connection = Connection(sock)
+        connection = Connection(sock, max_fds=self._max_fds)
         caller = Caller(identity=self.identity)
         try:
             await self._answer_all(connection, caller)
-        except _Gone:
-            pass  # what it was told is in the database
+        except _Gone as exc:  # what it was told is in the database
+            if isinstance(exc.__cause__, TimeoutError):
+                journal.warning("reader-too-slow", "hanging up", unit=self._unit)
+                self._on_offence("reads no replies")
         finally:
+            self._charge(connection)
             for forget in caller.on_close:
                 forget()
             connection.close()
@@ -202,7 +225,7 @@ class Server:
         while True:
             # Neither reading what is there nor answering it need wait: whoever sends without a pause would
             # else be the only one who is served.
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._charge(connection))
             try:
                 message = await connection.read()
                 if message is None:
@@ -210,9 +233,8 @@ class Server:
                 call, oneway = _parse_call(message, connection, caller)
             except wire.WireError as exc:
                 # Nothing after it can be trusted to be what it seems: say why, then hang up.
-                journal.warning(
-                    "malformed-call", f"{exc}, hanging up", unit=getattr(self.identity, "unit", None)
-                )
+                journal.warning("malformed-call", f"{exc}, hanging up", unit=self._unit)
+                self._on_offence(str(exc))
                 await _write(
                     connection,
                     {"error": f"{SERVICE}.InvalidParameter", "parameters": {"parameter": exc.path}},
@@ -223,8 +245,22 @@ class Server:
                 reply = {"parameters": await self._unless_gone(call, oneway)}
             except VarlinkError as exc:
                 reply = {"error": exc.name, "parameters": exc.parameters}
+                if not isinstance(exc.__cause__, NanoclawError):  # else we only declined
+                    self._on_offence(str(exc))
             if not oneway:
                 await _write(connection, reply)
+
+    def _charge(self, connection: Connection) -> float:
+        """Count a call and what it moved; return how long its sender waits for the next, in seconds."""
+        if self._calls is None:
+            return 0.0
+        times = 1 + connection.traffic / limits.CALL_BYTES
+        connection.traffic = 0
+        wait_s = self._calls.take(times)
+        if wait_s and not self._slowed:
+            self._slowed = True
+            journal.warning("calls-too-fast", "letting it wait from now on", unit=self._unit)
+        return wait_s
 
     async def _unless_gone(self, call: Call, oneway: bool) -> Json:
         """Answer; a stream ends as soon as the other side hangs up, though it has nothing to send."""

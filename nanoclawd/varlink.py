@@ -19,12 +19,17 @@ from nanoclawd.wire import Json, unpack
 
 
 class Connection:
-    """A stream socket with NUL-terminated JSON objects; owns the socket and received descriptors."""
+    """A stream socket with NUL-terminated JSON objects; owns the socket and received descriptors.
 
-    def __init__(self, sock: socket.socket) -> None:
+    max_fds: how many descriptors it takes and holds at a time; of somebody untrusted, none.
+    """
+
+    def __init__(self, sock: socket.socket, *, max_fds: int = 0) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.fds: list[int] = []  #: received and not yet taken; take_fd() or close() ends each
+        self.traffic = 0  #: bytes that were read and written, for whoever counts them
+        self._max_fds = max_fds
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._scanned = 0
@@ -34,7 +39,7 @@ class Connection:
         """Return the next message, or None at the end of the stream.
 
         Raises wire.WireError: what came is no message, and the connection cannot be used any further if the
-        error's path is 'size'.
+        error's path is 'size' or 'descriptor'.
         """
         while (end := self._buffer.find(b"\0", self._scanned)) < 0:
             self._scanned = len(self._buffer)
@@ -54,6 +59,7 @@ class Connection:
         """Send one message, and `fd` with it. Raises OSError; TimeoutError if nobody reads."""
         data = wire.encode(message) + b"\0"
         async with self._writing, asyncio.timeout(limits.SEND_S):
+            self.traffic += len(data)
             if fd is not None:
                 # A fresh connection's buffer takes the first byte, which carries the descriptor.
                 socket.send_fds(self.sock, [data[:1]], [fd])
@@ -82,9 +88,9 @@ class Connection:
     async def _receive(self) -> bytes:
         while True:
             try:
-                data, ancillary, _, _ = self.sock.recvmsg(
+                data, ancillary, flags, _ = self.sock.recvmsg(
                     65536,
-                    socket.CMSG_SPACE(limits.FDS_PER_MESSAGE * array.array("i").itemsize),
+                    socket.CMSG_LEN(self._max_fds * array.array("i").itemsize) if self._max_fds else 0,
                     socket.MSG_CMSG_CLOEXEC,
                 )
             except (BlockingIOError, InterruptedError):
@@ -95,11 +101,14 @@ class Connection:
             for level, kind, payload in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     self._keep(array.array("i", payload[: len(payload) // 4 * 4]))
+            if flags & socket.MSG_CTRUNC:  # the kernel has closed those for which there was no room
+                raise wire.WireError("descriptor", f"more than {self._max_fds} came")
+            self.traffic += len(data)
             return data
 
     def _keep(self, received: array.array[int]) -> None:
         for fd in received:
-            if len(self.fds) < limits.FDS_PER_MESSAGE:
+            if len(self.fds) < self._max_fds:
                 self.fds.append(fd)
             else:
                 os.close(fd)

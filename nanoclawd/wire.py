@@ -11,8 +11,11 @@ from nanoclawd import limits
 Json = dict[str, Any]  #: one JSON object; its values are checked where they are taken out
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  #: may be half a surrogate pair; only an escape can spell one
-#: Strings, also one without an end, and all that is between brackets.
-_NO_BRACKETS = re.compile(r'"(?:[^"\\]+|\\.)*+"?|[^\[\]{}"]+', re.DOTALL)
+#: A string, also one without an end, or what else is between brackets.
+_BETWEEN = r'(?:"(?:[^"\\]+|\\.)*+"?|[^\[\]{}"]+)'
+_NO_BRACKETS = re.compile(_BETWEEN, re.DOTALL)
+#: From the beginning of a text up to the first bracket that is one too many.
+_TOO_MANY = re.compile(rf"(?:{_BETWEEN}*+[\[\]{{}}]){{{limits.JSON_BRACKETS + 1}}}+", re.DOTALL)
 
 
 class WireError(Exception):
@@ -40,8 +43,7 @@ def decode(data: bytes) -> Json:
         text = data.decode("utf-8")
     except UnicodeDecodeError as exc:
         raise WireError("message", f"is not UTF-8 at byte {exc.start}") from None
-    if not _is_shallow(text):
-        raise WireError("message", f"is nested deeper than {limits.JSON_DEPTH} levels")
+    _check_brackets(text)
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except ValueError as exc:  # also what int() says of 5,000 digits
@@ -66,20 +68,23 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
-def _is_shallow(text: str) -> bool:
-    """Return whether `text` is nested at most JSON_DEPTH levels; False too if many brackets do not match.
+def _check_brackets(text: str) -> None:
+    """Raise WireError if `text` is nested deeper than JSON_DEPTH levels, or has too many brackets.
 
     Without a loop over its characters: a megabyte of brackets must not keep all others waiting.
     """
     if text.count("[") + text.count("{") <= limits.JSON_DEPTH:
-        return True
+        return
+    if _TOO_MANY.match(text):
+        raise WireError("message", f"has more than {limits.JSON_BRACKETS} brackets")
     brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
     for _ in range(limits.JSON_DEPTH):
         before = len(brackets)
         brackets = brackets.replace("[]", "")  # the innermost level
         if len(brackets) in (0, before):
             break
-    return not brackets
+    if brackets:  # or they do not match
+        raise WireError("message", f"is nested deeper than {limits.JSON_DEPTH} levels")
 
 
 def unpack(reply: Json) -> Json:

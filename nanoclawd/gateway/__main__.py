@@ -65,7 +65,7 @@ async def run(listener: socket.socket) -> None:
         read_configuration(gateway)
         loop.add_signal_handler(signal.SIGHUP, reload, gateway)
         service = GatewayService(gateway, checks).service
-        serving = tasks.create_task(Server(service, listener).run(), name="varlink")
+        serving = tasks.create_task(Server(service, listener, max_fds=1).run(), name="varlink")
         watching = tasks.create_task(feed_watchdog(), name="watchdog")
         gateway.report_status()
         daemon.notify("READY=1")

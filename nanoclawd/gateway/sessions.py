@@ -20,6 +20,7 @@ from nanoclawd.gateway.proxy import AgentConnection, Exchange
 from nanoclawd.gateway.replies import ErrorReply
 from nanoclawd.gateway.upstream import Pool
 from nanoclawd.ids import AgentName, SessionName, unit_name
+from nanoclawd.rates import Rate
 from nanoclawd.settings import Provider, Settings
 
 
@@ -33,8 +34,7 @@ class Session:
         self.accepting: asyncio.Task[None] | None = None  #: serves the listener, and closes it at its end
         self.open: dict[AgentConnection, asyncio.Task[None]] = {}
         self.slots = asyncio.Semaphore(limits.CONNECTIONS)
-        self._tokens = float(limits.REQUESTS_BURST)
-        self._refilled_at = time.monotonic()
+        self._rate = Rate(limits.REQUESTS_PER_S, limits.REQUESTS_BURST)
         self._quiet_until = 0.0
 
     def forget(self, connection: AgentConnection, _: object) -> None:
@@ -48,15 +48,10 @@ class Session:
 
     async def check_rate(self) -> None:
         """Count one request. Raises ErrorReply if there were too many."""
-        now = time.monotonic()
-        gained = (now - self._refilled_at) * limits.REQUESTS_PER_S
-        self._tokens = min(limits.REQUESTS_BURST, self._tokens + gained)
-        self._refilled_at = now
-        if self._tokens < 1:
+        if self._rate.take():
             await asyncio.sleep(limits.TOO_FAST_S)
             message = f"This session asks more than {limits.REQUESTS_PER_S:.0f} times a second."
             raise ErrorReply(429, "too-fast", message, ("retry-after", "1"))
-        self._tokens -= 1
 
     def log(self, exchange: Exchange) -> None:
         """Write one line about a finished request."""

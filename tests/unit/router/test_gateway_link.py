@@ -60,7 +60,7 @@ class GatewayDouble:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
-            serving = asyncio.create_task(Server(self.service, listener).run())
+            serving = asyncio.create_task(Server(self.service, listener, max_fds=1).run())
             try:
                 yield
                 assert not serving.done(), serving.exception()

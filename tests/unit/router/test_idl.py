@@ -147,6 +147,8 @@ def test_each_kind_of_value_passes() -> None:
         ("m", [], "m"),
         ("aa", [[1], [None]], "aa[1][0]"),
         ("ma", [{"left": 1}, {}], "ma[1].left"),
+        ("a", [5] * 1025, "a"),
+        ("m", dict.fromkeys(map(str, range(1025)), "v"), "m"),
     ],
 )
 def test_wrong_value_is_named_by_its_path(field: str, value: Any, path: str) -> None:

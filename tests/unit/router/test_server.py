@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from nanoclawd import client, limits, varlink
 from nanoclawd.errors import Refused, Unavailable
 from nanoclawd.idl import parse_interface
+from nanoclawd.rates import Rate
 from nanoclawd.server import SERVICE, Call, Method, Server, Service
 from nanoclawd.wire import Json, VarlinkError, encode
 from tests.support.varlink_peer import Peer, eventually
@@ -36,10 +38,16 @@ error Refused (message: string, hint: string)
 )
 
 
+class Identity:
+    """Whom the journal names."""
+
+    unit = "nanoclaw-test@1.service"
+
+
 class Subject:
     """A server with a service for tests, and what became of its calls."""
 
-    def __init__(self, path: Path, connections: int = 0) -> None:
+    def __init__(self, path: Path, **options: Any) -> None:
         self.path = path
         self.echoed: list[str] = []
         self.waiting = asyncio.Event()
@@ -55,7 +63,7 @@ class Subject:
         self.listener.bind(str(path))
         self.listener.listen(128)
         service = Service(interface=INTERFACE, methods=methods)
-        self.server = Server(service, self.listener, connections=connections)
+        self.server = Server(service, self.listener, **options)
 
     async def _echo(self, call: Call) -> Json:
         self.echoed.append(call.parameters["text"])
@@ -91,9 +99,9 @@ class Subject:
 
 
 @asynccontextmanager
-async def served(path: Path, connections: int = 0) -> AsyncIterator[Subject]:
+async def served(path: Path, **options: Any) -> AsyncIterator[Subject]:
     """Serve while the body runs; fails if the server ends by itself, as it does after a bug."""
-    subject = Subject(path / "socket", connections)
+    subject = Subject(path / "socket", **options)
     running = asyncio.create_task(subject.server.run())
     try:
         yield subject
@@ -255,6 +263,7 @@ MALFORMED = [
     (b"\xff", "message"),
     (b'{"method": "\\ud800.M"}', "message"),
     (b'{"method": "org.example.Test.Echo", "parameters": {"\\udc00": 1}}', "message"),
+    (b'{"method":' + b"[" * 10_000 + b"}", "message"),
     (b'{"method":' + b"[" * 100_000 + b"}", "message"),
     (b"{}", "method"),
     (b'{"method": null}', "method"),
@@ -418,11 +427,14 @@ def test_one_that_never_stops_asking_does_not_keep_others_waiting(tmp_path: Path
     asyncio.run(run())
 
 
-def test_reader_that_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_that_takes_nothing_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(limits, "SEND_S", 0.05)
+    offences: list[str] = []
 
     async def run() -> None:
-        async with served(tmp_path) as subject:
+        async with served(tmp_path, on_offence=offences.append, identity=Identity()) as subject:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(str(subject.path))
                 sock.sendall(encode({"method": f"{TEST}.Fill", "more": True}) + b"\0")
@@ -431,6 +443,8 @@ def test_reader_that_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytes
                 await eventually(lambda: subject.server.active == 0)
 
     asyncio.run(run())
+    assert offences == ["reads no replies"]
+    assert "reader-too-slow: hanging up" in capfd.readouterr().err
 
 
 def test_pipelining_without_reading_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,33 +483,111 @@ def test_connections_above_the_limit_wait_for_a_free_place(tmp_path: Path) -> No
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 250])
-def test_descriptors_that_nobody_wants_are_closed(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(
+    ("max_fds", "count", "taken"), [(0, 1, False), (0, 250, False), (1, 1, True), (1, 2, False)]
+)
+def test_descriptors_that_nobody_wants_are_closed(
+    tmp_path: Path, max_fds: int, count: int, taken: bool
+) -> None:
+    offences: list[str] = []
+
     async def run() -> None:
-        async with served(tmp_path) as subject:
+        async with served(tmp_path, max_fds=max_fds, on_offence=offences.append) as subject:
             await (await subject.connect()).close()
             await eventually(lambda: subject.server.active == 0)
             before = open_fds()
             for _ in range(3):
-                sock = socket.socket(socket.AF_UNIX)
-                sock.connect(str(subject.path))
+                peer = await subject.connect()
                 read_end, write_end = os.pipe()
                 call = encode({"method": f"{TEST}.Echo", "parameters": {"text": "x"}}) + b"\0"
-                for _ in range(5):
-                    socket.send_fds(sock, [call], [write_end] * count)
+                sock = peer.writer.get_extra_info("socket")
+                with socket.socket(fileno=os.dup(sock.fileno())) as sender, suppress(BrokenPipeError):
+                    for _ in range(5 if taken else 1):
+                        socket.send_fds(sender, [call], [write_end] * count)
                 os.close(write_end)
-                await eventually(lambda: len(subject.echoed) % 5 == 0 and subject.echoed)
-                assert (
-                    open_fds() <= before + 3 + limits.FDS_PER_MESSAGE
-                )  # two sockets and a pipe's end of ours
-                sock.close()
+
+                replies = [await peer.receive() for _ in range(5 if taken else 1)]
+
+                # The server's socket and ours, and our end of the pipe.
+                assert open_fds() <= before + 3 + max_fds
+                await peer.close()
                 await eventually(lambda: subject.server.active == 0)
                 assert os.read(read_end, 1) == b""  # nobody holds the other end
                 os.close(read_end)
-                subject.echoed.clear()
+                parameters = {"text": "x"} if taken else {"parameter": "descriptor"}
+                assert [reply and reply["parameters"] for reply in replies] == [parameters] * len(replies)
             assert open_fds() == before
 
     asyncio.run(run())
+    assert offences == ([] if taken else [f"descriptor: more than {max_fds} came"] * 3)
+
+
+def test_calls_beyond_the_burst_come_at_the_rate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def run() -> float:
+        async with served(tmp_path, calls=Rate(per_s=100, burst=50), identity=Identity()) as subject:
+            peers = [await subject.connect() for _ in range(2)]
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            for _ in range(50):
+                for peer in peers:
+                    await peer.send(f"{TEST}.Echo", {"text": "x"})
+            for _ in range(50):
+                for peer in peers:
+                    await peer.result()
+            took_s = loop.time() - began
+            for peer in peers:
+                await peer.close()
+            return took_s
+
+    took_s = asyncio.run(run())
+
+    # Two connections and 100 calls, of which 50 came at once: both share the rate.
+    assert 0.45 < took_s < 5
+    assert capfd.readouterr().err.count("calls-too-fast") == 1
+
+
+def test_bytes_count_as_calls_also_those_of_a_connection_that_has_ended(tmp_path: Path) -> None:
+    large = {"text": "x" * (limits.MESSAGE_BYTES // 2)}
+    calls = Rate(per_s=0.01, burst=1e9)
+
+    async def run() -> None:
+        async with served(tmp_path, calls=calls) as subject:
+            async with await subject.connect() as peer:
+                await peer.call(f"{TEST}.Echo", large)
+            async with await subject.connect() as peer:
+                await peer.send_raw(b"x" * (limits.MESSAGE_BYTES // 2))
+                await peer.receive()
+            await eventually(lambda: subject.server.active == 0)
+
+    taken: list[float] = []
+    calls.take = lambda times=1: taken.append(times) or 0.0  # type: ignore[method-assign, func-returns-value]
+    asyncio.run(run())
+
+    assert sum(taken) == pytest.approx(1.5 * limits.MESSAGE_BYTES / limits.CALL_BYTES + 5, abs=0.5)
+
+
+def test_offences_are_told_and_refusals_are_not(tmp_path: Path) -> None:
+    offences: list[str] = []
+
+    async def run() -> None:
+        async with served(tmp_path, on_offence=offences.append) as subject, await subject.connect() as peer:
+            for method, parameters in (("Refuse", {}), ("Echo", {"text": "x"})):
+                with suppress(VarlinkError):
+                    await peer.call(f"{TEST}.{method}", parameters)
+            assert offences == []
+            for method in ("Echo", "Nothing", "Wait"):
+                with pytest.raises(VarlinkError):
+                    await peer.call(f"{TEST}.{method}")
+            await peer.send_raw(b"x")
+            await peer.receive()
+
+    asyncio.run(run())
+
+    names = ("InvalidParameter", "MethodNotFound", "ExpectedMore")
+    assert [offence.split()[0] for offence in offences] == [
+        *(f"{SERVICE}.{name}" for name in names),
+        "message:",
+    ]
 
 
 # --- clients that go away ---------------------------------------------------------------------------

@@ -48,8 +48,11 @@ def nested(levels: int) -> bytes:
         (b'\xef\xbb\xbf{"a": 1}', "is not JSON"),
         (b'{"a": "\x01"}', "is not JSON"),  # a control character must be escaped
         (nested(limits.JSON_DEPTH + 1), "nested deeper"),
-        (b'{"a":' + b"[" * 100_000, "nested deeper"),
-        (b'{"a":' + b'{"a":' * 100_000, "nested deeper"),
+        (b'{"a":' + b"[" * 10_000, "nested deeper"),
+        (b'{"a":' + b'{"a":' * 10_000, "nested deeper"),
+        (b'{"a":' + b"[" * 100_000, "more than 16384 brackets"),
+        (b'{"a":[' + b"[]," * 8191 + b"[]]}", "more than 16384 brackets"),
+        (b'{"a":[' + b"{}," * 100_000 + b"[]]}", "more than 16384 brackets"),
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes, reason: str) -> None:
@@ -59,6 +62,12 @@ def test_what_is_no_message_is_refused(data: bytes, reason: str) -> None:
 
 def test_deepest_allowed_nesting_passes() -> None:
     assert decode(nested(limits.JSON_DEPTH))
+
+
+def test_as_many_brackets_as_are_allowed_pass() -> None:
+    text = "[{" * 100_000  # counts for nothing
+
+    assert decode(b'{"a":[' + b"[]," * 8189 + b'[]],"b":"%s"}' % text.encode())["b"] == text
 
 
 @pytest.mark.parametrize("text", ["[" * 100, '\\"' + "{" * 100, "]" * 50 + "[" * 100, "\\\\"])
