@@ -17,6 +17,7 @@ from nanoclawd.errors import NanoclawError, Unavailable
 #: container-selinux lets every confined container connect to sockets of this label; the label
 #: comes from whoever creates a socket, and systemd cannot set it for us.
 _SELINUX_LABEL = b"unconfined_u:unconfined_r:spc_t:s0"
+SO_PASSRIGHTS = 83  # linux/include/uapi/asm-generic/socket.h, since Linux 6.16
 
 
 def take_listeners() -> dict[str, socket.socket]:
@@ -42,6 +43,11 @@ def bind_listener(path: Path) -> socket.socket:
             listener = socket.socket(
                 socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
             )
+        # Nobody can send a descriptor to it: whoever reads or closes what one came with may have the last
+        # reference to a TCP socket that lingers (man 7 socket), and hangs for as long as its sender likes.
+        # Before Linux 6.16 only the agents' system call filter saves us from that: it forbids SO_LINGER.
+        with suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
         # Bound through the directory's descriptor, so that sun_path is short however long the directory's
         # path is.
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -123,6 +123,12 @@ def test_has_no_network_but_its_sockets(seen: dict[str, Any]) -> None:
     }
 
 
+def test_cannot_make_a_socket_whose_close_takes_long(seen: dict[str, Any]) -> None:
+    assert seen["linger"] == ["ENOSYS", "ENOSYS"]
+    # All others pass the filter, whatever the kernel says to them.
+    assert set(seen["options"]) <= {"ok", "ENOTSUP"}
+
+
 def test_writes_only_where_it_may(seen: dict[str, Any]) -> None:
     writable = {place for place, result in seen["write"].items() if result == "ok"}
 

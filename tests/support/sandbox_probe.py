@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable
@@ -76,6 +77,37 @@ def clone() -> None:
         os._exit(0)
 
 
+def set_option(level: int, option: int, value: int | bytes) -> None:
+    with socket.socket() as sock:
+        sock.setsockopt(level, option, value)
+
+
+def linger() -> None:
+    set_option(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+
+
+def linger_disguised() -> None:
+    """The kernel ignores the upper half of such an argument."""
+    high = 1 << 32
+    with socket.socket() as sock:
+        value = struct.pack("ii", 1, 60)
+        number = {"x86_64": 54, "aarch64": 208}[os.uname().machine]
+        arguments = (number, sock.fileno(), high + socket.SOL_SOCKET, high + socket.SO_LINGER, value, 8)
+        libc("syscall", *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
+
+
+OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    (socket.SOL_SOCKET, socket.SO_REUSEPORT),
+    (socket.SOL_SOCKET, socket.SO_PASSCRED),
+    (socket.SOL_SOCKET, 46),  # SO_BUSY_POLL, needs no privilege to be 0
+    (socket.SOL_SOCKET, 69),  # SO_PREFER_BUSY_POLL
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    (socket.IPPROTO_IP, socket.IP_TOS),
+)
+
+
 def threaded() -> bool:
     thread = threading.Thread(target=lambda: None)
     thread.start()
@@ -113,6 +145,8 @@ def facts() -> dict[str, Any]:
         "unshare": attempt(unshare),
         "mount": attempt(mount),
         "clone": attempt(clone),
+        "options": [attempt(partial(set_option, *option, 0)) for option in OPTIONS],
+        "linger": [attempt(linger), attempt(linger_disguised)],
         "families": {family.name: attempt(partial(open_socket, family)) for family in FAMILIES},
         "thread": threaded(),
         "child": subprocess.run(["/bin/true"], check=True).returncode,

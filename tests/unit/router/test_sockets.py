@@ -40,6 +40,19 @@ def test_listener_that_cannot_be_made_leaves_nothing_open(tmp_path: Path, name: 
     assert open_fds() == before
 
 
+def test_nobody_can_send_a_descriptor_to_a_listener(tmp_path: Path) -> None:
+    """Neither a connection nor one that nobody accepts hangs at its end, see bind_listener()."""
+    if tuple(map(int, os.uname().release.split(".")[:2])) < (6, 16):
+        pytest.skip("SO_PASSRIGHTS is of Linux 6.16")
+    with bind_listener(tmp_path / "host.sock") as listener, socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(tmp_path / "host.sock"))
+        with pytest.raises(PermissionError):
+            socket.send_fds(sock, [b"x"], [0])
+        accepted, _ = listener.accept()
+        with accepted, pytest.raises(PermissionError):
+            socket.send_fds(sock, [b"x"], [0])
+
+
 def test_cancelled_connect_leaves_nothing_open(tmp_path: Path) -> None:
     async def run() -> None:
         with socket.socket(socket.AF_UNIX) as full:
