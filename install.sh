@@ -128,6 +128,7 @@ uninstall() {
   rm -rf "$LIB" "$CONFIG/containers/systemd/nanoclaw" "${XDG_RUNTIME_DIR:?}/nanoclaw"
   rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclawctl} "$UNITS"/nanoclaw{,-gateway,-podman}.service \
     "$UNITS"/nanoclaw{,-channel,-gateway}.socket "$UNITS"/nanoclaw{,-agents}.slice
+  rm -rf "$UNITS/nanoclaw-.service.d"
   local files=("$(completions bash)" "$(completions zsh)" "$(completions fish)") directory
   mapfile -t -O 3 files < <(man_pages)
   rm -f "${files[@]}"
@@ -217,8 +218,9 @@ rm -rf "$LIB" && mv "$LIB.new" "$LIB"
 launcher nanoclawd nanoclawd
 launcher nanoclaw-gateway nanoclawd.gateway
 launcher nanoclawctl nanoclawd.cli
-for unit in "$HERE"/units/*; do
-  sed -e "s|@bindir@|$BIN|g" -e "s|@libdir@|$LIB|g" "$unit" > "$UNITS/$(basename "$unit")"
+(cd "$HERE/units" && find . -type f -print) | while read -r unit; do
+  mkdir -p "$UNITS/${unit%/*}"
+  sed -e "s|@bindir@|$BIN|g" -e "s|@libdir@|$LIB|g" "$HERE/units/$unit" > "$UNITS/$unit"
 done
 for shell in bash zsh fish; do
   mkdir -p "$(dirname "$(completions $shell)")"

@@ -175,6 +175,7 @@ async def _recover(
     db: Database, systemd: Systemd, sessions: Sessions, listeners: dict[str, socket.socket]
 ) -> None:
     """Take up what the previous router left: containers that run keep their turns, others lose them."""
+    await sessions.switch.settle()
     running = {
         unit.name
         for unit in await systemd.list_units(["nanoclaw-*@*.service"])
@@ -225,6 +226,7 @@ async def _recover(
             "session-adopted", unit=session.unit, message=session.turn.message if session.turn else None
         )
         sessions.adopt(session)
+    sessions.begin()
 
 
 def _listener_names(session: Session) -> tuple[str, str]:

@@ -15,8 +15,9 @@ from nanoclawd.diagnosis import explain_start
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
+from nanoclawd.killswitch import KillSwitch
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import SessionRow
+from nanoclawd.queue import SessionRow, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server, Service
 from nanoclawd.session import Session, SessionState
@@ -58,6 +59,9 @@ class Sessions:
             make_room=self._make_room,
         )
         self.service: Service | None = None  #: what runners are served; set once before anything starts
+        self.switch = KillSwitch(
+            db=db, systemd=systemd, on_throw=self._end_all, on_release=self._wake_all_soon
+        )
         systemd.on_unit_change = self._unit_changed
 
     def live(self) -> Iterable[Session]:
@@ -87,6 +91,29 @@ class Sessions:
             self.turns.start_lease(session)
         self._add(session)
         self._tasks.create_task(self._run_life(session, adopted=True), name=f"session {session.unit}")
+
+    def begin(self) -> None:
+        """All that outlived the previous router is adopted: from now on the kill switch can be released."""
+        self._tasks.create_task(self.switch.run(), name="kill switch")
+
+    @property
+    def held(self) -> bool:
+        """Whether the person has stopped all agents, here or by systemctl."""
+        return self.switch.thrown
+
+    async def hold_all(self) -> None:
+        """Stop all agents until release_all(); their messages wait. Returns when all are gone.
+
+        Raises Unavailable, Failed: no agent is started any more, but some may still run.
+        """
+        await self.switch.hold()
+
+    async def release_all(self) -> None:
+        """Let agents run again, but for those that were stopped one by one. Raises Unavailable, Failed."""
+        await self.switch.release()
+
+    def may_run(self, agent: AgentName) -> bool:
+        return not self.held and self._registry.may_run(agent)
 
     async def stop_containers(self, agent: AgentName) -> None:
         """Stop all containers of an agent because the person says so; their turns go back to the queue."""
@@ -144,7 +171,7 @@ class Sessions:
                     self._outlets.report_activity(session.row, "queued", event=session.waiting_event)
                     await self._take_slot()
                     try:
-                        if self._registry.may_run(session.row.agent):
+                        if self.may_run(session.row.agent):
                             await self._run_container(session)
                     finally:
                         self._slots.release()
@@ -186,7 +213,7 @@ class Sessions:
             rows = await self._db.read("next_message", session=session.row.id)
             if session.wanted.is_set():
                 continue  # something changed while we looked
-            if not rows or not self._registry.may_run(session.row.agent):
+            if not rows or not self.may_run(session.row.agent):
                 return False
             wait_ms = rows[0]["not_before"] - now_ms()
             if wait_ms <= 0:
@@ -255,7 +282,9 @@ class Sessions:
 
     async def _start(self, session: Session) -> None:
         await self._registry.ensure_unit(session.row.agent)
-        await self._systemd.start_unit(session.unit)
+        if not await self.switch.start_unit(session.unit):
+            session.stopped_by_person = True
+            return
         session.alive = True
         if session.state is SessionState.STARTING:
             session.state = SessionState.READY
@@ -336,7 +365,21 @@ class Sessions:
 
     # --- events ------------------------------------------------------------------------------------
 
+    def _end_all(self) -> None:
+        """The person has stopped all agents: what breaks off now is no failure."""
+        for session in self._live.values():
+            session.stopped_by_person = True
+            session.wanted.set()
+
+    def _wake_all_soon(self) -> None:
+        self._tasks.create_task(self._wake_all(), name="release")
+
+    async def _wake_all(self) -> None:
+        for row in await self._db.read("find_work"):
+            self.wake(session_row(row))
+
     def _unit_changed(self, change: UnitChange) -> None:
+        self.switch.unit_changed(change)
         session = self._by_unit.get(change.unit)
         if session is None:
             return

@@ -37,6 +37,7 @@ class UnitChange:
     active_state: str | None = (
         None  #: "active", "inactive", "failed", …; "inactive" too when it was unloaded
     )
+    job: bool | None = None  #: it has got one, or has none any more
     result: str | None = None  #: "success", "exit-code", "oom-kill", "timeout", "protocol", …
     exit_status: int | None = None  #: of its main process; a signal's number if that ended it
     status_text: str | None = None
@@ -54,6 +55,11 @@ class LoadedUnit:
 def unit_of_path(path: str) -> str:
     """Return the unit's name that a D-Bus object path stands for (sd_bus_path_decode(3))."""
     return re.sub(r"_([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), path.rpartition("/")[2])
+
+
+def path_of_unit(unit: str) -> str:
+    """Return the path of a unit's D-Bus object (sd_bus_path_encode(3); our names begin with a letter)."""
+    return f"{_UNIT_PATH}/" + re.sub(r"[^A-Za-z0-9]", lambda found: f"_{ord(found[0]):02x}", unit)
 
 
 @asynccontextmanager
@@ -90,14 +96,17 @@ class Systemd:
         self.watching = asyncio.Event()  #: set once signals come in
         self.on_unit_change: Callable[[UnitChange], None] = lambda change: None
 
-    async def start_unit(self, unit: str) -> None:
-        """Start a unit and wait until it is active. Raises Failed with systemd's result, Unavailable."""
-        await self._job("StartUnit", unit, limits.UNIT_START_S)
+    async def start_unit(self, unit: str, *, mode: str = "replace") -> None:
+        """Start a unit and wait until it is active. Raises Failed with systemd's result, Unavailable.
+
+        mode: "fail" if the start must not undo a job that waits, e.g. a person's stop of the unit's slice.
+        """
+        await self._job("StartUnit", unit, mode, limits.UNIT_START_S)
 
     async def stop_unit(self, unit: str) -> None:
         """Stop a unit and wait until it is gone. One that is not loaded counts as stopped."""
         with suppress(NotFound):
-            await self._job("StopUnit", unit, limits.UNIT_STOP_S)
+            await self._job("StopUnit", unit, "replace", limits.UNIT_STOP_S)
 
     async def reset_failed(self, unit: str) -> None:
         """Forget that a unit failed, and how often it was started. Harmless if it is not loaded."""
@@ -118,7 +127,22 @@ class Systemd:
 
     async def unit_property(self, unit: str, interface: str, name: str) -> Any:
         """Return one property, e.g. ("x.service", "Service", "MemoryCurrent"). Loads the unit if need be."""
-        (path,) = await self._call("LoadUnit", "s", (unit,))
+        return await self._property(path_of_unit(unit), interface, name)
+
+    async def has_job(self, unit: str) -> bool:
+        """Return whether systemd starts or stops the unit at this moment."""
+        number, _ = await self.unit_property(unit, "Unit", "Job")
+        return bool(number)
+
+    async def started_at(self) -> int:
+        """Return when this service manager began (µs since 1970): another one has another time."""
+        return int(await self._property(_ROOT, "Manager", "UserspaceTimestamp"))
+
+    async def is_ending(self) -> bool:
+        """Return whether the service manager stops all units because it ends itself."""
+        return bool(await self._property(_ROOT, "Manager", "SystemState") == "stopping")
+
+    async def _property(self, path: str, interface: str, name: str) -> Any:
         address = DBusAddress(path, bus_name=_NAME, interface="org.freedesktop.DBus.Properties")
         ((_, value),) = await self._send(
             new_method_call(address, "Get", "ss", (f"{_NAME}.{interface}", name))
@@ -136,15 +160,11 @@ class Systemd:
     async def watch(self) -> None:
         """Take signals until cancelled; everything that waits for a unit needs it."""
         queue: asyncio.Queue[Message] = asyncio.Queue(_SIGNALS)
+        manager = {"type": "signal", "sender": _NAME, "interface": f"{_NAME}.Manager", "path": _ROOT}
         rules = (
-            MatchRule(
-                type="signal", sender=_NAME, interface=f"{_NAME}.Manager", member="JobRemoved", path=_ROOT
-            ),
-            MatchRule(
-                type="signal", sender=_NAME, interface=f"{_NAME}.Manager", member="UnitRemoved", path=_ROOT
-            ),
-            MatchRule(
-                type="signal", sender=_NAME, interface=f"{_NAME}.Manager", member="Reloading", path=_ROOT
+            *(
+                MatchRule(member=member, **manager)
+                for member in ("JobNew", "JobRemoved", "UnitRemoved", "Reloading")
             ),
             MatchRule(
                 type="signal",
@@ -168,12 +188,15 @@ class Systemd:
     def _take(self, signal: Message) -> None:
         member = signal.header.fields.get(_MEMBER)
         if member == "JobRemoved":
-            _, path, _, result = signal.body
+            _, path, unit, result = signal.body
+            self.on_unit_change(UnitChange(unit=unit, job=False))
             waiting = self._jobs.pop(path, None)
             if waiting is not None and not waiting.done():
                 waiting.set_result(result)
             elif self._starting:
                 self._done[path] = result
+        elif member == "JobNew":
+            self.on_unit_change(UnitChange(unit=signal.body[2], job=True))
         elif member == "Reloading":
             (self._reloading,) = signal.body
         elif member == "UnitRemoved" and not self._reloading:  # on daemon-reload it only changes hands
@@ -203,11 +226,11 @@ class Systemd:
                     )
                 )
 
-    async def _job(self, method: str, unit: str, timeout_s: float) -> None:
+    async def _job(self, method: str, unit: str, mode: str, timeout_s: float) -> None:
         # JobRemoved may come before the reply that names the job.
         self._starting += 1
         try:
-            (path,) = await self._call(method, "ss", (unit, "replace"))
+            (path,) = await self._call(method, "ss", (unit, mode))
             result = self._done.pop(path, None)
             if result is None:
                 waiting = self._jobs.setdefault(path, asyncio.get_running_loop().create_future())

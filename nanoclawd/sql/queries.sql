@@ -158,3 +158,9 @@ DELETE FROM session WHERE agent = :agent AND id NOT IN (SELECT session FROM inbo
 
 -- hold_agent --
 UPDATE agent SET held = :held WHERE name = :name RETURNING name;
+
+-- router --
+SELECT held, slice_boot FROM router;
+
+-- set_router --
+UPDATE router SET held = :held, slice_boot = :seen;

@@ -26,6 +26,7 @@ from nanoclawd.db import Database, Row
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
@@ -134,9 +135,19 @@ class SystemdDouble:
         self.stops: list[str] = []
         self.most_at_once = 0
         self.failures: list[Exception] = []
+        self.manager = 1  #: another one after a reboot
+        self.ending = False
+        self.slice_active = False
+        self.slice_job = False
         self._running: dict[str, asyncio.Task[None]] = {}
 
-    async def start_unit(self, unit: str) -> None:
+    async def start_unit(self, unit: str, *, mode: str = "replace") -> None:
+        if unit == SLICE:
+            self.start_slice()
+            return
+        if mode == "fail" and self.slice_job:
+            raise Failed("systemd: Transaction is destructive.")
+        self.start_slice()  # as its Slice= implies
         self.starts.append(unit)
         if unit in self._running:
             return
@@ -180,8 +191,36 @@ class SystemdDouble:
         return unit in self._running
 
     async def stop_unit(self, unit: str) -> None:
+        if unit == SLICE:
+            await self.stop_slice()
+            return
         self.stops.append(unit)
         await self.end(unit)
+
+    def start_slice(self) -> None:
+        """What `systemctl start` does, whoever asks for it."""
+        if not self.slice_active:
+            self.slice_active = True
+            self._tell(SLICE, active_state="active")
+
+    async def stop_slice(self) -> None:
+        """The same for `systemctl stop`."""
+        self.slice_job = True
+        self.on_unit_change(UnitChange(unit=SLICE, job=True))
+        await self.end_all()
+        self.slice_job = self.slice_active = False
+        self._tell(SLICE, active_state="inactive")
+        self.on_unit_change(UnitChange(unit=SLICE, job=False))
+
+    async def has_job(self, unit: str) -> bool:
+        assert unit == SLICE
+        return self.slice_job
+
+    async def started_at(self) -> int:
+        return self.manager
+
+    async def is_ending(self) -> bool:
+        return self.ending
 
     async def end(self, unit: str) -> None:
         """End a unit without the router's asking, e.g. because its last process is gone."""
@@ -198,6 +237,8 @@ class SystemdDouble:
 
     async def unit_property(self, unit: str, interface: str, name: str) -> Any:
         assert (interface, name) == ("Unit", "ActiveState")
+        if unit == SLICE:
+            return "active" if self.slice_active else "inactive"
         return "active" if unit in self._running else "inactive"
 
     async def list_units(self, patterns: list[str]) -> list[LoadedUnit]:

@@ -143,7 +143,7 @@ DOCUMENTS = [
         "*.md",
         "install.sh",
         "nanoclawd/**/*.py",
-        "units/*",
+        "units/**/*",
         "packaging/man/*",
         "skills/**/*.md",
     )

@@ -10,7 +10,7 @@ import pytest
 from nanoclawd import limits
 from tests.support.machine import ROOT
 
-UNITS = sorted((ROOT / "units").iterdir())
+UNITS = sorted(path for path in (ROOT / "units").iterdir() if path.is_file())
 PAGES = {path.name for path in (ROOT / "packaging/man").iterdir()}
 DISTRIBUTION = {"podman-unshare.1"}
 
