@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from nanoclawd import images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, AgentConfig, Mount, is_image
-from nanoclawd.db import Database, Row, Transaction
+from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
+from nanoclawd.message_control import MessageControl
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry, config_file
@@ -29,6 +31,11 @@ from nanoclawd.wire import Json
 
 INTERFACE = "io.nanoclaw.Control"
 UNITS = ("nanoclaw.service", "nanoclaw.socket", "nanoclaw-channel.socket", "nanoclaw-gateway.service")
+#: Fields of the type QueueCounts.
+_COUNTS = (
+    *("queued", "deferred", "leased", "answered", "stopped", "dead"),
+    *("deliveriesPending", "deliveriesSent", "deliveriesDead"),
+)
 #: Parameters of AddAgent() and SetAgent() by the key of the agent's file.
 _KEYS = {
     "description": "description",
@@ -77,6 +84,8 @@ class ControlService:
                 "ListSessions": Method(handler=self._list_sessions),
                 "BuildImage": Method(handler=self._build_image),
                 "Reload": Method(handler=self._reload),
+                "Backup": Method(handler=self._backup),
+                **MessageControl(db=db, registry=registry, sessions=sessions, outlets=outlets).methods,
             },
         )
 
@@ -88,22 +97,25 @@ class ControlService:
             gateway = await self._gateway.status()
         except NanoclawError as exc:
             problem = exc.message
-        counts = Counter(
-            {(r["queue"], r["state"]): r["number"] for r in await self._db.read("count_states")}
+        counts = Counter({row["state"]: row["number"] for row in await self._db.read("count_states")})
+        sessions = [session async for session in self._describe_sessions(None)]
+        # What goes on comes first, if there is more than a reply can hold.
+        active = sorted(
+            (s for s in sessions if s["queued"] or s["state"] != SessionState.IDLE),
+            key=lambda s: s["state"] in (SessionState.IDLE, SessionState.QUEUED),
         )
+        agents = Counter(self._registry.get(name).state for name in self._registry.names())
         return {
             "version": VERSION,
             "pid": os.getpid(),
             "startedAt": self._started_at,
             "units": await self._units(),
-            "agents": len(self._registry.names()),
-            "sessions": await self._describe_sessions(None),
-            "queue": {state: counts["inbox", state] for state in queue.MessageState}
-            | {
-                "deliveriesPending": counts["outbox", "pending"] + counts["outbox", "leased"],
-                "deliveriesSent": counts["outbox", "sent"],
-                "deliveriesDead": counts["outbox", "dead"],
-            },
+            "agents": agents.total(),
+            "agentsHeld": agents["held"],
+            "agentsBroken": agents["broken"],
+            "sessionCount": len(sessions),
+            "sessions": active[: limits.SESSIONS_SHOWN],
+            "queue": {name: counts[name] for name in _COUNTS},
             "sandbox": [
                 {"name": check.name, "active": check.active, "detail": check.detail}
                 for check in self._sandbox
@@ -130,6 +142,12 @@ class ControlService:
                 }
             )
         return units
+
+    async def _backup(self, call: Call) -> Json:
+        file = paths.state() / "backups" / f"nanoclaw.db-{now_ms()}"
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        await self._db.backup(file)
+        return {"file": str(file)}
 
     async def _reload(self, call: Call) -> Json:
         problems = await self.reload()
@@ -190,11 +208,12 @@ class ControlService:
         return await self._describe(agent)
 
     async def _list_agents(self, call: Call) -> Json:
-        replies = []
-        for name in self._registry.names():
-            agent = self._registry.get(name)
-            replies.append({"name": name, **await self._describe(agent)})
-        return await _send_list(call, replies, {"name": None, "configuration": None, "runtime": None})
+        async def describe() -> AsyncIterator[Json]:
+            for name in self._registry.names():
+                if (agent := self._registry.find(AgentName(name))) is not None:  # not removed meanwhile
+                    yield {"name": name, **await self._describe(agent)}
+
+        return await call.send_all(describe(), {"name": None, "configuration": None, "runtime": None})
 
     async def _show_agent(self, call: Call) -> Json:
         agent = self._registry.get(call.parameters["name"])
@@ -253,28 +272,24 @@ class ControlService:
     async def _list_sessions(self, call: Call) -> Json:
         if call.parameters["agent"] is not None:
             self._registry.get(call.parameters["agent"])
-        sessions = await self._describe_sessions(call.parameters["agent"])
-        return await _send_list(call, [{"session": session} for session in sessions], {"session": None})
+        sessions = self._describe_sessions(call.parameters["agent"])
+        return await call.send_all(({"session": session} async for session in sessions), {"session": None})
 
-    async def _describe_sessions(self, agent: str | None) -> list[Json]:
-        described = []
+    async def _describe_sessions(self, agent: str | None) -> AsyncIterator[Json]:
         for row in await self._db.read("list_sessions", agent=agent):
             session = session_row(row)
             live = self._sessions.find(session)
-            described.append(
-                {
-                    "agent": session.agent,
-                    "session": session.name,
-                    "unit": unit_name(session.agent, session.name),
-                    "channel": session.channel,
-                    "chat": session.chat,
-                    "thread": session.thread,
-                    "state": live.state if live else SessionState.IDLE,
-                    "queued": row["queued"],
-                    "message": row["message"],
-                }
-            )
-        return described
+            yield {
+                "agent": session.agent,
+                "session": session.name,
+                "unit": unit_name(session.agent, session.name),
+                "channel": session.channel,
+                "chat": session.chat,
+                "thread": session.thread,
+                "state": live.state if live else SessionState.IDLE,
+                "queued": row["queued"],
+                "message": row["message"],
+            }
 
     async def _build_image(self, call: Call) -> Json:
         parameters = call.parameters
@@ -292,15 +307,6 @@ class ControlService:
         )
         journal.info("image-built", image=image, image_id=image_id)
         return {"line": None, "imageId": image_id}
-
-
-async def _send_list(call: Call, replies: list[Json], empty: Json) -> Json:
-    """Send all but the last reply, and return that: it is the one without "continues"."""
-    if not call.more:
-        return replies[0] if replies else empty
-    for reply in replies[:-1]:
-        await call.send(reply)
-    return replies[-1] if replies else empty
 
 
 async def _require_image(image: str) -> None:

@@ -286,6 +286,16 @@ def end_delivery(
     return row
 
 
+def retry_dead_letter(tx: Transaction, id: str) -> bool:
+    """Put a dead message or delivery back, as if never tried; False if it is not dead, or dropped."""
+    return bool(tx.all("retry_message", id=id) or tx.all("retry_delivery", key=id))
+
+
+def drop_dead_letter(tx: Transaction, id: str) -> bool:
+    """Have done with a dead message or delivery; False if it is not dead, or dropped already."""
+    return bool(tx.all("drop_message", id=id) or tx.all("drop_delivery", key=id))
+
+
 def _lease_end() -> int:
     return now_ms() + int(limits.LEASE_S * 1000)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,20 @@ class Call:
     async def send(self, parameters: Json) -> None:
         """Send one reply of several; the handler's return value is the last. Only if `more`."""
         await _write(self.connection, {"parameters": parameters, "continues": True})
+
+    async def send_all(self, replies: AsyncIterator[Json], empty: Json) -> Json:
+        """Send all but the last of `replies`, and return that, or `empty`: it is what the handler returns.
+
+        Without `more` there can be only one, the first.
+        """
+        last = None
+        async for reply in replies:
+            if last is None:
+                last = reply
+            elif self.more:
+                await self.send(last)
+                last = reply
+        return empty if last is None else last
 
 
 @dataclass(slots=True)

@@ -20,6 +20,47 @@ from nanoclawd.wire import Json
 DELETE_S = 600.0  #: for a workspace
 
 
+def _mounts(agent: Json) -> str:
+    return ", ".join(
+        f"{mount['source']} on {mount['target']}{'' if mount['readOnly'] else ' (writable)'}"
+        for mount in (agent["configuration"] or {"mounts": []})["mounts"]
+    )
+
+
+_COLUMNS: output.Fields = {
+    "AGENT": "name",
+    "STATE": "runtime.state",
+    "RUNNING": "runtime.running",
+    "QUEUED": "runtime.queued",
+    "PROVIDER": "configuration.provider",
+    "MODEL": "configuration.model",
+    "DESCRIPTION": lambda agent: (
+        (agent["configuration"] or {}).get("description") or agent["runtime"]["problem"]
+    ),
+}
+_FIELDS: output.Fields = {
+    "State": lambda agent: ": ".join(filter(None, map(agent["runtime"].get, ("state", "problem")))),
+    "Sessions": "runtime.sessions",
+    "Running": "runtime.running",
+    "Messages waiting": "runtime.queued",
+    "Description": "configuration.description",
+    "Provider": "configuration.provider",
+    "Model": "configuration.model",
+    "Image": "configuration.image",
+    "Idle seconds": lambda agent: str((agent["configuration"] or {}).get("idleSeconds", "")),
+    "Memory": "configuration.memoryMax",
+    "Tasks": "configuration.tasksMax",
+    "CPU quota": "configuration.cpuQuota",
+    "Mounts": _mounts,
+    "Host uid": "runtime.hostUid",
+    "File": "file",
+    "Workspace": "workspace",
+    "Unit": "runtime.unitTemplate",
+    "Generated from": "unitFile",
+    "Drop-ins": "dropInDirectory",
+}
+
+
 def agent_add(options: Namespace) -> None:
     reply = control.call("AddAgent", {"name": options.AGENT, **_keys(options), "mounts": options.mount})
     output.done(options, reply, f"Added '{options.AGENT}'. Try 'nanoclawctl chat {options.AGENT}'.")
@@ -39,55 +80,15 @@ def agent_set(options: Namespace) -> None:
 
 
 def agent_list(options: Namespace) -> None:
-    agents = control.list_agents()
-    if options.json:
-        return output.say_json({"agents": agents})
-    if not agents:
-        return output.talk("There are no agents. Add one: 'nanoclawctl agent add NAME'.")
-    heads = ("AGENT", "STATE", "RUNNING", "QUEUED", "PROVIDER", "MODEL", "DESCRIPTION")
-    output.say_table(heads, map(_row, agents))
-
-
-def _row(agent: Json) -> tuple[object, ...]:
-    runtime, configuration = agent.get("runtime") or {}, agent.get("configuration") or {}
-    return (
-        agent["name"],
-        *(runtime.get(key, "?") for key in ("state", "running", "queued")),
-        *(configuration.get(key, "") for key in ("provider", "model")),
-        configuration.get("description") or runtime.get("problem", ""),
-    )
+    empty = "There are no agents. Add one: 'nanoclawctl agent add NAME'."
+    output.say_list(options, "agents", control.list_all("ListAgents"), _COLUMNS, empty)
 
 
 def agent_show(options: Namespace) -> None:
     reply = control.call_agent("ShowAgent", options.AGENT)
     if options.json:
         return output.say_json(reply)
-    runtime, configuration = reply["runtime"], reply["configuration"] or {}
-    mounts = [
-        f"{mount['source']} on {mount['target']}{'' if mount['readOnly'] else ' (writable)'}"
-        for mount in configuration.get("mounts", [])
-    ]
-    running = f"{runtime['sessions']}, of which {runtime['running']} run; {runtime['queued']} messages wait"
-    rows = [
-        ("State", runtime["state"] + (f": {runtime['problem']}" if runtime["problem"] else "")),
-        ("Sessions", running),
-        ("Description", configuration.get("description", "")),
-        ("Provider", configuration.get("provider", "")),
-        ("Model", configuration.get("model") or "the provider's default"),
-        ("Image", configuration.get("image", "")),
-        ("Idle seconds", configuration.get("idleSeconds", "")),
-        ("Memory", configuration.get("memoryMax", "")),
-        ("Tasks", configuration.get("tasksMax", "")),
-        ("CPU quota", configuration.get("cpuQuota") or "none"),
-        *(("Mount", mount) for mount in mounts),
-        ("Host uid", runtime["hostUid"] if runtime["hostUid"] >= 0 else "unknown"),
-        ("File", reply["file"]),
-        ("Workspace", reply["workspace"]),
-        ("Unit", f"{runtime['unitTemplate']}, generated from {reply['unitFile']}"),
-        ("Drop-ins", reply["dropInDirectory"]),
-    ]
-    for head, value in rows:
-        output.say(f"{head + ':':<14} {value}".rstrip())
+    output.say_fields(reply, _FIELDS)
     if reply["instructions"].strip():
         output.say(f"\n{reply['instructions'].rstrip()}")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from nanoclawd.cli import control
 from nanoclawd.cli.table import COMMANDS, NOUNS, Command, Option
+from nanoclawd.errors import NanoclawError
 
 SCRIPTS = {
     "bash": """\
@@ -94,14 +96,19 @@ def _wanted(command: Command, before: Sequence[str]) -> Option | None:
             wanted = None
         elif word.startswith("-"):
             wanted = next((o for o in command.options if o.metavar and word in (o.name, o.short)), None)
-        else:
-            del positional[:1]
+        elif positional and not positional[0].several:
+            del positional[0]
     return wanted or next(iter(positional), None)
 
 
 def _values(option: Option) -> list[tuple[str, str]]:
     if option.complete == "agents":
         return [(name, "") for name in control.agent_names()]
+    if option.complete == "letters":
+        with suppress(NanoclawError):
+            letters = control.dead_letters(timeout_s=control.COMPLETION_S)
+            return [(letter.get("id") or letter["key"], letter["reason"] or "") for letter in letters]
+        return []
     if option.complete:
         return [(f":{option.complete}", "")]
     return [(choice, "") for choice in option.choices]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from nanoclawd import errors, paths
 from nanoclawd.client import Client
@@ -50,24 +50,27 @@ def stream(method: str, parameters: Json | None = None, *, timeout_s: float = AN
         yield from client.stream(f"{INTERFACE}.{method}", parameters)
 
 
-def list_agents(*, timeout_s: float = ANSWER_S) -> list[Json]:
-    # One reply without a name says that there is none.
-    return [reply for reply in stream("ListAgents", timeout_s=timeout_s) if reply.get("name")]
+def list_all(method: str, parameters: Json | None = None, *, timeout_s: float = ANSWER_S) -> list[Json]:
+    """Return all of the method's answers but the empty one, which says that there is nothing."""
+    with suggesting((parameters or {}).get("agent") or ""):
+        return [reply for reply in stream(method, parameters, timeout_s=timeout_s) if any(reply.values())]
 
 
 def agent_names() -> list[str]:
     """Return the names of all agents, or none if they do not come at once."""
-    try:
-        return [str(agent["name"]) for agent in list_agents(timeout_s=COMPLETION_S)]
-    except errors.NanoclawError:
-        return []
+    with suppress(errors.NanoclawError):
+        return [str(agent["name"]) for agent in list_all("ListAgents", timeout_s=COMPLETION_S)]
+    return []
 
 
 def sessions(agent: str | None) -> list[Json]:
     """Return the sessions of one agent, or of all."""
-    with suggesting(agent or ""):
-        replies = list(stream("ListSessions", {"agent": agent}))
-    return [reply["session"] for reply in replies if reply.get("session")]
+    return [reply["session"] for reply in list_all("ListSessions", {"agent": agent})]
+
+
+def dead_letters(*, timeout_s: float = ANSWER_S) -> list[Json]:
+    """Return all dead letters, each a Message or a Delivery."""
+    return [r.get("message") or r["delivery"] for r in list_all("ListDeadLetters", timeout_s=timeout_s)]
 
 
 @contextmanager

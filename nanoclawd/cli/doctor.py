@@ -257,7 +257,7 @@ def check_router() -> Iterator[Check]:
 
     try:
         status = control.call("Status", timeout_s=STATUS_S)
-        agents = control.list_agents(timeout_s=STATUS_S)
+        agents = control.list_all("ListAgents", timeout_s=STATUS_S)
     except NanoclawError as exc:
         yield Check("router", MISSING, exc.message, "see 'journalctl --user -u nanoclaw'")
         return

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 from nanoclawd.cli import text
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.errors import NanoclawError, Refused
+from nanoclawd.wire import Json
 
+#: Where a value is in a document, as in "runtime.state"; or what makes it of the document.
+Field = str | Callable[[Json], object]
+Fields = Mapping[str, Field]
 RED, YELLOW, GREEN, BOLD, DIM = "31", "33", "32", "1", "2"
 
 
@@ -49,14 +54,48 @@ def say_error(error: NanoclawError, *, as_json: bool) -> None:
         print(f"{colour(BOLD, 'hint:', sys.stderr)} {text.visible(error.hint)}", file=sys.stderr)
 
 
-def say_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows under heads, each column as wide as it needs."""
-    lines = [list(heads), *([text.one_line(str(cell)) or "-" for cell in row] for row in rows)]
-    widths = [max(text.width(line[column]) for line in lines) for column in range(len(heads))]
+def say_table(documents: Iterable[Json], columns: Fields) -> None:
+    """Print a line for each document under the names of the columns, each as wide as it needs."""
+    cells = ([str(_look(field, document)) for field in columns.values()] for document in documents)
+    lines = [[*columns], *([text.one_line(cell) or "-" for cell in row] for row in cells)]
+    widths = [max(text.width(line[column]) for line in lines) for column in range(len(columns))]
     for number, line in enumerate(lines):
         padded = (cell + " " * (size - text.width(cell)) for cell, size in zip(line, widths, strict=True))
         shown = "  ".join(padded).rstrip()
         print(shown if number else colour(BOLD, shown))
+
+
+def say_list(options: Namespace, name: str, documents: list[Json], columns: Fields, empty: str) -> None:
+    """Print documents as a table, with --json as one document; say `empty` if there is none."""
+    if options.json:
+        return say_json({name: documents})
+    if not documents:
+        return talk(empty)
+    say_table(documents, columns)
+
+
+def say_fields(document: Json, fields: Fields) -> None:
+    """Print what there is of `fields` in a document, one a line."""
+    for name, field in fields.items():
+        if value := _look(field, document):
+            say_field(name, value)
+
+
+def say_field(name: str, value: object, mark: str = "", code: str = "") -> None:
+    """Print one line under a name; `mark` stands before the value, in the colour `code`."""
+    print(
+        f"{name + ':' if name else '':<17}",
+        *([colour(code, mark)] if mark else []),
+        text.visible(str(value)),
+    )
+
+
+def _look(field: Field, document: Any) -> object:
+    if not isinstance(field, str):
+        return field(document)
+    for key in field.split("."):
+        document = (document or {}).get(key)
+    return "" if document is None else document
 
 
 def done(options: Namespace, document: Any, words: str) -> None:
@@ -91,6 +130,11 @@ def size(count: int | None) -> str:
             break
         amount /= 1024
     return f"{amount:.0f}{unit}" if unit == "B" or amount >= 100 else f"{amount:.1f}{unit}"
+
+
+def when(seconds: float | None) -> str:
+    """Return a time since 1970 as the person's clock shows it, "" for None."""
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from nanoclawd.cli.table import COMMANDS, NOUNS, PROGRAM, Command
+from nanoclawd.cli.table import COMMANDS, NOUNS, PROGRAM, Command, Option
 from nanoclawd.errors import NanoclawError
 
 
@@ -31,29 +31,26 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
     rest = list(arguments[len(command.words) :])
     end = rest.index("--") if "--" in rest else len(rest)
     if {"--help", "-h"} & {*rest[:end]}:
-        raise Help(make_parser(command, positional=True).format_help().rstrip())
+        raise Help(_make_parser(command, command.options).format_help().rstrip())
     # argparse reads the options alone: it cannot take 'send berta --wait hello', where TEXT is optional.
-    namespace, values = make_parser(command, positional=False).parse_known_args(rest[:end])
+    flags = [option for option in command.options if not option.positional]
+    namespace, values = _make_parser(command, flags).parse_known_args(rest[:end])
     more = f"'{PROGRAM} {command.name} --help' says more"
     for value in values:
         if value.startswith("-") and value != "-":
-            flags = [option.name for option in command.options if not option.positional]
-            raise UsageError(
-                f"unknown option '{value}'", hint=did_you_mean(value.partition("=")[0], flags, more)
-            )
+            hint = did_you_mean(value.partition("=")[0], [option.name for option in flags], more)
+            raise UsageError(f"unknown option '{value}'", hint=hint)
     values += rest[end + 1 :]
     for option in command.options:
         if option.positional:
-            if option.needed and not values:
+            taken, values = (values, []) if option.several else (values[:1], values[1:])
+            if option.needed and not taken:
                 raise UsageError(f"{option.name} is missing", hint=more)
-            found = values.pop(0) if values else None
             try:
-                setattr(namespace, option.name, None if found is None else option.read(found))
+                found = [option.parse(value) for value in taken]
             except argparse.ArgumentTypeError as exc:
                 raise UsageError(f"{option.name}: {exc}", hint=more) from None
-            if found is not None and option.choices and found not in option.choices:
-                hint = did_you_mean(found, option.choices, f"it can be {', '.join(option.choices)}")
-                raise UsageError(f"{option.name}: '{found}' is not known", hint=hint)
+            setattr(namespace, option.name, found if option.several else found[0] if found else None)
     if values:
         raise UsageError(f"unknown argument '{values[0]}'", hint=more)
     return command, namespace
@@ -109,8 +106,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message.removeprefix("argument "), hint=f"'{self.prog} --help' says more")
 
 
-def make_parser(command: Command, *, positional: bool) -> argparse.ArgumentParser:
-    """Return the parser of one command's options, for its help also of its positional arguments."""
+def _make_parser(command: Command, options: Iterable[Option]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"{PROGRAM} {command.name}",
         description=f"{command.help[:1].upper()}{command.help[1:]}. {command.more}".rstrip(),
@@ -118,21 +114,16 @@ def make_parser(command: Command, *, positional: bool) -> argparse.ArgumentParse
         allow_abbrev=False,
     )
     parser.add_argument("--help", "-h", action="store_true", help="show this text")
-    for option in command.options:
-        names = [name for name in (option.name, option.short) if name]
-        help_ = option.help.replace("%", "%%")
-        if not option.positional and not option.metavar:
-            parser.add_argument(*names, action="store_true", help=help_)
-        elif not option.positional:
-            if option.default is not None:
-                help_ += " (default: %(default)s)"
+    for option in options:
+        more = " (default: %(default)s)" if option.default is not None else ""
+        settings: dict[str, Any] = {"help": option.help.replace("%", "%%") + more}
+        if option.positional:
+            settings["nargs"] = "*" if option.several else None if option.needed else "?"
+        elif option.metavar:
             action = "append" if option.repeat else "store"
-            settings: dict[str, Any] = {
-                "metavar": option.metavar,
-                "default": option.default,
-                "type": option.read,
-            }
-            parser.add_argument(*names, action=action, help=help_, **settings)
-        elif positional:
-            parser.add_argument(*names, nargs=None if option.needed else "?", help=help_)
+            settings |= {"metavar": option.metavar, "type": option.parse, "action": action}
+            settings["default"] = option.default
+        else:
+            settings["action"] = "store_true"
+        parser.add_argument(*filter(None, (option.name, option.short)), **settings)
     return parser

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from datetime import datetime
 
 from nanoclawd import credentials
 from nanoclawd.cli import output
@@ -15,6 +14,11 @@ from nanoclawd.errors import Refused
 from nanoclawd.ids import parse_credential_name
 
 VALUE_BYTES = 64 << 10  #: read at most; what may be stored is less
+_COLUMNS: output.Fields = {
+    "SECRET": "name",
+    "STORED": lambda secret: secret["warning"] or "encrypted",
+    "CHANGED": lambda secret: output.when(secret["modifiedAt"]),
+}
 
 
 def secret_set(options: Namespace) -> None:
@@ -46,30 +50,18 @@ def set_secret(name: str, value: bytes) -> None:
 
 
 def secret_list(options: Namespace) -> None:
-    entries = credentials.list_entries()
-    if options.json:
-        secrets = [
-            {
-                "name": entry.name,
-                "encrypted": entry.encrypted,
-                "path": str(entry.path),
-                "modifiedAt": entry.modified_at,
-                "warning": "" if entry.encrypted else credentials.UNENCRYPTED,
-            }
-            for entry in entries
-        ]
-        return output.say_json({"secrets": secrets})
-    if not entries:
-        return output.talk("There are no secrets. Store one: 'nanoclawctl secret set anthropic'.")
-    rows = (
-        (
-            entry.name,
-            "encrypted" if entry.encrypted else credentials.UNENCRYPTED,
-            f"{datetime.fromtimestamp(entry.modified_at):%Y-%m-%d %H:%M}",
-        )
-        for entry in entries
-    )
-    output.say_table(("SECRET", "STORED", "CHANGED"), rows)
+    secrets = [
+        {
+            "name": entry.name,
+            "encrypted": entry.encrypted,
+            "path": str(entry.path),
+            "modifiedAt": entry.modified_at,
+            "warning": "" if entry.encrypted else credentials.UNENCRYPTED,
+        }
+        for entry in credentials.list_entries()
+    ]
+    empty = "There are no secrets. Store one: 'nanoclawctl secret set anthropic'."
+    output.say_list(options, "secrets", secrets, _COLUMNS, empty)
 
 
 def secret_remove(options: Namespace) -> None:

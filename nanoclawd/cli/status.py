@@ -4,67 +4,74 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections import Counter
 
 from nanoclawd.cli import control, output
-from nanoclawd.cli.output import GREEN, RED, YELLOW, colour
+from nanoclawd.cli.output import GREEN, RED, YELLOW, say_field
 from nanoclawd.errors import ConfigError
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
+
+_UNITS: output.Fields = {
+    "UNIT": "name",
+    "STATE": lambda unit: f"{unit['activeState']} ({unit['subState']})",
+    "MEMORY": lambda unit: output.size(unit["memoryBytes"]),
+}
+_SESSIONS: output.Fields = {
+    name.upper(): name
+    for name in ("agent", "session", "state", "queued", "channel", "chat", "thread", "message")
+}
 
 
 def status(options: Namespace) -> None:
     found = control.call("Status")
     if options.json:
         return output.say_json(found)
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["startedAt"]))
     running = output.duration(max(0.0, time.time() - found["startedAt"]))
-    output.say(f"NanoClaw {found['version']}, pid {found['pid']}, since {since} ({running})\n")
-    units = (
-        (unit["name"], f"{unit['activeState']} ({unit['subState']})", output.size(unit["memoryBytes"]))
-        for unit in found["units"]
-    )
-    output.say_table(("UNIT", "STATE", "MEMORY"), units)
+    since = f"since {output.when(found['startedAt'])} ({running})"
+    output.say(f"NanoClaw {found['version']}, pid {found['pid']}, {since}\n")
+    output.say_table(found["units"], _UNITS)
     output.say("")
-    _say_sandbox("router", found["sandbox"])
+    _say_sandbox("Router sandbox", found["sandbox"])
     gateway = found["gateway"]
     if gateway is None:
-        print(f"Gateway:          {colour(RED, 'away')}, agents cannot reach their models")
-        output.say(f"                  {found['gatewayProblem']}")
+        say_field("Gateway", "agents cannot reach their models", "away,", RED)
+        say_field("", found["gatewayProblem"])
     else:
-        _say_sandbox("gateway", gateway["sandbox"])
+        _say_sandbox("Gateway sandbox", gateway["sandbox"])
         for route in gateway["routes"]:
-            _say_route(route)
-    queue = found["queue"]
-    output.say(
-        f"{'Agents:':<17} {found['agents']}\n"
-        f"{'Messages:':<17} {queue['queued']} waiting, {queue['leased']} being answered, "
-        f"{queue['answered']} answered, {queue['stopped']} stopped, {queue['dead']} dead letters\n"
-        f"{'Deliveries:':<17} {queue['deliveriesPending']} waiting, {queue['deliveriesSent']} sent, "
-        f"{queue['deliveriesDead']} dead letters"
-    )
+            where = f"{route['provider']} at {route['endpoint']}, credential '{route['credential']}'"
+            say_field("Provider", where)
+            if route["credentialState"] != "ok":
+                say_field("", route["credentialState"], "cannot be used:", YELLOW)
+    _say_counts(found)
     if found["sessions"]:
         output.say("")
-        _say_sessions(found["sessions"])
+        output.say_table(found["sessions"], _SESSIONS)
 
 
-def _say_route(route: Json) -> None:
-    head = "Provider:".ljust(17)
-    output.say(f"{head} {route['provider']} at {route['endpoint']}, credential '{route['credential']}'")
-    if route["credentialState"] != "ok":
-        print(f"{'':<17} {colour(YELLOW, 'cannot be used:')} ", end="")
-        output.say(route["credentialState"])
+def _say_counts(found: Json) -> None:
+    queue, states = found["queue"], Counter(session["state"] for session in found["sessions"])
+    running = states.total() - states["queued"] - states["idle"]
+    say_field("Agents", f"{found['agents']}, {found['agentsHeld']} stopped, {found['agentsBroken']} broken")
+    say_field(
+        "Sessions", f"{found['sessionCount']}, {running} in a container, {states['queued']} in line for one"
+    )
+    waiting = f"{queue['queued']} waiting ({queue['deferred']} put off), {queue['leased']} being answered"
+    say_field("Messages", f"{waiting}, {queue['answered']} answered, {queue['stopped']} stopped")
+    say_field("Deliveries", f"{queue['deliveriesPending']} waiting, {queue['deliveriesSent']} sent")
+    if queue["dead"] or queue["deliveriesDead"]:
+        dead = f"{queue['dead']} messages, {queue['deliveriesDead']} deliveries:"
+        say_field("Dead letters", "see 'nanoclawctl deadletter list'", dead, YELLOW)
 
 
 def _say_sandbox(name: str, checks: list[Json]) -> None:
     missing = [check for check in checks if not check["active"]]
-    head = f"{name.capitalize()} sandbox:".ljust(17)
-    if not checks:
-        print(f"{head} {colour(YELLOW, 'unknown')}")
-    elif not missing:
-        print(f"{head} {colour(GREEN, 'active')}, {len(checks)} lines tested")
+    if not missing:
+        mark, code = ("active,", GREEN) if checks else ("unknown,", YELLOW)
+        say_field(name, f"{len(checks)} lines tested", mark, code)
     for check in missing:
-        print(f"{head} {colour(RED, 'NOT ACTIVE:')} ", end="")
-        output.say(f"{check['name']}: {check['detail']}")
+        say_field(name, f"{check['name']}: {check['detail']}", "NOT ACTIVE:", RED)
 
 
 def reload(options: Namespace) -> None:
@@ -83,18 +90,8 @@ def reload(options: Namespace) -> None:
 
 
 def session_list(options: Namespace) -> None:
-    found = control.sessions(options.AGENT)
-    if options.json:
-        return output.say_json({"sessions": found})
-    if not found:
-        return output.talk("There are no sessions: one begins with the first message.")
-    _say_sessions(found)
-
-
-def _say_sessions(found: list[Json]) -> None:
-    keys = ("agent", "session", "state", "queued", "channel", "chat", "thread", "message")
-    rows = (["" if session.get(key) is None else session[key] for key in keys] for session in found)
-    output.say_table([key.upper() for key in keys], rows)
+    empty = "There are no sessions: one begins with the first message."
+    output.say_list(options, "sessions", control.sessions(options.AGENT), _SESSIONS, empty)
 
 
 def version(options: Namespace) -> None:

@@ -48,15 +48,22 @@ class Option:
     metavar: str = ""  #: what the value is called; "" is a switch without value
     read: Callable[[str], object] = text
     short: str = ""  #: "-f"
-    needed: bool = True  #: positional arguments only
+    needed: bool = True  #: positional arguments only, as the next
+    several: bool = False
     repeat: bool = False
     default: object = None
     choices: tuple[str, ...] = ()
-    complete: str = ""  #: agents, files or directories
+    complete: str = ""  #: agents, letters, files or directories
 
     @property
     def positional(self) -> bool:
         return not self.name.startswith("-")
+
+    def parse(self, value: str) -> object:
+        """Return what is meant by `value`. Raises ArgumentTypeError."""
+        if self.choices and value not in self.choices:
+            raise ArgumentTypeError(f"'{value[:32]}' is none of {', '.join(self.choices)}")
+        return self.read(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,7 @@ class Command:
     """A command; "agent list" is done by agent_list() in the module that MODULES names, or else agent.py."""
 
     name: str  #: noun and verb, or the noun alone
-    takes: str  #: names of OPTIONS; a positional argument in brackets may be left out
+    takes: str  #: names of OPTIONS; of positional arguments "[X]" may be left out, "[X...]" be several too
     help: str  #: one line
     more: str = ""  #: a paragraph for --help
 
@@ -75,19 +82,35 @@ class Command:
     @property
     def options(self) -> tuple[Option, ...]:
         return tuple(
-            replace(OPTIONS[name.strip("[]")], needed=name[0] != "[") for name in self.takes.split()
+            replace(OPTIONS[name.strip("[.]")], needed=name[0] != "[", several="..." in name)
+            for name in self.takes.split()
         )
 
 
+MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
+
 #: Imported only when the command runs.
-MODULES = {"logs": "agent", "reload": "status", "session": "status", "version": "status"}
+MODULES = {
+    "backup": "database",
+    "deadletter": "message",
+    "logs": "agent",
+    "reload": "status",
+    "restore": "database",
+    "session": "status",
+    "version": "status",
+}
 
 _OPTIONS = (
     Option("AGENT", "name of the agent", complete="agents"),
     Option("TEXT", "the message; - or nothing reads it from stdin"),
     Option("NAME", "name of the secret, e.g. anthropic"),
+    Option("ID", "id of a message or key of a delivery, or its beginning", complete="letters"),
+    Option("FILE", "the backup", complete="files"),
     Option("SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
     Option("--json", "print one JSON document; an error is one too, on stderr"),
+    Option("--all", "each that there is"),
+    Option("--state", "only those in one state", "STATE", choices=MESSAGE_STATES),
+    Option("--limit", "at most N of them, the newest", "N", count, default=50),
     Option("--yes", "do not ask", short="-y"),
     Option("--floor", "only what must be there before the installation"),
     Option("--follow", "go on with new lines as they come", short="-f"),
@@ -128,6 +151,8 @@ OPTIONS = {option.name: option for option in _OPTIONS}
 NOUNS = {
     "agent": "configure, start and stop agents",
     "session": "look at sessions: one agent in one chat",
+    "message": "look at messages: what became of each",
+    "deadletter": "see to messages and deliveries that were given up",
     "image": "make the image that agents run in",
     "secret": "keep the credentials that the gateway uses",
 }
@@ -167,6 +192,14 @@ COMMANDS = (
     Command("agent logs", "AGENT --follow --lines --json", "show the journal of an agent"),
     Command("agent shell", "AGENT --session", "open a shell in a running container of the agent"),
     Command("session list", "[AGENT] --json", "list sessions, of one agent or of all"),
+    Command("message list", "[AGENT] --state --limit --json", "list the newest messages"),
+    Command("message show", "ID --json", "show all that is known of a message, and its deliveries"),
+    Command("deadletter list", "--json", "list messages and deliveries that were given up"),
+    Command("deadletter show", "ID --json", "show all that is known of a dead letter"),
+    Command("deadletter retry", "[ID...] --all --json", "try dead letters again"),
+    Command("deadletter drop", "[ID...] --all --json", "have done with dead letters: list them no more"),
+    Command("backup", "FILE --json", "write a copy of the database to a new file, while everything runs"),
+    Command("restore", "FILE --json", "put a backup in the place of a database that was lost"),
     Command("image build", "--base --base-directory --image --json", "build the agent image"),
     Command("secret set", "NAME --json", "store a secret; it is asked for, or read from stdin"),
     Command("secret list", "--json", "list secrets by name; values are never shown"),

@@ -136,8 +136,69 @@ SELECT * FROM outbox WHERE channel = :channel AND key = :key;
 SELECT min(not_before) AS not_before FROM outbox WHERE state = 'pending' AND channel = :channel AND not_before > :now;
 
 -- count_states --
-SELECT 'inbox' AS queue, state, count(*) AS number FROM inbox GROUP BY state
-UNION ALL SELECT 'outbox', state, count(*) FROM outbox GROUP BY state;
+-- Named as in io.nanoclaw.Control.
+SELECT state, count(*) AS number FROM inbox WHERE state != 'dead' GROUP BY state
+UNION ALL SELECT 'dead', count(*) FROM inbox WHERE state = 'dead' AND NOT dropped
+UNION ALL SELECT 'deferred', count(*) FROM inbox WHERE state = 'queued' AND deferrals > 0
+UNION ALL SELECT 'deliveriesPending', count(*) FROM outbox WHERE state IN ('pending', 'leased')
+UNION ALL SELECT 'deliveriesSent', count(*) FROM outbox WHERE state = 'sent'
+UNION ALL SELECT 'deliveriesDead', count(*) FROM outbox WHERE state = 'dead' AND NOT dropped;
+
+-- list_messages --
+SELECT inbox.id AS id FROM inbox JOIN session ON session.id = inbox.session
+ WHERE (:agent IS NULL OR agent = :agent) AND (:state IS NULL OR state = :state) ORDER BY seq DESC LIMIT :limit;
+
+-- show_message --
+-- Named as in io.nanoclaw.Control.
+SELECT inbox.id, agent, name AS session, inbox.channel, inbox.chat, inbox.thread, event, revision, sender,
+       substr(body, 1, :characters) AS text, state, received_at / 1000.0 AS receivedAt, attempts, deferrals,
+       iif(state = 'queued' AND not_before > 0, not_before / 1000.0, NULL) AS notBefore,
+       lease_expires_at / 1000.0 AS leaseExpiresAt, ended_at / 1000.0 AS endedAt, turn, first_turn AS firstTurn,
+       reason, revived, dropped
+  FROM inbox JOIN session ON session.id = inbox.session WHERE inbox.id = :id;
+
+-- show_delivery --
+SELECT key, message, turn, agent, channel, chat, thread, kind, substr(body, 1, :characters) AS text, state,
+       created_at / 1000.0 AS createdAt, attempts, parts_sent AS partsSent,
+       iif(state = 'pending' AND not_before > 0, not_before / 1000.0, NULL) AS notBefore,
+       ended_at / 1000.0 AS endedAt, receipt, reason, dropped
+  FROM outbox WHERE key = :id;
+
+-- deliveries_of --
+-- Messages that share a turn share what it sends.
+SELECT key AS id FROM outbox
+ WHERE message = :message OR turn = :turn AND message IN (SELECT id FROM inbox WHERE turn = :turn) ORDER BY seq;
+
+-- find_ids --
+-- What begins with :id; a key begins with its message's id.
+SELECT * FROM (SELECT 'message' AS kind, id FROM inbox WHERE id BETWEEN :id AND :id || char(1114111)
+                ORDER BY id LIMIT :limit)
+UNION ALL
+SELECT * FROM (SELECT 'delivery', key FROM outbox WHERE key BETWEEN :id AND :id || char(1114111)
+                ORDER BY key LIMIT :limit);
+
+-- list_dead_letters --
+SELECT 'message' AS kind, id, seq FROM inbox WHERE state = 'dead' AND NOT dropped
+UNION ALL SELECT 'delivery', key, seq FROM outbox WHERE state = 'dead' AND NOT dropped
+ ORDER BY kind DESC, seq LIMIT :limit;
+
+-- retry_message --
+UPDATE inbox SET state = 'queued', attempts = 0, deferrals = 0, not_before = 0, ended_at = NULL, reason = NULL,
+                 revived = revived + 1
+ WHERE id = :id AND state = 'dead' AND NOT dropped RETURNING id;
+
+-- retry_delivery --
+UPDATE outbox SET state = 'pending', attempts = 0, not_before = 0, ended_at = NULL, reason = NULL
+ WHERE key = :key AND state = 'dead' AND NOT dropped RETURNING key;
+
+-- find_session_of --
+SELECT session.* FROM session JOIN inbox ON inbox.session = session.id WHERE inbox.id = :message;
+
+-- drop_message --
+UPDATE inbox SET dropped = 1 WHERE id = :id AND state = 'dead' AND NOT dropped RETURNING id;
+
+-- drop_delivery --
+UPDATE outbox SET dropped = 1 WHERE key = :key AND state = 'dead' AND NOT dropped RETURNING key;
 
 -- list_agents --
 SELECT * FROM agent ORDER BY name;

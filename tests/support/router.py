@@ -275,9 +275,13 @@ class RegistryDouble:
             return None
         return Agent(name=AgentName(name), config=self.agents[name], index=0, held=name in self.held)
 
+    def get(self, name: str) -> Agent:
+        if (agent := self.find(name)) is None:
+            raise NotFound(f"no agent named '{name}'", hint="there are others")
+        return agent
+
     def config(self, name: str) -> AgentConfig:
-        if name not in self.agents:
-            raise NotFound(f"no agent named '{name}'")
+        self.get(name)
         if name == "broken":
             raise ConfigError("agents/broken.toml:1: is broken", hint="repair it")
         return self.agents[name]

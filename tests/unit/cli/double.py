@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd import idl, paths
-from nanoclawd.errors import NanoclawError, NotFound
+from nanoclawd.errors import NanoclawError, NotFound, Refused
 from nanoclawd.server import Call, Method, Server, Service
 from nanoclawd.wire import Json
 
@@ -49,6 +49,51 @@ SESSION: Json = {
     "queued": 0,
     "message": None,
 }
+MESSAGE: Json = {
+    "id": "m0123456789abcdef",
+    "agent": "berta",
+    "session": "s1",
+    "unit": "nanoclaw-berta@s1.service",
+    "channel": "terminal",
+    "chat": "berta",
+    "thread": "",
+    "event": "e1",
+    "revision": 0,
+    "sender": "ada",
+    "text": "What is\x1b new?\n",
+    "state": "dead",
+    "receivedAt": 1.0,
+    "attempts": 4,
+    "deferrals": 2,
+    "notBefore": None,
+    "leaseExpiresAt": None,
+    "endedAt": 2.0,
+    "turn": "t0123456789abcdef",
+    "firstTurn": "t0123456789abcdef",
+    "reason": "it broke",
+    "revived": 0,
+    "dropped": False,
+}
+DELIVERY: Json = {
+    "key": "m0123456789abcdef.notice",
+    "message": "m0123456789abcdef",
+    "turn": None,
+    "agent": "berta",
+    "channel": "terminal",
+    "chat": "berta",
+    "thread": "",
+    "kind": "notice",
+    "text": "Your message could not be answered",
+    "state": "dead",
+    "createdAt": 2.0,
+    "attempts": 1,
+    "partsSent": 0,
+    "notBefore": None,
+    "endedAt": 3.0,
+    "receipt": None,
+    "reason": "no such chat",
+    "dropped": False,
+}
 CHECK: Json = {"name": "network", "active": True, "detail": "connect: EPERM"}
 STATUS: Json = {
     "version": "0.1.0",
@@ -58,9 +103,13 @@ STATUS: Json = {
         {"name": "nanoclaw.service", "activeState": "active", "subState": "running", "memoryBytes": 4 << 20}
     ],
     "agents": 1,
+    "agentsHeld": 0,
+    "agentsBroken": 0,
+    "sessionCount": 1,
     "sessions": [SESSION],
     "queue": {
         "queued": 1,
+        "deferred": 0,
         "leased": 2,
         "answered": 3,
         "stopped": 4,
@@ -94,6 +143,9 @@ class RouterDouble:
         self.agents: dict[str, Json] = {"berta": dict(RUNTIME)}
         self.status: Json = dict(STATUS)
         self.sessions: list[Json] = [SESSION]
+        self.letters: list[Json] = [{"message": MESSAGE}, {"delivery": DELIVERY}]
+        self.message = MESSAGE
+        self.backup: Path | None = None  #: what the router wrote
         self.fail: dict[str, NanoclawError] = {}  #: by method
         self.calls: list[tuple[str, Json]] = []
         self.trash: str | None = None
@@ -162,11 +214,11 @@ class RouterDouble:
                 raise result
 
     def _service(self, interface: idl.Interface) -> Service:
-        streams = {"Attach": True, "ListAgents": None, "ListSessions": None, "BuildImage": None}
+        streams = {"Attach": True}
         table = {
             name: Method(
                 handler=self._noting(interface, name, getattr(self, f"_{name}", None)),
-                more=streams.get(name, False),
+                more=streams.get(name),
             )
             for name in interface.methods
         }
@@ -200,6 +252,29 @@ class RouterDouble:
 
     async def _Status(self, _call: Call) -> Json:
         return self.status
+
+    async def _Backup(self, _call: Call) -> Json:
+        return {"file": str(self.backup)}
+
+    async def _ListMessages(self, _call: Call) -> Json:
+        return {"message": self.message}
+
+    async def _ShowMessage(self, call: Call) -> Json:
+        await call.send({"message": MESSAGE})
+        return {"delivery": DELIVERY}
+
+    async def _ListDeadLetters(self, call: Call) -> Json:
+        for letter in self.letters[:-1]:
+            await call.send(letter)
+        return self.letters[-1] if self.letters else {}
+
+    async def _RetryDeadLetter(self, call: Call) -> Json:
+        if "gone" in call.parameters["id"]:
+            raise Refused("there is no agent 'gone' any more", hint="add it")
+        return {"id": call.parameters["id"]}
+
+    async def _DropDeadLetter(self, call: Call) -> Json:
+        return {"id": call.parameters["id"]}
 
     async def _AddAgent(self, call: Call) -> Json:
         self.agents[call.parameters["name"]] = dict(RUNTIME)

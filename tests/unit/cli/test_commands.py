@@ -41,6 +41,11 @@ def test_version_is_printed(run: Run) -> None:
         ["send", "berta", ""],
         ["agent", "set", "berta"],
         ["agent", "set", "berta", "--mount", "/a:/mnt/a", "--no-mounts"],
+        ["message", "list", "--state", "lost"],
+        ["message", "list", "--limit", "0"],
+        ["message", "show"],
+        ["deadletter", "retry"],
+        ["deadletter", "drop", "m1", "--all"],
     ],
 )
 def test_wrong_usage_is_told_in_two_lines_with_exit_code_2(run: Run, arguments: list[str]) -> None:
@@ -118,6 +123,11 @@ def test_usage_errors_are_json_too(run: Run) -> None:
         ["agent", "stop", "berta"],
         ["agent", "remove", "berta", "--yes"],
         ["session", "list"],
+        ["message", "list"],
+        ["message", "show", "m0123"],
+        ["deadletter", "list"],
+        ["deadletter", "retry", "--all"],
+        ["deadletter", "drop", "m0123"],
         ["image", "build"],
         ["version"],
         ["send", "berta", "hello"],
@@ -134,8 +144,9 @@ def test_json_is_one_document_on_stdout(router: RouterDouble, run: Run, argument
 def test_status_shows_what_counts(router: RouterDouble, run: Run) -> None:
     shown = run("status").stdout
 
-    for words in ("nanoclaw.service", "active (running)", "4.0M", "1 waiting", "5 dead", "s1", "anthropic"):
+    for words in ("nanoclaw.service", "active (running)", "4.0M", "1 waiting", "s1", "anthropic"):
         assert words in shown
+    assert "5 messages, 8 deliveries: see 'nanoclawctl deadletter list'" in shown
 
 
 def test_status_cries_out_about_a_sandbox_that_is_not_active(router: RouterDouble, run: Run) -> None:

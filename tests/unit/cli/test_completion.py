@@ -73,6 +73,7 @@ def test_every_command_and_option_is_offered(command: Command, capsys: pytest.Ca
         (["agent", "add", "--cpu"], "--cpu-quota\tCPU limit, e.g. 150%; empty for none\n"),
         (["completion", "bash", "b"], ""),  # there is one argument
         (["completion", "b"], "bash\n"),
+        (["message", "list", "--state", "a"], "answered\n"),
         (["nonsense", ""], ""),
     ],
 )
@@ -86,7 +87,7 @@ def test_what_is_offered_depends_on_the_words_before(
 
 def test_bash_offers_nouns_verbs_options_and_choices(complete: Complete) -> None:
     assert {"agent", "status", "chat"} <= complete("nanoclawctl ")
-    assert complete("nanoclawctl sta") == {"status"}
+    assert complete("nanoclawctl stat") == {"status"}
     assert complete("nanoclawctl agent re") == {"remove", "restart"}
     assert complete("nanoclawctl agent add x --me") == {"--memory-max"}
     assert complete("nanoclawctl completion ") >= {"bash", "zsh", "fish"}
@@ -97,6 +98,13 @@ def test_bash_offers_the_agents_that_there_are(complete: Complete, router: Route
 
     assert complete("nanoclawctl chat b") == {"berta", "bruno"}
     assert complete("nanoclawctl agent show be") == {"berta"}
+
+
+def test_bash_offers_the_dead_letters_that_there_are(complete: Complete, router: RouterDouble) -> None:
+    keys = {"m0123456789abcdef", "m0123456789abcdef.notice"}
+
+    assert complete("nanoclawctl deadletter retry m") == keys
+    assert complete("nanoclawctl deadletter drop m0123456789abcdef m") == keys
 
 
 def test_bash_offers_files_where_files_are_meant(complete: Complete, home: Path) -> None:
