@@ -202,7 +202,10 @@ async def _recover(
                 continue
             lost = tx.one("leased_message", session=session.row.id)
             reason = "the router and the agent's container ended together"
-            if lost is not None and lost["attempts"] >= limits.ATTEMPTS:
+            if lost is not None and sessions.held:  # the person has ended it
+                tx.all("requeue_message", id=lost["id"], not_before=0, reason=None)
+                tx.all("uncount_attempt", id=lost["id"])
+            elif lost is not None and lost["attempts"] >= limits.ATTEMPTS:
                 bury_message(tx, session.row, lost, reason)  # it may be what ended them
             elif lost is not None:
                 tx.all("requeue_message", id=lost["id"], not_before=0, reason=reason)

@@ -205,12 +205,16 @@ class SystemdDouble:
 
     async def stop_slice(self) -> None:
         """The same for `systemctl stop`."""
-        self.slice_job = True
-        self.on_unit_change(UnitChange(unit=SLICE, job=True))
+        self.announce_job()
         await self.end_all()
-        self.slice_job = self.slice_active = False
+        self.slice_active = False
         self._tell(SLICE, active_state="inactive")
-        self.on_unit_change(UnitChange(unit=SLICE, job=False))
+        self.announce_job(over=True)
+
+    def announce_job(self, *, over: bool = False) -> None:
+        """The slice has got a job, or has none any more."""
+        self.slice_job = not over
+        self.on_unit_change(UnitChange(unit=SLICE, job=self.slice_job))
 
     async def has_job(self, unit: str) -> bool:
         assert unit == SLICE
