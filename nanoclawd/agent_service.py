@@ -9,7 +9,7 @@ import re
 from typing import cast
 
 from nanoclawd import journal, limits, paths, queue
-from nanoclawd.db import Database, Row, Transaction
+from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.idl import read_interface
 from nanoclawd.images import build_command
@@ -169,9 +169,10 @@ class AgentService:
         if session.turn is not None or session.taking:
             return {"stay": True}
         # A message that is on its way into the database wakes a new life, unless it is being leased to this
-        # one; one that is there keeps this one.
+        # one, as does one that must wait for its next attempt; one that is due keeps this one.
         waiting = await self._db.read("next_message", session=session.row.id)
-        if waiting or session.turn is not None or session.taking:
+        due = bool(waiting) and waiting[0]["not_before"] <= now_ms()
+        if due or session.turn is not None or session.taking:
             await self._turns.offer(session)  # unless one is on its way already
             return {"stay": True}
         self._sessions.leave(session)

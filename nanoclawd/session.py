@@ -7,9 +7,11 @@ import socket
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from nanoclawd import limits
 from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import TurnId, unit_name
 from nanoclawd.queue import SessionRow, Turn
+from nanoclawd.rates import Rate
 from nanoclawd.wire import Json
 
 
@@ -20,6 +22,10 @@ class SessionState(StrEnum):
     READY = "ready"  #: the runner waits for work
     WORKING = "working"  #: the runner has a turn
     STOPPING = "stopping"  #: the runner said good-bye, or is being stopped
+
+
+def _offences() -> Rate:
+    return Rate(limits.OFFENCES_FORGIVEN_PER_S, limits.OFFENCES)
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +49,8 @@ class Session:
     result: str = ""  #: systemd's Result= of the unit
     exit_status: int = 0  #: of its main process
     refused: NanoclawError | None = None  #: why the runner of this life cannot be worked with
+    offences: Rate = field(default_factory=_offences)  #: of the runner of this life
+    serving: asyncio.Task[None] | None = None  #: listens on `host`
     gone: asyncio.Event = field(default_factory=asyncio.Event)  #: the unit is inactive
     wanted: asyncio.Event = field(default_factory=asyncio.Event)  #: there may be something to do
     lease: asyncio.TimerHandle | None = None
@@ -101,6 +109,7 @@ class Session:
         self.result = ""
         self.exit_status = 0
         self.refused = None
+        self.offences = _offences()
         self.idle_since = None
         self.gone = asyncio.Event()  # a new one: a stop of the previous container may still have the old one
 

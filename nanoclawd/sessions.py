@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 
 from systemd import daemon
 
@@ -18,6 +19,7 @@ from nanoclawd.ids import AgentName
 from nanoclawd.killswitch import KillSwitch
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import SessionRow, session_row
+from nanoclawd.rates import Rate
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server, Service
 from nanoclawd.session import Session, SessionState
@@ -146,9 +148,11 @@ class Sessions:
 
     def leave(self, session: Session) -> None:
         """The runner has said good-bye: it takes nothing more, and must be gone soon."""
+        if session.left:  # saying it again gives no more time
+            return
         session.left = True
         session.state = SessionState.STOPPING
-        if session.stopping is not None:  # it said so before
+        if session.stopping is not None:
             session.stopping.cancel()
         session.stopping = asyncio.get_running_loop().call_later(
             limits.STOP_TURN_S, self._stop_straggler, session
@@ -235,9 +239,15 @@ class Sessions:
             self._prepare(session)
             assert session.host is not None and session.gateway is not None and self.service is not None
             server = Server(
-                self.service, session.host, identity=session, connections=limits.CONNECTIONS_PER_SESSION
+                self.service,
+                session.host,
+                identity=session,
+                connections=limits.CONNECTIONS_PER_SESSION,
+                calls=Rate(limits.CALLS_PER_S, limits.CALLS_BURST),
+                on_offence=partial(self._note_offence, session),
             )
             serving = self._tasks.create_task(server.run(), name=f"host.sock of {session.unit}")
+            session.serving = serving
             self._gateway.attach(session.row.agent, session.row.name, session.gateway)
             if not adopted:
                 await self._start(session)
@@ -316,9 +326,8 @@ class Sessions:
         """The container is gone: say why, and have its turn or its message put back or buried."""
         by_person = session.stopped_by_person
         if session.turn is not None or by_person or session.left or session.worked:
-            reason = (
-                problem.message if problem is not None and not session.result else session.describe_end()
-            )
+            known = session.refused or (None if session.result else problem)
+            reason = session.describe_end() if known is None else known.message
         else:
             problem = await explain_start(session, self._registry.find(session.row.agent), problem)
             reason = f"{problem.message}; {problem.hint}" if problem.hint else problem.message
@@ -399,7 +408,19 @@ class Sessions:
         if session.stream is not None or session.turn is not None:
             return
         reason = f"its runner did not ask for work within {limits.HELLO_S:.0f} s"
-        journal.warning("runner-silent", f"{reason}, stopping the container", unit=session.unit)
+        self._disown(session, "runner-silent", reason)
+
+    def _note_offence(self, session: Session, what: str) -> None:
+        """A call broke the contract. A runner that goes on like that is not heard any more, and stopped."""
+        if not session.offences.take() or session.refused is not None:
+            return
+        self._disown(session, "protocol-broken", "its runner broke the protocol too often", what)
+        if session.serving is not None:
+            session.serving.cancel()
+
+    def _disown(self, session: Session, event: str, reason: str, detail: str = "") -> None:
+        text = f"{reason}, at last with: {detail}" if detail else reason
+        journal.warning(event, f"{text}, stopping the container", unit=session.unit, agent=session.row.agent)
         hint = f"'nanoclawctl agent logs {session.row.agent}' shows more"
         self.refuse(session, Failed(reason, hint=hint))
 
