@@ -85,6 +85,8 @@ class ControlService:
                 "BuildImage": Method(handler=self._build_image),
                 "Reload": Method(handler=self._reload),
                 "Backup": Method(handler=self._backup),
+                "StopAll": Method(handler=self._stop_all),
+                "StartAll": Method(handler=self._start_all),
                 **MessageControl(db=db, registry=registry, sessions=sessions, outlets=outlets).methods,
             },
         )
@@ -109,6 +111,7 @@ class ControlService:
             "version": VERSION,
             "pid": os.getpid(),
             "startedAt": self._started_at,
+            "held": self._sessions.held,
             "units": await self._units(),
             "agents": agents.total(),
             "agentsHeld": agents["held"],
@@ -142,6 +145,14 @@ class ControlService:
                 }
             )
         return units
+
+    async def _stop_all(self, call: Call) -> Json:
+        await self._sessions.hold_all()
+        return {}
+
+    async def _start_all(self, call: Call) -> Json:
+        await self._sessions.release_all()
+        return {}
 
     async def _backup(self, call: Call) -> Json:
         file = paths.state() / "backups" / f"nanoclaw.db-{now_ms()}"
@@ -257,8 +268,8 @@ class ControlService:
         return {
             "configuration": None if agent.config is None else _configuration(agent.config),
             "runtime": {
-                "state": agent.state,
-                "problem": str(agent.problem or ""),
+                "state": "held" if agent.state == "ready" and self._sessions.held else agent.state,
+                "problem": self._sessions.explain_hold(agent.name),
                 "unitTemplate": f"nanoclaw-{agent.name}@.service",
                 "hostUid": quadlet.host_uid(agent.index),
                 "sessions": len(rows),

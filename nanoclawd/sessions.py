@@ -117,6 +117,15 @@ class Sessions:
     def may_run(self, agent: AgentName) -> bool:
         return not self.held and self._registry.may_run(agent)
 
+    def explain_hold(self, name: AgentName) -> str:
+        """Say why an agent may not run and what to do about it, in one line; "" if it may."""
+        agent = self._registry.find(name)
+        if agent is None or agent.problem is not None:
+            return str(agent.problem) if agent else f"there is no agent '{name}' any more"
+        if self.held:
+            return "all agents are stopped; 'nanoclawctl start --all' lets them go on"
+        return f"'{name}' is stopped; 'nanoclawctl agent start {name}' lets it go on" if agent.held else ""
+
     async def stop_containers(self, agent: AgentName) -> None:
         """Stop all containers of an agent because the person says so; their turns go back to the queue."""
         sessions = [s for s in self._live.values() if s.row.agent == agent]

@@ -40,10 +40,8 @@ def chat(options: Namespace) -> int:
     agent, screen = options.AGENT, Screen(sys.stdout, preview=True)
     conversation = Conversation(agent, options.chat, screen)
     runtime = control.call_agent("ShowAgent", agent)["runtime"]
-    if runtime["state"] == "held":
-        output.talk(f"'{agent}' is stopped; messages wait until 'nanoclawctl agent start {agent}'.")
-    elif runtime["state"] == "broken":
-        output.talk(f"warning: '{agent}' cannot run: {runtime['problem']}")
+    if runtime["problem"]:
+        output.talk(f"warning: '{agent}' cannot work: {runtime['problem']}")
     return _Chat(agent, conversation, screen).run()
 
 

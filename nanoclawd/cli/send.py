@@ -87,8 +87,8 @@ def _late(options: Namespace) -> str:
     """Return what to do when there is no reply in time."""
     agent = options.AGENT
     with contextlib.suppress(NanoclawError):
-        if control.call("ShowAgent", {"name": agent}, timeout_s=ASK_S)["runtime"]["state"] == "held":
-            return f"'{agent}' is stopped; the message waits until 'nanoclawctl agent start {agent}'"
+        if problem := control.call("ShowAgent", {"name": agent}, timeout_s=ASK_S)["runtime"]["problem"]:
+            return f"the message waits: {problem}"
     return f"it goes on; the reply will be in '{_chat_command(options)}'"
 
 

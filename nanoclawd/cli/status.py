@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 
 from nanoclawd.cli import control, output
 from nanoclawd.cli.output import GREEN, RED, YELLOW, say_field
+from nanoclawd.cli.parser import UsageError
 from nanoclawd.errors import ConfigError
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
@@ -30,6 +32,9 @@ def status(options: Namespace) -> None:
     running = output.duration(max(0.0, time.time() - found["startedAt"]))
     since = f"since {output.when(found['startedAt'])} ({running})"
     output.say(f"NanoClaw {found['version']}, pid {found['pid']}, {since}\n")
+    if found["held"]:
+        hint = "their messages wait until 'nanoclawctl start --all'"
+        print(f"{output.colour(RED, 'ALL AGENTS ARE STOPPED')}; {hint}\n")
     output.say_table(found["units"], _UNITS)
     output.say("")
     _say_sandbox("Router sandbox", found["sandbox"])
@@ -72,6 +77,19 @@ def _say_sandbox(name: str, checks: list[Json]) -> None:
         say_field(name, f"{len(checks)} lines tested", mark, code)
     for check in missing:
         say_field(name, f"{check['name']}: {check['detail']}", "NOT ACTIVE:", RED)
+
+
+def _switch(method: str, done: str, options: Namespace) -> None:
+    if not options.all:
+        raise UsageError(
+            "say --all", hint="for one agent there are 'nanoclawctl agent stop' and 'agent start'"
+        )
+    control.call(method)
+    output.done(options, {}, done)
+
+
+stop = partial(_switch, "StopAll", "All agents are stopped; messages wait until 'nanoclawctl start --all'.")
+start = partial(_switch, "StartAll", "Agents may run again.")
 
 
 def reload(options: Namespace) -> None:

@@ -97,6 +97,8 @@ MODULES = {
     "reload": "status",
     "restore": "database",
     "session": "status",
+    "start": "status",
+    "stop": "status",
     "version": "status",
 }
 
@@ -169,6 +171,8 @@ COMMANDS = (
         "check what NanoClaw needs, and say what to do about what is missing",
         more="Works without the daemon. Fails if something that is needed is missing.",
     ),
+    Command("stop", "--all --json", "stop all agents at once, until they are started; their messages wait"),
+    Command("start", "--all --json", "let all agents work again after 'stop --all'"),
     Command("reload", "--json", "read all configuration again"),
     Command("logs", "[AGENT] --follow --lines --json", "show the journal of the daemons, or of one agent"),
     Command(

@@ -99,6 +99,7 @@ STATUS: Json = {
     "version": "0.1.0",
     "pid": 4711,
     "startedAt": 1.0,
+    "held": False,
     "units": [
         {"name": "nanoclaw.service", "activeState": "active", "subState": "running", "memoryBytes": 4 << 20}
     ],

@@ -337,11 +337,11 @@ def test_history_is_kept_private_and_read_again(router: RouterDouble, chat: Open
 
 
 def test_stopped_agent_is_told_of(router: RouterDouble, chat: Open) -> None:
-    router.agents["berta"]["state"] = "held"
+    router.agents["berta"] |= {"state": "held", "problem": "'berta' is stopped; 'nanoclawctl start --all'"}
 
     terminal = chat()
 
-    terminal.wait("nanoclawctl agent start berta")
+    terminal.wait("'berta' is stopped; 'nanoclawctl start --all'")
     terminal.wait("you> ")
 
 

@@ -149,6 +149,23 @@ def test_status_shows_what_counts(router: RouterDouble, run: Run) -> None:
     assert "5 messages, 8 deliveries: see 'nanoclawctl deadletter list'" in shown
 
 
+def test_status_says_first_that_all_agents_are_stopped(router: RouterDouble, run: Run) -> None:
+    assert "STOPPED" not in run("status").stdout
+    router.status["held"] = True
+
+    shown = run("status").stdout.splitlines()
+
+    assert shown[2].startswith("ALL AGENTS ARE STOPPED") and "nanoclawctl start --all" in shown[2]
+
+
+def test_all_agents_are_stopped_and_started_only_when_it_is_said(router: RouterDouble, run: Run) -> None:
+    for command, method in (("stop", "StopAll"), ("start", "StartAll")):
+        assert run(command).returncode == 2
+        assert router.calls == []
+        assert run(command, "--all").returncode == 0
+        assert router.calls.pop() == (method, {})
+
+
 def test_status_cries_out_about_a_sandbox_that_is_not_active(router: RouterDouble, run: Run) -> None:
     router.status["sandbox"] = [{"name": "network", "active": False, "detail": "connected"}]
 

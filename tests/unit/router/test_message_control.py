@@ -217,6 +217,26 @@ def test_a_message_of_an_agent_that_is_gone_cannot_be_retried(place: Place) -> N
     place.run(run)
 
 
+def test_all_agents_are_stopped_at_once_and_their_messages_wait(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router, operating(place, router) as operator:
+            await operator.call("StopAll")
+            await router.deliver("hello")
+
+            status = await operator.call("Status")
+            agent = (await operator.call("ListAgents"))["runtime"]
+            assert (status["held"], status["queue"]["queued"], place.systemd.starts) == (True, 1, [])
+            assert (agent["state"], "nanoclawctl start --all" in agent["problem"]) == ("held", True)
+
+            await operator.call("StartAll")
+            adapter = await router.attach()
+            assert await adapter.reply() == "echo: hello"
+            await place.systemd.end_all()
+            assert not (await operator.call("Status"))["held"]
+
+    place.run(run)
+
+
 def test_a_dead_delivery_that_is_retried_is_sent(place: Place) -> None:
     async def run() -> None:
         async with place.router() as router, operating(place, router) as operator:
