@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from functools import partial
 
 from systemd import daemon
@@ -95,7 +96,13 @@ class Sessions:
         self._tasks.create_task(self._run_life(session, adopted=True), name=f"session {session.unit}")
 
     def begin(self) -> None:
-        """All that outlived the previous router is adopted: from now on the kill switch can be released."""
+        """All that outlived the previous router is adopted: what is left of others goes, and from now on the
+        kill switch can be released.
+        """
+        live = {paths.session_runtime(s.row.agent, s.row.name) for s in self._live.values()}
+        for runtime in paths.runtime().glob("agents/*/*"):
+            if runtime not in live:
+                _remove(runtime)
         self._tasks.create_task(self.switch.run(), name="kill switch")
 
     @property
@@ -375,11 +382,7 @@ class Sessions:
                 forget_listener(f"{kind}.{agent}.{name}")
                 listener.close()
         session.host = session.gateway = None
-        # Ours alone: the container sees it read-only.
-        runtime = paths.session_runtime(agent, name)
-        shutil.rmtree(runtime, ignore_errors=True)
-        with suppress(OSError):  # another session of the agent lives there
-            runtime.parent.rmdir()
+        _remove(paths.session_runtime(agent, name))
 
     # --- events ------------------------------------------------------------------------------------
 
@@ -450,3 +453,10 @@ class Sessions:
         gone = session.gone  # of this life
         await self._systemd.stop_unit(session.unit)
         gone.set()  # of a unit that was gone already, systemd says nothing more
+
+
+def _remove(runtime: Path) -> None:
+    # Ours alone: the container sees it read-only.
+    shutil.rmtree(runtime, ignore_errors=True)
+    with suppress(OSError):  # another session of the agent lives there
+        runtime.parent.rmdir()

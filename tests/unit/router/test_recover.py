@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from nanoclawd import limits
+from nanoclawd import limits, paths
 from nanoclawd.wire import VarlinkError
 from tests.support.router import Container, Place
 from tests.support.varlink_peer import eventually
@@ -63,6 +63,23 @@ def test_turn_survives_a_restart_of_the_router(place: Place) -> None:
             assert await adapter.reply() == "done next"
             assert place.systemd.starts == [UNIT]
             assert runner.turns == [("long work", 1), ("next", 1)]
+
+    place.run(run)
+
+
+def test_what_a_session_left_behind_is_removed(place: Place) -> None:
+    async def run() -> None:
+        place.systemd.program = Steady()
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("hello")
+            assert await adapter.reply() == "done hello"
+        ended, lives = paths.runtime() / "agents/emil/test_9", paths.runtime() / "agents/berta/test_1"
+        ended.mkdir(parents=True)
+        (ended / "host.sock").touch()
+        async with place.router():
+            assert not ended.parent.exists()
+            assert (lives / "host.sock").is_socket()
 
     place.run(run)
 
