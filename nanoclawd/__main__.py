@@ -33,7 +33,7 @@ from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import RESERVED, unit_name
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import bury_message, leased_turn, session_row
+from nanoclawd.queue import Treatment, fail_turn, leased_turn, put_back, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server
 from nanoclawd.session import Session
@@ -153,7 +153,7 @@ async def _route(
             )
             channel_service = ChannelService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             await registry.load()
-            await _recover(db, systemd, sessions, listeners)
+            await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             await control_service.start_waiting()
             tasks.create_task(outlets.run(), name="outlets")
             tasks.create_task(gateway.run(), name="gateway")
@@ -172,7 +172,12 @@ async def _route(
 
 
 async def _recover(
-    db: Database, systemd: Systemd, sessions: Sessions, listeners: dict[str, socket.socket]
+    db: Database,
+    systemd: Systemd,
+    sessions: Sessions,
+    listeners: dict[str, socket.socket],
+    *,
+    attempts: int,
 ) -> None:
     """Take up what the previous router left: containers that run keep their turns, others lose them."""
     await sessions.switch.settle()
@@ -200,15 +205,12 @@ async def _recover(
                 session.turn = leased_turn(tx, session.row)
                 adopted.append(session)
                 continue
-            lost = tx.one("leased_message", session=session.row.id)
+            # One of its messages may be what ended them.
             reason = "the router and the agent's container ended together"
-            if lost is not None and sessions.held:  # the person has ended it
-                tx.all("requeue_message", id=lost["id"], not_before=0, reason=None)
-                tx.all("uncount_attempt", id=lost["id"])
-            elif lost is not None and lost["attempts"] >= limits.ATTEMPTS:
-                bury_message(tx, session.row, lost, reason)  # it may be what ended them
-            elif lost is not None:
-                tx.all("requeue_message", id=lost["id"], not_before=0, reason=reason)
+            if sessions.held:  # the person has ended them
+                put_back(tx, session.row)
+            else:
+                fail_turn(tx, session.row, reason=reason, how=Treatment.RETRY, attempts=attempts)
         return rows
 
     await db.write(recover)

@@ -9,21 +9,29 @@ import re
 from typing import cast
 
 from nanoclawd import journal, limits, paths, queue
-from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.idl import read_interface
 from nanoclawd.images import build_command
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import MessageState, Turn
+from nanoclawd.queue import Delivery, Turn
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method, Service
-from nanoclawd.session import Session
+from nanoclawd.session import Session, describe_messages
 from nanoclawd.sessions import Sessions
+from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json, VarlinkError
 
 INTERFACE = "io.nanoclaw.Agent"
 PROTOCOL = 1
 _KEY = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+#: That an adapter has it at this moment is none of the agent's business.
+_SHOWN_STATES = {
+    DeliveryState.PENDING: "pending",
+    DeliveryState.LEASED: "pending",
+    DeliveryState.SENT: "sent",
+    DeliveryState.DEAD: "failed",
+}
 _STREAM = 8  #: a runner gets at most a turn and a few stops before it must read
 
 
@@ -42,6 +50,8 @@ class AgentService:
                 "RenewTurn": Method(handler=self._renew),
                 "ReportActivity": Method(handler=self._report_activity),
                 "SendMessage": Method(handler=self._send),
+                "TakeMessages": Method(handler=self._take),
+                "ListDeliveries": Method(handler=self._list_deliveries),
                 "FinishTurn": Method(handler=self._finish),
                 "Goodbye": Method(handler=self._goodbye),
             },
@@ -103,7 +113,7 @@ class AgentService:
     async def _report_activity(self, call: Call) -> Json:
         session, turn = _running(call)
         text = call.parameters["text"].encode()[: limits.ACTIVITY_BYTES].decode(errors="ignore")
-        self._outlets.report_activity(session.row, call.parameters["kind"], text, turn.event)
+        self._outlets.report_activity(session.row, call.parameters["kind"], text, turn.events)
         return {}
 
     async def _send(self, call: Call) -> Json:
@@ -113,14 +123,42 @@ class AgentService:
             raise Refused("key: must be 1 to 64 of a-z, A-Z, 0-9, '-', '_' and '.'")
         _check_text("text", text)
 
-        def send(tx: Transaction) -> list[Row]:
+        def send(tx: Transaction) -> list[Delivery]:
             if session.turn is not turn:  # ended meanwhile
                 raise _no_such_turn(turn.id)
             queue.send_message(tx, session.row, turn, key, text)
-            return self._outlets.claim(tx, session.row, turn.event)
+            return self._outlets.claim(tx, session.row.place)
 
         self._outlets.publish(await self._db.write(send))
         return {}
+
+    async def _take(self, call: Call) -> Json:
+        session, turn = _running(call)
+        last = call.parameters["last"]
+        return {"messages": describe_messages(await self._turns.join(session, turn, last))}
+
+    async def _list_deliveries(self, call: Call) -> Json:
+        session = _introduced(call)
+        row = session.row
+        recent = await self._db.read(
+            "recent_deliveries",
+            agent=row.agent,
+            channel=row.channel,
+            chat=row.chat,
+            thread=row.thread,
+            limit=limits.RECENT_DELIVERIES,
+        )
+        deliveries = [
+            {
+                "kind": delivery["kind"],
+                "text": delivery["body"][: limits.ALREADY_SENT_CHARACTERS],
+                "state": _SHOWN_STATES[DeliveryState(delivery["state"])],
+                "attempts": delivery["attempts"],
+                "reason": delivery["reason"] or "",
+            }
+            for delivery in reversed(recent)
+        ]
+        return {"deliveries": deliveries}
 
     async def _finish(self, call: Call) -> Json:
         session, turn = _running(call)
@@ -131,21 +169,16 @@ class AgentService:
             raise Refused(f"replies: are more than {limits.REPLIES_PER_TURN}")
         for number, text in enumerate(replies):
             _check_text(f"replies[{number}]", text)
+        answers, last = call.parameters["answers"] or [], call.parameters["last"]
+        if answers and len(answers) != len(replies):
+            raise Refused("answers: must be one for each of replies")
         try:
             if outcome == "failed":
                 await self._fail(session, turn, error)
             else:
-                await self._turns.end_turn(
-                    session, turn, lambda tx: _finish(tx, session, turn, outcome == "stopped", replies)
-                )
-                journal.info(
-                    "message-answered",
-                    message=turn.message,
-                    unit=session.unit,
-                    agent=session.row.agent,
-                    attempt=turn.attempt,
-                    outcome=outcome,
-                    replies=len(replies),
+                stopped = outcome == "stopped"
+                await self._turns.finish_turn(
+                    session, turn, stopped=stopped, replies=replies, answers=answers, last=last
                 )
         except NotFound as exc:
             raise _no_such_turn(turn.id) from exc
@@ -153,15 +186,13 @@ class AgentService:
 
     async def _fail(self, session: Session, turn: Turn, error: Json) -> None:
         line = " ".join(error["message"].split())[:500] or error["code"]
-        after_s = error["retryAfterSeconds"]
+        after_s = min(max(0.0, error["retryAfterSeconds"] or 0.0), limits.RETRY_AFTER_MAX_S)
         await self._turns.fail_turn(
             session,
             turn,
             reason=f"{line} ({error['code'][:40]})",
-            retryable=error["retryable"],
-            retry_after_ms=None
-            if after_s is None
-            else int(max(0.0, min(after_s, limits.BACKOFF_MAX_S)) * 1000),
+            how=queue.treatment(error["code"], retryable=error["retryable"], shared=len(turn.messages) > 1),
+            retry_after_ms=int(after_s * 1000),
         )
 
     async def _goodbye(self, call: Call) -> Json:
@@ -209,10 +240,3 @@ def _check_text(path: str, text: str) -> None:
         )
     if not text.strip():
         raise Refused(f"{path}: is empty")
-
-
-def _finish(tx: Transaction, session: Session, turn: Turn, stopped: bool, replies: list[str]) -> None:
-    state = MessageState.STOPPED if stopped else MessageState.ANSWERED
-    queue.finish_turn(tx, session.row, turn, state, replies)
-    if stopped:
-        queue.publish_stopped(tx, session.row, turn.message, turn.event)

@@ -10,10 +10,11 @@ from nanoclawd.errors import NotFound, Refused
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, MessageId, unit_name
 from nanoclawd.outlets import Outlet, Outlets
-from nanoclawd.queue import Event, SessionRow, session_row
+from nanoclawd.queue import Delivery, Event, SessionRow, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
+from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json
 
 INTERFACE = "io.nanoclaw.Channel"
@@ -31,6 +32,7 @@ class ChannelService:
             methods={
                 "Deliver": Method(handler=self._deliver),
                 "Attach": Method(handler=self._attach, more=True),
+                "ReportPart": Method(handler=self._report_part),
                 "ReportSent": Method(handler=self._report_sent),
                 "ReportFailed": Method(handler=self._report_failed),
                 "StopTurn": Method(handler=self._stop_turn),
@@ -67,7 +69,7 @@ class ChannelService:
             self._sessions.wake(session)
             if not self._registry.may_run(agent):
                 hint = f"agent '{agent}' is stopped; 'nanoclawctl agent start {agent}' lets it go on"
-                self._outlets.report_activity(session, "queued", hint, event.event)
+                self._outlets.report_activity(session, "queued", hint, [event.event])
         return {"message": message, "duplicate": session is None}
 
     async def _enqueue(self, agent: AgentName, event: Event) -> tuple[MessageId, SessionRow | None]:
@@ -111,10 +113,7 @@ class ChannelService:
     async def _report_sent(self, call: Call) -> Json:
         channel, key, receipt = (call.parameters[name] for name in ("channel", "key", "receipt"))
         _check_name("receipt", receipt)
-        row = await self._db.write(
-            lambda tx: queue.end_delivery(tx, channel, key, sent=True, receipt=receipt)
-        )
-        self._outlets.reported(key)
+        row = await self._end(channel, key, DeliveryState.SENT, receipt=receipt)
         if row is not None:
             journal.info(
                 "delivery-sent",
@@ -127,31 +126,72 @@ class ChannelService:
             )
         return {}
 
+    async def _report_part(self, call: Call) -> Json:
+        channel, key, parts = (call.parameters[name] for name in ("channel", "key", "parts"))
+        receipt = call.parameters["receipt"]
+        _check_name("receipt", receipt)
+        if not 0 < parts <= limits.TEXT_BYTES:
+            raise Refused("parts: must be the number of parts that the platform has taken so far")
+
+        def report(tx: Transaction) -> None:
+            if not tx.all("report_part", channel=channel, key=key, parts=parts, receipt=receipt):
+                queue.find_delivery(tx, channel, key)
+
+        await self._db.write(report)
+        self._outlets.reported(key, ended=False)
+        return {}
+
     async def _report_failed(self, call: Call) -> Json:
         parameters = call.parameters
         channel, key = parameters["channel"], parameters["key"]
         reason = " ".join(parameters["reason"].split())[:500]
 
-        def fail(tx: Transaction) -> tuple[Row | None, int | None]:
-            row = tx.one("find_delivery", channel=channel, key=key)
-            if row is None or not parameters["retryable"] or row["attempts"] >= limits.DELIVERY_ATTEMPTS:
-                return queue.end_delivery(tx, channel, key, sent=False, reason=reason), None
-            after_s = max(0.0, min(parameters["retryAfterSeconds"] or 0.0, limits.BACKOFF_MAX_S))
+        def release(tx: Transaction) -> int | None:
+            """Put it back, if it is worth another attempt; returns when that is due."""
+            row = queue.find_delivery(tx, channel, key)
+            if not parameters["retryable"] or row["attempts"] >= limits.DELIVERY_ATTEMPTS:
+                return None
+            after_s = max(0.0, min(parameters["retryAfterSeconds"] or 0.0, limits.RETRY_AFTER_MAX_S))
             not_before = now_ms() + max(queue.backoff_ms(max(1, row["attempts"])), int(after_s * 1000))
-            tx.all("release_delivery", key=key, not_before=not_before, reason=reason)
-            return row, not_before
+            released = tx.all("release_delivery", key=key, not_before=not_before, reason=reason)
+            return not_before if released else 0  # 0: it is nobody's any more
 
-        row, not_before = await self._db.write(fail)
+        not_before = await self._db.write(release)
+        if not_before is None:
+            row = await self._end(channel, key, DeliveryState.DEAD, reason=reason)
+            if row is not None:
+                journal.error("delivery-dead", reason, key=key, channel=channel, message=row["message"])
+            return {}
         self._outlets.reported(key)
-        if not_before is not None:
+        if not_before:
             wait_s = (not_before - now_ms()) / 1000
             journal.warning(
                 "delivery-failed", f"{reason}, retrying in {wait_s:.0f} s", key=key, channel=channel
             )
             self._outlets.retry_at(channel, not_before)
-        elif row is not None:
-            journal.error("delivery-dead", reason, key=key, channel=channel, message=row["message"])
         return {}
+
+    async def _end(
+        self,
+        channel: str,
+        key: str,
+        state: DeliveryState,
+        *,
+        receipt: str | None = None,
+        reason: str | None = None,
+    ) -> Row | None:
+        """End a delivery, and hand over the next of its chat; None if it had ended before."""
+
+        def end(tx: Transaction) -> tuple[Row | None, list[Delivery]]:
+            row = queue.end_delivery(tx, channel, key, state=state, receipt=receipt, reason=reason)
+            if row is None:
+                return None, []
+            return row, self._outlets.claim(tx, (channel, row["chat"], row["thread"]))
+
+        row, deliveries = await self._db.write(end)
+        self._outlets.reported(key)
+        self._outlets.publish(deliveries)
+        return row
 
     async def _stop_turn(self, call: Call) -> Json:
         parameters = call.parameters

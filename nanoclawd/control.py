@@ -11,14 +11,14 @@ from typing import Any
 
 from nanoclawd import images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, AgentConfig, Mount, is_image
-from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import session_row
+from nanoclawd.queue import Delivery, session_row
 from nanoclawd.registry import Agent, Registry, config_file
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
@@ -187,13 +187,11 @@ class ControlService:
         """Stop all containers of an agent, and tell its chats that nobody will answer."""
         await self._sessions.stop_containers(agent)
 
-        def bury(tx: Transaction) -> list[Row]:
+        def bury(tx: Transaction) -> list[Delivery]:
             deliveries = []
-            for row in tx.all("list_sessions", agent=agent):
-                session = session_row(row)
-                while (message := tx.one("next_message", session=session.id)) is not None:
-                    queue.bury_message(tx, session, message, reason)
-                    deliveries += self._outlets.claim(tx, session, message["event"])
+            for session in map(session_row, tx.all("list_sessions", agent=agent)):
+                if queue.bury_session(tx, session, reason):
+                    deliveries += self._outlets.claim(tx, session.place)
             return deliveries
 
         self._outlets.publish(await self._db.write(bury))

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import aiosqlite
 
-from nanoclawd import files, journal, limits, paths
+from nanoclawd import files, journal, limits, paths, states
 from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
 
 T = TypeVar("T")
@@ -262,6 +262,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         (value,) = connection.execute(f"PRAGMA {pragma}").fetchone()
         if value != wanted:
             raise ConfigError(f"SQLite took {pragma} = {value!r} for '{path}', not {wanted!r}")
+    connection.executescript(states.triggers())
 
 
 def _missing(path: Path) -> ConfigError:

@@ -40,8 +40,18 @@ LEASE_S = 45.0  #: a lease without renewal
 HEARTBEAT_S = 15.0  #: what we ask of a runner
 ATTEMPTS = 4  #: claims of one message before it becomes a dead letter
 BACKOFF_FIRST_S = 2.0
+TURN_MESSAGES = 16  #: messages that share a turn; each may have a reply, see REPLIES_PER_TURN
+SHARED_ATTEMPTS = 2  #: that messages make together
+TURN_BYTES = 512 << 10  #: of their texts, as JSON; the first may be longer
+ALREADY_SENT_CHARACTERS = 500  #: of each message that an earlier attempt sent, as a reminder
+DEFERRALS = 30  #: attempts that failed for a reason outside before a message is given up: some 6 h
 BACKOFF_MAX_S = 900.0
-DELIVERY_ATTEMPTS = 12
+RETRY_AFTER_MAX_S = 6 * 3600.0  #: what a model or a platform may ask us to wait
+DELAY_NOTICE_S = 60.0  #: the chat is told if a message must wait so long for its next attempt
+REASON_CHARACTERS = 300  #: of why something failed, as the chat is told
+DELIVERY_ATTEMPTS = 36  #: some 7 h
+REPORT_S = 300.0  #: an adapter that has a delivery and reports nothing for so long is hung up on
+RECENT_DELIVERIES = 20  #: what an agent is told of its own
 WRITES_PER_COMMIT = 64  #: writes grouped into one transaction
 
 # --- systemd and Podman ---------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from nanoclawd import journal, limits, queue
-from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
-from nanoclawd.queue import SessionRow
+from nanoclawd.queue import Delivery, SessionRow
 from nanoclawd.wire import Json
 
 
@@ -24,13 +25,13 @@ class Outlet:
     #: True once all that was pending has been handed over: from then on new deliveries come by themselves.
     live: bool = False
     unreported: set[str] = field(default_factory=set)
+    deadline: asyncio.TimerHandle | None = None  #: by when it must report something
 
-    def wants(self, channel: str, chat: str, event: str | None) -> bool:
-        return (
-            self.channel == channel
-            and self.chat in (None, chat)
-            and (self.event is None or self.event == event)
-        )
+    def sees(self, channel: str, chat: str) -> bool:
+        return self.channel == channel and self.chat in (None, chat)
+
+    def wants(self, channel: str, chat: str, events: Collection[str]) -> bool:
+        return self.sees(channel, chat) and (self.event is None or self.event in events)
 
 
 class Outlets:
@@ -57,6 +58,8 @@ class Outlets:
     def detach(self, outlet: Outlet) -> None:
         """Forget an adapter; what nobody else has and it did not report goes back to the queue."""
         self._outlets.remove(outlet)
+        if outlet.deadline is not None:
+            outlet.deadline.cancel()
         self._give_back(
             outlet.channel,
             [
@@ -97,27 +100,33 @@ class Outlets:
 
         await self._db.write(release)
 
-    def claim(self, tx: Transaction, session: SessionRow, event: str | None) -> list[Row]:
-        """Within a write that published for `session`: lease it if an adapter is there to take it."""
-        if any(o.live and o.wants(session.channel, session.chat, event) for o in self._outlets):
-            return queue.claim_deliveries(tx, session.channel, chat=session.chat, event=event)
-        return []
+    def claim(self, tx: Transaction, place: tuple[str, str, str]) -> list[Delivery]:
+        """Within a write that changed a chat (`place`: channel, chat, thread): lease what is next in it.
 
-    def publish(self, rows: list[Row]) -> None:
+        One at a time, so that one that fails holds back the younger ones. Only who waits for the answer to
+        one event gets that at once, whatever else waits in the chat.
+        """
+        takers = [outlet for outlet in self._outlets if outlet.live and outlet.sees(*place[:2])]
+        claimed = []
+        for event in {outlet.event for outlet in takers}:
+            claimed += queue.claim_next_delivery(tx, *place, event=event)
+        return claimed
+
+    def publish(self, deliveries: Iterable[Delivery]) -> None:
         """After that write: queue the leased deliveries for every adapter that wants them."""
-        for row in rows:
+        for delivery in deliveries:
             takers = [
                 outlet
                 for outlet in self._outlets
-                if outlet.live and outlet.wants(row["channel"], row["chat"], row["in_reply_to"])
+                if outlet.live and outlet.wants(delivery.channel, delivery.chat, delivery.events)
             ]
             for outlet in takers:
-                self._put(outlet, row)
+                self._put(outlet, delivery)
             if not takers:  # the adapter for which it was leased has left meanwhile
-                self._give_back(row["channel"], [row["key"]])
+                self._give_back(delivery.channel, [delivery.key])
 
     def report_activity(
-        self, session: SessionRow, kind: str, text: str = "", event: str | None = None
+        self, session: SessionRow, kind: str, text: str = "", events: Collection[str] = ()
     ) -> None:
         """Tell adapters what an agent does; those that are behind miss it."""
         activity = {
@@ -126,19 +135,30 @@ class Outlets:
             "agent": session.agent,
             "kind": kind,
             "text": text,
-            "inReplyTo": event,
+            "events": list(events),
         }
         for outlet in self._outlets:
             if (
-                outlet.wants(session.channel, session.chat, event)
+                outlet.wants(session.channel, session.chat, events)
                 and outlet.queue.qsize() < limits.STREAM_QUEUE // 2
             ):
                 outlet.queue.put_nowait({"activity": activity, "delivery": None})
 
-    def reported(self, key: str) -> None:
-        """A delivery has come to its end: nobody needs to report it any more."""
+    def reported(self, key: str, *, ended: bool = True) -> None:
+        """An adapter has reported a delivery; unless it has `ended`, a part of it only."""
         for outlet in self._outlets:
-            outlet.unreported.discard(key)
+            if key in outlet.unreported:
+                if ended:
+                    outlet.unreported.remove(key)
+                self._expect_report(outlet)
+
+    def _expect_report(self, outlet: Outlet) -> None:
+        if outlet.deadline is not None:
+            outlet.deadline.cancel()
+        outlet.deadline = None
+        if outlet.unreported:
+            loop = asyncio.get_running_loop()
+            outlet.deadline = loop.call_later(limits.REPORT_S, self._hang_up, outlet, "it reports nothing")
 
     def retry_at(self, channel: str, not_before: int) -> None:
         """Have a released delivery handed over again when it is due."""
@@ -163,43 +183,51 @@ class Outlets:
         """Queue what is pending, as much as fits; the rest when that has been read."""
         room = (limits.STREAM_QUEUE - outlet.queue.qsize()) // 2
 
-        def claim(tx: Transaction) -> list[Row]:
-            rows = queue.claim_deliveries(
+        def claim(tx: Transaction) -> list[Delivery]:
+            found = queue.claim_deliveries(
                 tx, outlet.channel, chat=outlet.chat, event=outlet.event, limit=room
             )
             # Writes are in order: what is published after one that found nothing more is handed over by
             # itself.
-            outlet.live = len(rows) < room
-            return rows
+            outlet.live = len(found) < room
+            return found
 
-        rows = await self._db.write(claim)
+        deliveries = await self._db.write(claim)
         if outlet not in self._outlets:  # it left meanwhile
-            self._give_back(outlet.channel, [row["key"] for row in rows])
+            self._give_back(outlet.channel, [delivery.key for delivery in deliveries])
             return
-        for row in rows:
-            self._put(outlet, row)
+        for delivery in deliveries:
+            self._put(outlet, delivery)
         (waiting,) = await self._db.read("next_retry", channel=outlet.channel, now=now_ms())
         if waiting["not_before"] is not None:
             self.retry_at(outlet.channel, waiting["not_before"])
 
-    def _put(self, outlet: Outlet, row: Row) -> None:
-        delivery = {
-            "key": row["key"],
-            "chat": row["chat"],
-            "thread": row["thread"],
-            "agent": row["agent"],
-            "kind": row["kind"],
-            "text": row["body"],
-            "inReplyTo": row["in_reply_to"],
+    def _put(self, outlet: Outlet, delivery: Delivery) -> None:
+        shown = {
+            "key": delivery.key,
+            "chat": delivery.chat,
+            "thread": delivery.thread,
+            "agent": delivery.agent,
+            "kind": delivery.kind,
+            "text": delivery.text,
+            "inReplyTo": delivery.in_reply_to,
+            "events": sorted(delivery.events),
+            "partsSent": delivery.parts_sent,
         }
-        outlet.unreported.add(row["key"])
+        outlet.unreported.add(delivery.key)
+        if outlet.deadline is None:
+            self._expect_report(outlet)
         try:
-            outlet.queue.put_nowait({"delivery": delivery, "activity": None})
+            outlet.queue.put_nowait({"delivery": shown, "activity": None})
         except asyncio.QueueFull:
-            # It reads too slowly for what its chat gets. Hanging up is safe: what it has not reported comes
-            # again.
-            journal.warning("adapter-too-slow", "hanging up", channel=outlet.channel, chat=outlet.chat)
-            outlet.live = False
-            while not outlet.queue.empty():
-                outlet.queue.get_nowait()
-            outlet.queue.put_nowait(None)
+            self._hang_up(outlet, "it reads too slowly")
+
+    def _hang_up(self, outlet: Outlet, reason: str) -> None:
+        """Cut an adapter off. That is safe: what it has not reported comes again."""
+        journal.warning(
+            "adapter-too-slow", f"{reason}, hanging up", channel=outlet.channel, chat=outlet.chat
+        )
+        outlet.live = False
+        while not outlet.queue.empty():
+            outlet.queue.get_nowait()
+        outlet.queue.put_nowait(None)

@@ -1,7 +1,6 @@
 """Messages and deliveries: what may happen to them, each as one operation on the database.
 
-A message is queued, leased by a turn, and ends answered, stopped or dead; a delivery is pending, leased by
-an adapter, and ends sent or dead. Each function here is one step of that, to be run by Database.write().
+Their states are in states.py. Each function here is one step, to be run by Database.write().
 """
 
 from __future__ import annotations
@@ -12,24 +11,38 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from nanoclawd import limits
+from nanoclawd import limits, wire
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.ids import AgentName, MessageId, SessionName, TurnId, new_message_id, new_turn_id
-
-
-class MessageState(StrEnum):
-    QUEUED = "queued"  #: waits; not before not_before
-    LEASED = "leased"  #: a turn has it until lease_expires_at
-    ANSWERED = "answered"  #: its turn ended
-    STOPPED = "stopped"  #: the person stopped it
-    DEAD = "dead"  #: attempts used up, or cannot be answered; the chat was told
+from nanoclawd.states import DeliveryState, MessageState
 
 
 class DeliveryKind(StrEnum):
     REPLY = "reply"
     MESSAGE = "message"
     NOTICE = "notice"
+
+
+class Treatment(StrEnum):
+    """What a failed turn means for its messages."""
+
+    RETRY = "retry"  #: may be their fault: an attempt is used up
+    DEFER = "defer"  #: not their fault: tried for hours
+    SPLIT = "split"  #: one of them cannot be answered: each is tried alone
+    BURY = "bury"  #: another attempt would end alike
+
+
+#: Codes of FinishTurn() for what is no message's fault, and passes by itself, or does not.
+_PASSING = frozenset(("rate_limit", "overloaded", "connection"))
+_LASTING = frozenset(("authentication", "quota"))
+
+
+def treatment(code: str, *, retryable: bool, shared: bool) -> Treatment:
+    """Return how a turn is treated that failed with a code of io.nanoclaw.Agent; `shared`: by messages."""
+    if retryable:
+        return Treatment.DEFER if code in _PASSING else Treatment.RETRY
+    return Treatment.SPLIT if shared and code not in _LASTING else Treatment.BURY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +55,10 @@ class SessionRow:
     channel: str
     chat: str
     thread: str
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.channel, self.chat, self.thread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,17 +75,69 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """A leased message, with what earlier attempts at it sent already."""
+class Message:
+    """One message of a turn."""
 
-    id: TurnId
-    attempt: int
-    message: MessageId
+    id: MessageId
     event: str
     sender: str
     text: str
     received_at: int  #: ms
-    already_sent: Sequence[tuple[str, str]]  #: key, text
+
+
+@dataclass(kw_only=True, slots=True)
+class Turn:
+    """Messages of one session that were leased together, with what earlier attempts at them sent already."""
+
+    id: TurnId
+    attempt: int  #: tries of its first message, this one included
+    messages: list[Message]  #: oldest first; grows by those that join
+    already_sent: Sequence[tuple[str, str]] = ()  #: key, text
+
+    @property
+    def message(self) -> MessageId:
+        """The oldest message, which names the turn in the journal and in keys."""
+        return self.messages[0].id
+
+    @property
+    def events(self) -> list[str]:
+        return [message.event for message in self.messages]
+
+    def behind(self, last: str) -> list[Message]:
+        """Return the messages behind the one with that id. Raises Refused."""
+        ids = [message.id for message in self.messages]
+        if last not in ids:
+            raise Refused("last: the turn has no such message")
+        return self.messages[ids.index(MessageId(last)) + 1 :]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """Something for a chat, leased for an adapter."""
+
+    key: str
+    message: str | None
+    channel: str
+    chat: str
+    thread: str
+    agent: str
+    kind: str
+    text: str
+    in_reply_to: str | None
+    events: frozenset[str]  #: all that it answers
+    parts_sent: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """What became of messages whose turn, or whose container, failed."""
+
+    messages: list[Row]
+    not_before: int | None  #: when the first of them is tried again (ms); None: they are dead
+
+    @property
+    def events(self) -> list[str]:
+        return [row["event"] for row in self.messages]
 
 
 def session_row(row: Row) -> SessionRow:
@@ -128,114 +197,231 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
     return message, session
 
 
-def claim_turn(tx: Transaction, session: SessionRow) -> Turn | None:
-    """Lease the session's oldest message, if it is due, to a new turn. One that is leased already is not
-    taken.
+def claim_turn(tx: Transaction, session: SessionRow, *, attempts: int) -> Turn | None:
+    """Lease the session's oldest message, if it is due, to a new turn, with those behind it that fit.
+
+    None if there is none, or one is leased already. A second attempt has the same messages as the first, as
+    the agent remembers them; further ones, and the last of the `attempts` that a message gets, have a single
+    message, so that one that breaks every turn takes no other along.
     """
-    row = tx.one("claim_message", session=session.id, turn=new_turn_id(), now=now_ms(), expires=_lease_end())
-    return None if row is None else _turn(tx, row)
+    head = tx.one(
+        "claim_message", session=session.id, turn=new_turn_id(), now=now_ms(), expires=_lease_end()
+    )
+    if head is None:
+        return None
+    turn = _turn(tx, [head])
+    if head["attempts"] <= limits.SHARED_ATTEMPTS and head["attempts"] < attempts:
+        first_turn = None if head["first_turn"] == turn.id else head["first_turn"]
+        turn.messages += _join(tx, session, turn, first_turn)
+    return turn
+
+
+def join_turn(tx: Transaction, session: SessionRow, turn: Turn) -> list[Message]:
+    """Lease to a running first attempt what has arrived behind its messages, oldest first; returns it.
+
+    The caller adds it to the turn once that is on disk.
+    """
+    return _join(tx, session, turn, None) if turn.attempt == 1 else []
+
+
+def _join(tx: Transaction, session: SessionRow, turn: Turn, first_turn: str | None) -> list[Message]:
+    room = limits.TURN_MESSAGES - len(turn.messages)
+    space = limits.TURN_BYTES - sum(_wire_bytes(message.text) for message in turn.messages)
+    joining = []
+    for row in tx.all("behind_turn", session=session.id, limit=max(0, room)):
+        space -= _wire_bytes(row["body"])
+        if row["first_turn"] != first_turn or space < 0:
+            break
+        tx.all("join_turn", seq=row["seq"], turn=turn.id, expires=_lease_end())
+        joining.append(_message(row))
+    return joining
 
 
 def leased_turn(tx: Transaction, session: SessionRow) -> Turn | None:
     """Return the turn that the session has leased, if any."""
-    row = tx.one("leased_message", session=session.id)
-    return None if row is None else _turn(tx, row)
+    rows = tx.all("leased_messages", session=session.id)
+    return _turn(tx, rows) if rows else None
 
 
-def _turn(tx: Transaction, row: Row) -> Turn:
-    sent = tx.all("already_sent", message=row["id"]) if row["attempts"] > 1 else []
-    # The message's id was put before the runner's key, see send_message().
-    already = [(r["key"].partition("/")[2], r["body"]) for r in sent]
+def _turn(tx: Transaction, rows: Sequence[Row]) -> Turn:
+    head = rows[0]
+    attempt = head["attempts"] + head["deferrals"]
+    sent = []
+    if head["first_turn"] != head["turn"]:
+        sent = tx.all("already_sent", message=head["id"], first_turn=head["first_turn"])
     return Turn(
-        id=TurnId(row["turn"]),
-        attempt=row["attempts"],
-        message=MessageId(row["id"]),
+        id=TurnId(head["turn"]),
+        attempt=attempt,
+        messages=[_message(row) for row in rows],
+        # The id of a message was put before the runner's key, see send_message().
+        already_sent=[
+            (row["key"].partition("/")[2], row["body"][: limits.ALREADY_SENT_CHARACTERS]) for row in sent
+        ],
+    )
+
+
+def _message(row: Row) -> Message:
+    return Message(
+        id=MessageId(row["id"]),
         event=row["event"],
         sender=row["sender"],
         text=row["body"],
         received_at=row["received_at"],
-        already_sent=already,
     )
+
+
+def _wire_bytes(text: str) -> int:
+    return len(wire.encode({"": text}))
 
 
 def renew_lease(tx: Transaction, session: SessionRow, turn: TurnId) -> bool:
     """Return whether the turn still has its lease, now until a full lease from now."""
-    return tx.one("renew_lease", session=session.id, turn=turn, expires=_lease_end()) is not None
+    return bool(tx.all("renew_lease", session=session.id, turn=turn, expires=_lease_end()))
 
 
 def send_message(tx: Transaction, session: SessionRow, turn: Turn, key: str, text: str) -> None:
-    """Publish what the agent sends in mid-turn; the same key again changes nothing. Raises Refused."""
+    """Publish what the agent sends in mid-turn; the same key again, by a later attempt too, changes nothing.
+
+    Raises Refused.
+    """
+    if any(key == sent for sent, _ in turn.already_sent):
+        return
     full_key = f"{turn.message}/{key}"
     (count,) = tx.all("count_sends", message=turn.message, key=full_key)
     if count["sends"] >= limits.SENDS_PER_TURN:
         raise Refused(f"more than {limits.SENDS_PER_TURN} messages in one turn")
-    _publish(tx, session, turn.message, full_key, DeliveryKind.MESSAGE, text, turn.event)
+    _publish(tx, session, turn.messages[-1], full_key, DeliveryKind.MESSAGE, text, turn)
 
 
 def finish_turn(
-    tx: Transaction, session: SessionRow, turn: Turn, state: MessageState, replies: Sequence[str]
-) -> None:
-    """End a turn: its message is acknowledged and its replies are in the outbox, or neither."""
-    if tx.one("finish_turn", id=turn.message, turn=turn.id, state=state, now=now_ms()) is None:
-        raise NotFound(f"turn {turn.id} has no lease any more")
-    for number, text in enumerate(replies):
-        _publish(
-            tx, session, turn.message, f"{turn.message}.reply{number}", DeliveryKind.REPLY, text, turn.event
-        )
-
-
-def fail_message(
     tx: Transaction,
     session: SessionRow,
-    message: Row,
+    turn: Turn,
+    state: MessageState,
+    replies: Sequence[str],
+    answers: Sequence[str] = (),
+    last: str | None = None,
+) -> None:
+    """End a turn: its messages are acknowledged and its replies are in the outbox, or neither.
+
+    `answers` has the id of the message that each reply is for, or "": for all. `last` is the last message
+    that the runner has seen; those behind it go back to the queue. Raises NotFound, Refused.
+    """
+    unseen = turn.behind(last) if last is not None else []
+    for message in unseen:
+        tx.all("leave_turn", id=message.id, turn=turn.id)
+    if not tx.all("finish_turn", session=session.id, turn=turn.id, state=state, now=now_ms()):
+        raise NotFound(f"turn {turn.id} has no lease any more")
+    seen = turn.messages[: len(turn.messages) - len(unseen)]
+    known = {message.id: message for message in seen}
+    for number, text in enumerate(replies):
+        answered = answers[number] if answers else ""
+        if answered and answered not in known:
+            raise Refused(f"answers[{number}]: the turn has no such message")
+        key = f"{turn.message}.reply{number}"
+        message = known[MessageId(answered)] if answered else seen[-1]
+        _publish(tx, session, message, key, DeliveryKind.REPLY, text, None if answered else turn)
+    if state is MessageState.STOPPED:
+        _notify(tx, session, seen[-1], turn, "Stopped.")
+
+
+def fail_turn(
+    tx: Transaction,
+    session: SessionRow,
     *,
     reason: str,
-    retryable: bool,
-    retry_after_ms: int | None = None,
-) -> int | None:
-    """Put a message back for a later attempt, or bury it with a notice in its chat.
+    how: Treatment,
+    attempts: int,
+    retry_after_ms: int = 0,
+) -> Failure | None:
+    """Put what the session has leased back for a later attempt, or bury it with a notice in its chat.
 
-    Returns when it will be tried again (ms), or None if it is dead.
+    `attempts` is how many a message gets. Returns None if nothing was leased.
     """
-    if retryable and message["attempts"] < limits.ATTEMPTS:
-        wait = max(
-            backoff_ms(max(1, message["attempts"])),
-            min(retry_after_ms or 0, int(limits.BACKOFF_MAX_S * 1000)),
-        )
-        not_before = now_ms() + wait
-        tx.all("requeue_message", id=message["id"], not_before=not_before, reason=reason)
-        return not_before
-    bury_message(tx, session, message, reason)
-    return None
+    rows = tx.all("leased_messages", session=session.id)
+    if not rows:
+        return None
+    turn = Turn(id=TurnId(rows[0]["turn"]), attempt=0, messages=[_message(row) for row in rows])
+    again = [row for row in rows if _may_try_again(row, how, attempts)]
+    if dead := [row for row in rows if row not in again]:
+        _bury(tx, session, dead, reason, turn if len(dead) == len(rows) else None)
+    if not again:
+        return Failure(messages=rows, not_before=None)
+    wait = max(_backoff_ms(again[0], how), min(retry_after_ms, int(limits.RETRY_AFTER_MAX_S * 1000)))
+    not_before = now_ms() + wait
+    for row in again:
+        tx.all("requeue_message", id=row["id"], not_before=not_before, reason=reason)
+        if how is Treatment.DEFER:
+            tx.all("count_deferral", id=row["id"])
+        elif how is Treatment.SPLIT:
+            tx.all("end_sharing", id=row["id"], attempts=min(limits.SHARED_ATTEMPTS, attempts - 1))
+    if how is Treatment.DEFER and wait >= limits.DELAY_NOTICE_S * 1000:
+        text = f"Still waiting: {one_line(reason)} This is tried again by itself."
+        _notify(tx, session, turn.messages[-1], turn, text, name="delay")
+    return Failure(messages=rows, not_before=not_before)
 
 
-def fail_start(tx: Transaction, session: SessionRow, *, reason: str) -> tuple[Row, int | None] | None:
+def _may_try_again(row: Row, how: Treatment, attempts: int) -> bool:
+    if how is Treatment.DEFER:
+        return int(row["deferrals"]) < limits.DEFERRALS
+    return how in (Treatment.RETRY, Treatment.SPLIT) and int(row["attempts"]) < attempts
+
+
+def _backoff_ms(row: Row, how: Treatment) -> int:
+    if how is Treatment.SPLIT:
+        return 0
+    return backoff_ms(row["deferrals"] + 1 if how is Treatment.DEFER else max(1, row["attempts"]))
+
+
+def put_back(tx: Transaction, session: SessionRow) -> list[Row]:
+    """Put what the session has leased back into the queue: we broke its turn off. Returns it."""
+    return tx.all("put_back", session=session.id)
+
+
+def fail_start(
+    tx: Transaction, session: SessionRow, *, reason: str, final: bool, attempts: int
+) -> Failure | None:
     """The session's container did not start: that counts as an attempt at its oldest message.
 
-    Returns that message and when it will be tried again (None: it is dead); None if nothing waits.
+    `final`: another start would end alike. Returns None if nothing waits.
     """
     message = tx.one("next_message", session=session.id)
     if message is None:
         return None
-    if message["state"] == MessageState.QUEUED:
-        tx.all("count_attempt", id=message["id"])
-        message = tx.one("next_message", session=session.id)
-        assert message is not None
-    return message, fail_message(tx, session, message, reason=reason, retryable=True)
+    tried = message["attempts"] + 1
+    not_before = now_ms() + backoff_ms(tried)
+    tx.all("fail_start", id=message["id"], not_before=not_before, reason=reason)
+    if not final and tried < attempts:
+        return Failure(messages=[message], not_before=not_before)
+    _bury(tx, session, [message], reason)
+    return Failure(messages=[message], not_before=None)
 
 
-def bury_message(tx: Transaction, session: SessionRow, message: Row, reason: str) -> None:
-    """End a message as a dead letter, and say so in its chat."""
-    tx.all("finish_message", id=message["id"], state=MessageState.DEAD, now=now_ms(), reason=reason)
-    _publish(
-        tx,
-        session,
-        MessageId(message["id"]),
-        f"{message['id']}.notice",
-        DeliveryKind.NOTICE,
-        f"Your message could not be answered: {reason}",
-        message["event"],
-    )
+def bury_session(tx: Transaction, session: SessionRow, reason: str) -> list[str]:
+    """End all that waits for a session as dead letters, with one notice; returns the events."""
+    rows = tx.all("open_messages", session=session.id)
+    if rows:
+        _bury(tx, session, rows, reason)
+    return [row["event"] for row in rows]
+
+
+def _bury(
+    tx: Transaction, session: SessionRow, rows: Sequence[Row], reason: str, turn: Turn | None = None
+) -> None:
+    """End messages as dead letters, and say so in their chat: once for all of a turn."""
+    for row in rows:
+        tx.all("finish_message", id=row["id"], state=MessageState.DEAD, now=now_ms(), reason=reason)
+    told = rows[-1:] if turn is not None else rows
+    for row in told:
+        subject = "Your message" if len(rows) == 1 or turn is None else f"Your last {len(rows)} messages"
+        text = f"{subject} could not be answered: {one_line(reason)}"
+        _notify(tx, session, _message(row), turn, text, life=row["revived"])
+
+
+def one_line(reason: str) -> str:
+    """Return what a person sees of a reason: one line, neither a stack nor a body."""
+    line = " ".join(reason.split())
+    return line if len(line) <= limits.REASON_CHARACTERS else f"{line[: limits.REASON_CHARACTERS - 1]}…"
 
 
 def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
@@ -248,23 +434,47 @@ def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
         reason="stopped by the person",
     )
     for row in stopped:
-        publish_stopped(tx, session, MessageId(row["id"]), row["event"])
+        _notify(tx, session, _message(row), None, "Stopped.", life=row["revived"])
     return [row["event"] for row in stopped]
 
 
-def publish_stopped(tx: Transaction, session: SessionRow, message: MessageId, event: str) -> None:
-    """Tell the chat that a message was stopped: it ends in a notice like everything else, not in silence."""
-    _publish(tx, session, message, f"{message}.notice", DeliveryKind.NOTICE, "Stopped.", event)
+def claim_next_delivery(
+    tx: Transaction, channel: str, chat: str, thread: str, *, event: str | None
+) -> list[Delivery]:
+    """Lease the oldest delivery of a chat for its adapter, if it is due and none is leased.
+
+    With `event`: of those that answer it, whatever else waits in the chat.
+    """
+    row = tx.one("next_delivery", channel=channel, chat=chat, thread=thread, event=event, now=now_ms())
+    return [] if row is None else [_claim_delivery(tx, row)]
 
 
 def claim_deliveries(
-    tx: Transaction, channel: str, *, chat: str | None = None, event: str | None = None, limit: int = 64
-) -> list[Row]:
-    """Lease what is due for an adapter, oldest first."""
-    rows = tx.all("claim_deliveries", channel=channel, chat=chat, event=event, now=now_ms(), limit=limit)
-    return sorted(
-        rows, key=lambda row: int(row["seq"])
-    )  # RETURNING has no order: sqlite.org/lang_returning.html
+    tx: Transaction, channel: str, *, chat: str | None = None, event: str | None = None, limit: int
+) -> list[Delivery]:
+    """The same for each chat of an adapter's, oldest first."""
+    rows = tx.all("due_deliveries", channel=channel, chat=chat, event=event, now=now_ms(), limit=limit)
+    return [_claim_delivery(tx, row) for row in rows]
+
+
+def _claim_delivery(tx: Transaction, row: Row) -> Delivery:
+    tx.all("claim_delivery", seq=row["seq"])
+    events = [] if row["in_reply_to"] is None else [row["in_reply_to"]]
+    if row["turn"] is not None:
+        events += [message["event"] for message in tx.all("messages_of_turn", turn=row["turn"])]
+    return Delivery(
+        key=row["key"],
+        message=row["message"],
+        channel=row["channel"],
+        chat=row["chat"],
+        thread=row["thread"],
+        agent=row["agent"],
+        kind=row["kind"],
+        text=row["body"],
+        in_reply_to=row["in_reply_to"],
+        events=frozenset(events),
+        parts_sent=row["parts_sent"],
+    )
 
 
 def end_delivery(
@@ -272,16 +482,23 @@ def end_delivery(
     channel: str,
     key: str,
     *,
-    sent: bool,
+    state: DeliveryState,
     receipt: str | None = None,
     reason: str | None = None,
 ) -> Row | None:
     """Note that a delivery was sent, or is dead; None if that was known. Raises NotFound."""
-    state = "sent" if sent else "dead"
     row = tx.one(
         "end_delivery", channel=channel, key=key, state=state, now=now_ms(), receipt=receipt, reason=reason
     )
-    if row is None and tx.one("find_delivery", channel=channel, key=key) is None:
+    if row is None:
+        find_delivery(tx, channel, key)
+    return row
+
+
+def find_delivery(tx: Transaction, channel: str, key: str) -> Row:
+    """Return one delivery. Raises NotFound."""
+    row = tx.one("find_delivery", channel=channel, key=key)
+    if row is None:
         raise NotFound(f"no delivery {key[:80]!r} on channel '{channel}'")
     return row
 
@@ -300,24 +517,41 @@ def _lease_end() -> int:
     return now_ms() + int(limits.LEASE_S * 1000)
 
 
+def _notify(
+    tx: Transaction,
+    session: SessionRow,
+    message: Message,
+    turn: Turn | None,
+    text: str,
+    *,
+    name: str = "notice",
+    life: int = 0,
+) -> None:
+    # A dead letter that an operator put back may die again, and that is to be told, too.
+    key = f"{message.id}.{name}{life or ''}"
+    _publish(tx, session, message, key, DeliveryKind.NOTICE, text, turn)
+
+
 def _publish(
     tx: Transaction,
     session: SessionRow,
-    message: MessageId,
+    message: Message,
     key: str,
     kind: DeliveryKind,
     text: str,
-    in_reply_to: str,
+    turn: Turn | None,
 ) -> None:
+    """Queue something for the chat: about a whole turn, or about `message` alone."""
     place: dict[str, Any] = {"agent": session.agent, "channel": session.channel, "chat": session.chat}
     tx.all(
         "publish",
         key=key,
-        message=message,
+        message=message.id,
+        turn=None if turn is None else turn.id,
         thread=session.thread,
         kind=kind,
         body=text,
-        in_reply_to=in_reply_to,
+        in_reply_to=message.event,
         now=now_ms(),
         **place,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from nanoclawd import limits
 from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import TurnId, unit_name
-from nanoclawd.queue import SessionRow, Turn
+from nanoclawd.queue import Message, SessionRow, Turn
 from nanoclawd.rates import Rate
 from nanoclawd.wire import Json
 
@@ -38,7 +39,7 @@ class Session:
     gateway: socket.socket | None = None  #: listener of the gateway, which has a copy
     stream: asyncio.Queue[Json | None] | None = None  #: to the runner's Work() call; None ends it
     turn: Turn | None = None
-    waiting_event: str | None = None  #: of the oldest message, while it waits for a container
+    waiting_events: Sequence[str] = ()  #: of the oldest message, while it waits for a container
     taking: bool = False  #: a write is under way that may lease a turn
     hello: bool = False  #: the runner of this life has introduced itself
     worked: bool = False  #: this life has taken a turn
@@ -137,20 +138,26 @@ class Session:
         return f"its container failed ({self.result})"
 
 
+def describe_messages(messages: Iterable[Message]) -> list[Json]:
+    """Return what the runner gets (type Message of io.nanoclaw.Agent)."""
+    return [
+        {
+            "id": message.id,
+            "sender": message.sender,
+            "receivedAt": message.received_at / 1000,
+            "text": message.text,
+        }
+        for message in messages
+    ]
+
+
 def describe_turn(turn: Turn) -> Json:
     """Return what the runner gets (type Turn of io.nanoclaw.Agent)."""
     return {
         "turn": {
             "id": turn.id,
             "attempt": turn.attempt,
-            "messages": [
-                {
-                    "id": turn.message,
-                    "sender": turn.sender,
-                    "receivedAt": turn.received_at / 1000,
-                    "text": turn.text,
-                }
-            ],
+            "messages": describe_messages(turn.messages),
             "alreadySent": [{"key": key, "text": text} for key, text in turn.already_sent],
         },
         "stop": None,

@@ -60,6 +60,7 @@ class Sessions:
             find=self.find,
             stop=self._stop_soon,
             make_room=self._make_room,
+            attempts=lambda: registry.settings.attempts,
         )
         self.service: Service | None = None  #: what runners are served; set once before anything starts
         self.switch = KillSwitch(
@@ -188,7 +189,7 @@ class Sessions:
                     # It has its slot already, even if the limit was lowered meanwhile.
                     await self._run_container(session, adopted=True)
                 else:
-                    self._outlets.report_activity(session.row, "queued", event=session.waiting_event)
+                    self._outlets.report_activity(session.row, "queued", events=session.waiting_events)
                     await self._take_slot()
                     try:
                         if self.may_run(session.row.agent):
@@ -237,7 +238,7 @@ class Sessions:
                 return False
             wait_ms = rows[0]["not_before"] - now_ms()
             if wait_ms <= 0:
-                session.waiting_event = rows[0]["event"]
+                session.waiting_events = [rows[0]["event"]]
                 return True
             try:
                 async with asyncio.timeout(wait_ms / 1000):
@@ -248,7 +249,7 @@ class Sessions:
     async def _run_container(self, session: Session, *, adopted: bool = False) -> None:
         if not adopted:
             session.begin_life()
-            self._outlets.report_activity(session.row, "starting", event=session.waiting_event)
+            self._outlets.report_activity(session.row, "starting", events=session.waiting_events)
         problem: NanoclawError | None = None
         serving: asyncio.Task[None] | None = None
         try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 from nanoclawd import journal, limits, queue
-from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Unavailable
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import MessageState, SessionRow, Turn
+from nanoclawd.queue import Delivery, Failure, Message, SessionRow, Treatment, Turn
 from nanoclawd.session import Session, SessionState, describe_turn
+from nanoclawd.states import MessageState
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class Turns:
         find: Callable[[SessionRow], Session | None],
         stop: Callable[[Session], None],
         make_room: Callable[[], None],
+        attempts: Callable[[], int],
     ) -> None:
         self._db = db
         self._outlets = outlets
@@ -36,6 +38,7 @@ class Turns:
         self._find = find  #: the live session of a row
         self._stop = stop  #: stops a session's container, soon
         self._make_room = make_room  #: called when a runner has nothing to do
+        self._attempts = attempts  #: how many a message gets
 
     # --- leased ------------------------------------------------------------------------------------
 
@@ -53,7 +56,7 @@ class Turns:
             if session is None or not session.can_take():
                 return result, None
             session.taking, taker = True, session
-            return result, queue.claim_turn(tx, session.row)
+            return result, queue.claim_turn(tx, session.row, attempts=self._attempts())
 
         try:
             result, turn = await self._db.write(write)
@@ -95,12 +98,26 @@ class Turns:
         session.state = SessionState.WORKING
         self.start_lease(session)
         session.push(describe_turn(turn))
-        self._outlets.report_activity(session.row, "thinking", event=turn.event)
+        self._outlets.report_activity(session.row, "thinking", events=turn.events)
 
     def _note_idle(self, session: Session) -> None:
         if session.idle_since is None:
             session.idle_since = asyncio.get_running_loop().time()
         self._make_room()
+
+    async def join(self, session: Session, turn: Turn, last: str) -> list[Message]:
+        """Lease to `turn` what has arrived since it began, and return what is behind its message `last`.
+
+        Raises Refused.
+        """
+
+        def join(tx: Transaction) -> list[Message]:
+            return queue.join_turn(tx, session.row, turn) if session.turn is turn else []
+
+        if not await self._db.read("behind_turn", session=session.row.id, limit=1):
+            return turn.behind(last)
+        turn.messages += await self._db.write(join)
+        return turn.behind(last)
 
     # --- renewed -----------------------------------------------------------------------------------
 
@@ -134,7 +151,7 @@ class Turns:
         """Run the write that ends `turn`, publish what it sent, and give the runner what is next."""
         ended = False
 
-        def write(tx: Transaction) -> tuple[T, list[Row]]:
+        def write(tx: Transaction) -> tuple[T, list[Delivery]]:
             nonlocal ended
             if session.turn is not turn:  # another call was faster
                 raise NotFound(f"turn {turn.id} is over")
@@ -142,7 +159,7 @@ class Turns:
             # Ended as far as this transaction goes, so that the next turn can be leased in it.
             ended, session.turn = True, None
             session.state = SessionState.READY if session.state is SessionState.WORKING else session.state
-            return result, self._outlets.claim(tx, session.row, turn.event)
+            return result, self._outlets.claim(tx, session.row.place)
 
         try:
             result, deliveries = await self.write(session.row, write)
@@ -154,38 +171,65 @@ class Turns:
             session.stopping.cancel()
             session.stopping = None
         self._outlets.publish(deliveries)
-        if session.turn is None and session.lease is not None:
-            session.lease.cancel()
-            session.lease = None
-        self._outlets.report_activity(session.row, "idle", event=turn.event)
         if session.turn is None:
+            if session.lease is not None:
+                session.lease.cancel()
+                session.lease = None
             self._note_idle(session)
         return result
 
-    async def fail_turn(
+    async def finish_turn(
         self,
         session: Session,
         turn: Turn,
         *,
-        reason: str,
-        retryable: bool,
-        retry_after_ms: int | None = None,
+        stopped: bool,
+        replies: Sequence[str] = (),
+        answers: Sequence[str] = (),
+        last: str | None = None,
     ) -> None:
-        """End a turn that failed: a later attempt, or a dead letter with a notice."""
-
-        def fail(tx: Transaction) -> int | None:
-            message = tx.one("leased_message", session=session.row.id)
-            if message is None or message["turn"] != turn.id:
-                raise NotFound(f"turn {turn.id} has no lease any more")
-            return queue.fail_message(
-                tx, session.row, message, reason=reason, retryable=retryable, retry_after_ms=retry_after_ms
+        """End a turn as answered, or as stopped: see queue.finish_turn(). Raises NotFound, Refused."""
+        state = MessageState.STOPPED if stopped else MessageState.ANSWERED
+        await self.end_turn(
+            session,
+            turn,
+            lambda tx: queue.finish_turn(tx, session.row, turn, state, replies, answers, last),
+        )
+        self._outlets.report_activity(session.row, "idle", events=turn.events)
+        for message in turn.messages:
+            journal.info(
+                "message-answered",
+                message=message.id,
+                turn=turn.id,
+                unit=session.unit,
+                agent=session.row.agent,
+                attempt=turn.attempt,
+                outcome=state,
+                replies=len(replies),
             )
 
-        not_before = await self.end_turn(session, turn, fail)
-        self._note_failure(session, turn.message, turn.attempt, reason, not_before)
-        if not_before is not None:
-            self._outlets.report_activity(session.row, "retrying", reason, turn.event)
-            self._retry_later(session, not_before)
+    async def fail_turn(
+        self, session: Session, turn: Turn, *, reason: str, how: Treatment, retry_after_ms: int = 0
+    ) -> None:
+        """End a turn that failed: a later attempt, or dead letters with a notice. Raises NotFound."""
+
+        def fail(tx: Transaction) -> Failure:
+            failure = queue.fail_turn(
+                tx,
+                session.row,
+                reason=reason,
+                how=how,
+                attempts=self._attempts(),
+                retry_after_ms=retry_after_ms,
+            )
+            if failure is None or failure.messages[0]["turn"] != turn.id:
+                raise NotFound(f"turn {turn.id} has no lease any more")
+            return failure
+
+        failure = await self.end_turn(session, turn, fail)
+        self._note_failure(session, failure, reason)
+        if failure.not_before is not None:
+            self._retry_later(session, failure.not_before)
 
     def _retry_later(self, session: Session, not_before: int) -> None:
         """Offer the session's runner its message again when that is due."""
@@ -201,34 +245,26 @@ class Turns:
         and was not sent away counts as one at the oldest: its last if `final`, as the next would end alike.
         """
 
-        def account(tx: Transaction) -> tuple[Row, int | None] | None:
-            # Asked here and not of session.turn: a write that leased one for it may be under way.
-            message = tx.one("leased_message", session=session.row.id)
-            if message is not None:
-                if stopped:
-                    tx.all("requeue_message", id=message["id"], not_before=0, reason=None)
-                    tx.all("uncount_attempt", id=message["id"])
-                    return None
-                return message, queue.fail_message(tx, session.row, message, reason=reason, retryable=True)
-            if stopped or session.left or session.worked:
+        def account(tx: Transaction) -> Failure | None:
+            if stopped:
+                queue.put_back(tx, session.row)
                 return None
-            if final:
-                return _bury_next(tx, session.row, reason)
-            return queue.fail_start(tx, session.row, reason=reason)
+            # Asked here and not of session.turn: a write that leased one for it may be under way.
+            failure = queue.fail_turn(
+                tx, session.row, reason=reason, how=Treatment.RETRY, attempts=self._attempts()
+            )
+            if failure is not None or session.left or session.worked:
+                return failure
+            return queue.fail_start(tx, session.row, reason=reason, final=final, attempts=self._attempts())
 
-        def write(tx: Transaction) -> tuple[tuple[Row, int | None] | None, list[Row]]:
-            failed = account(tx)
-            event = failed[0]["event"] if failed else None
-            return failed, self._outlets.claim(tx, session.row, event)
+        def write(tx: Transaction) -> tuple[Failure | None, list[Delivery]]:
+            return account(tx), self._outlets.claim(tx, session.row.place)
 
-        failed, deliveries = await self._store(write)
+        failure, deliveries = await self._store(write)
         session.turn = None
         self._outlets.publish(deliveries)
-        if failed is not None:
-            message, not_before = failed
-            self._note_failure(session, message["id"], message["attempts"], reason, not_before)
-            kind = "idle" if not_before is None else "retrying"
-            self._outlets.report_activity(session.row, kind, reason, message["event"])
+        if failure is not None:
+            self._note_failure(session, failure, reason)
 
     async def _store(self, operation: Callable[[Transaction], T]) -> T:
         """Write what nobody else would write if we gave up: again and again while the disk is full."""
@@ -238,28 +274,22 @@ class Turns:
             except Unavailable:  # logged by the database
                 await asyncio.sleep(limits.STORE_AGAIN_S)
 
-    def _note_failure(
-        self, session: Session, message: str, attempts: int, reason: str, not_before: int | None
-    ) -> None:
-        if not_before is None:
-            journal.error(
-                "message-dead",
-                reason,
-                message=message,
-                attempts=attempts,
+    def _note_failure(self, session: Session, failure: Failure, reason: str) -> None:
+        dead = failure.not_before is None
+        wait_s = 0.0 if failure.not_before is None else max(0, failure.not_before - now_ms()) / 1000
+        for message in failure.messages:
+            (journal.error if dead else journal.warning)(
+                "message-dead" if dead else "message-failed",
+                reason if dead else f"{reason}, retrying in {wait_s:.0f} s",
+                message=message["id"],
+                turn=message["turn"],
+                attempts=message["attempts"],
+                deferrals=message["deferrals"],
                 unit=session.unit,
                 agent=session.row.agent,
             )
-        else:
-            wait_s = max(0, not_before - now_ms()) / 1000
-            journal.warning(
-                "message-failed",
-                f"{reason}, retrying in {wait_s:.0f} s",
-                message=message,
-                attempts=attempts,
-                unit=session.unit,
-                agent=session.row.agent,
-            )
+        kind, text = ("idle", "") if dead else ("retrying", queue.one_line(reason))
+        self._outlets.report_activity(session.row, kind, text, events=failure.events)
 
     # --- stopped -----------------------------------------------------------------------------------
 
@@ -270,8 +300,7 @@ class Turns:
         session = self._find(row)
         events, deliveries = await self._db.write(lambda tx: _stop_queued(tx, self._outlets, row))
         self._outlets.publish(deliveries)
-        for event in events:
-            self._outlets.report_activity(row, "idle", event=event)
+        self._outlets.report_activity(row, "idle", events=events)
         if session is None or session.turn is None:
             return bool(events)
         turn = session.turn
@@ -293,7 +322,7 @@ class Turns:
         # NotFound: the runner has ended it meanwhile. Unavailable: logged by the database; at the end of
         # the container the turn is put back.
         with suppress(NotFound, Unavailable):
-            await self.end_turn(session, turn, lambda tx: _finish_stopped(tx, session.row, turn))
+            await self.finish_turn(session, turn, stopped=True)
         self._stop(session)
 
 
@@ -301,19 +330,6 @@ def _nothing(tx: Transaction) -> None:
     """The operation of a write that only leases what is due."""
 
 
-def _stop_queued(tx: Transaction, outlets: Outlets, row: SessionRow) -> tuple[list[str], list[Row]]:
+def _stop_queued(tx: Transaction, outlets: Outlets, row: SessionRow) -> tuple[list[str], list[Delivery]]:
     events = queue.stop_session(tx, row)
-    return events, [delivery for event in events for delivery in outlets.claim(tx, row, event)]
-
-
-def _finish_stopped(tx: Transaction, row: SessionRow, turn: Turn) -> None:
-    queue.finish_turn(tx, row, turn, MessageState.STOPPED, [])
-    queue.publish_stopped(tx, row, turn.message, turn.event)
-
-
-def _bury_next(tx: Transaction, row: SessionRow, reason: str) -> tuple[Row, int | None] | None:
-    message = tx.one("next_message", session=row.id)
-    if message is None:
-        return None
-    queue.bury_message(tx, row, message, reason)
-    return message, None
+    return events, outlets.claim(tx, row.place)

@@ -41,6 +41,13 @@ class Turn(TypedDict):
     alreadySent: list[dict[str, str]]
 
 
+class Reply(NamedTuple):
+    """Something to say when the turn ends."""
+
+    text: str
+    message: str = ""  #: the id of the message that it answers; "": all of the turn
+
+
 class Paths(NamedTuple):
     """Where things are in the container. Tests have them elsewhere."""
 
@@ -70,7 +77,7 @@ class TurnFailed(Exception):
 class Provider(Protocol):
     """Answers turns, one at a time. Made by `make(settings, paths)` of its module."""
 
-    def run(self, turn: Turn, chat: Chat) -> list[str]:
+    def run(self, turn: Turn, chat: Chat) -> list[Reply]:
         """Return the replies. Raises TurnFailed; Stopped, soon after chat.stopping is set."""
 
     def stop(self) -> None:
@@ -100,7 +107,7 @@ class LoadedProvider:
         self._provider: Provider | None = None
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
-    def run(self, turn: Turn, chat: Chat) -> list[str]:
+    def run(self, turn: Turn, chat: Chat) -> list[Reply]:
         return self._load().run(turn, chat)
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ Each line is a message as the Messages API takes it, or says that a turn ended:
 
     {"input": ["m1"], "message": {"role": "user", …}}    a turn begins, with the ids of its input
     {"message": {"role": "assistant", …}}
+    {"joined": ["m2"], "message": {"role": "user", …}}    further input, with the results of tools
     {"end": "answered", "replies": ["…"]}    or "stopped", "failed", "forgotten"
 """
 
@@ -51,8 +52,9 @@ class Transcript:
     def begin(self, input: Sequence[str], message: Message) -> None:
         self._append({"input": list(input), "message": message})
 
-    def add(self, message: Message) -> None:
-        self._append({"message": message})
+    def add(self, message: Message, *, joined: Sequence[str] = ()) -> None:
+        """Add a message of the turn; `joined` are the ids of further input in it."""
+        self._append({"joined": list(joined), "message": message} if joined else {"message": message})
 
     def end(self, outcome: str, replies: Sequence[str] = ()) -> None:
         """Record how the turn ended. "forgotten": the API would refuse later turns with it too."""
@@ -82,6 +84,7 @@ class Transcript:
             if line["input"] != self._input or self.last_end not in (None, "failed"):
                 self._turn_at = len(self._messages)  # else it is a further attempt
             self._input, self.last_end = line["input"], None
+        self._input = self._input + line.get("joined", [])
         if any(block.get("type") == "compaction" for block in blocks(message)):
             self._messages.clear()  # the API ignores what comes before it
             self._turn_at = 0

@@ -7,11 +7,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from . import journal
 from .host import Host, HostAway, HostError, MessageTooLong
-from .provider import Provider, Stopped, Turn, TurnFailed
+from .provider import Message, Provider, Stopped, Turn, TurnFailed
 
 _FLUSH_S = 0.1  # text deltas are put together for so long: a fast model must not cost a call a word
 _FLUSH_CHARS = 2048
@@ -22,10 +22,11 @@ _STOP_GRACE_S = 5.0
 class Chat:
     """What a provider may do to the chat while its turn runs."""
 
-    def __init__(self, turn: str, host: Host) -> None:
+    def __init__(self, turn: Turn, host: Host) -> None:
         self.stopping = threading.Event()  #: set once nobody wants this turn's result any more
         self.abandoned = False  #: the lease is lost, too: not stopped by a person
-        self._turn, self._host = turn, host
+        self._turn, self._host = turn["id"], host
+        self.last = turn["messages"][-1]["id"]  #: the last message that the provider has
         self._text, self._flushed_at = "", 0.0
 
     def thinking(self, text: str = "") -> None:
@@ -48,11 +49,31 @@ class Chat:
 
     def send(self, key: str, text: str) -> None:
         """Send a message to the chat now; return when the router has it. Raises Stopped, ValueError."""
+        self._ask("SendMessage", key=key, text=clean(text))
+
+    def take_messages(self) -> list[Message]:
+        """Let what has arrived since the turn began join it, and return it. Raises Stopped."""
         try:
-            self._host.call("SendMessage", {"turn": self._turn, "key": key, "text": clean(text)})
+            messages = cast("list[Message]", self._ask("TakeMessages", last=self.last)["messages"])
+        except ValueError as exc:  # e.g. a router that is older than we are; they come with the next turn
+            journal.debug("nothing-joins", turn=self._turn, reason=exc)
+            return []
+        self.last = messages[-1]["id"] if messages else self.last
+        return messages
+
+    def list_deliveries(self) -> list[dict[str, Any]]:
+        """Return what became of what was said in this chat, oldest first. Raises ValueError."""
+        try:
+            return cast("list[dict[str, Any]]", self._host.call("ListDeliveries", {})["deliveries"])
+        except HostError as exc:
+            raise ValueError(f"the router does not say: {exc.name}") from exc
+
+    def _ask(self, method: str, **parameters: str) -> dict[str, Any]:
+        try:
+            return self._host.call(method, {"turn": self._turn, **parameters})
         except HostError as exc:
             if exc.name != "NoSuchTurn":
-                raise ValueError(f"the router refused the message: {exc.name}") from exc
+                raise ValueError(f"the router refused: {exc.name}") from exc
             self.end(abandoned=True)
             raise Stopped from exc
 
@@ -71,7 +92,7 @@ class TurnRun:
     def __init__(self, turn: Turn, host: Host, provider: Provider, *, on_end: Callable[[], None]) -> None:
         self.turn, self._id = turn, turn["id"]
         self._host, self._provider, self._on_end = host, provider, on_end
-        self._chat = Chat(self._id, host)
+        self._chat = Chat(turn, host)
         self.over = threading.Event()  #: set once there is nothing left to do or to say
         self._worker = threading.Thread(target=self._work, name="turn", daemon=True)
 
@@ -121,13 +142,17 @@ class TurnRun:
         except Exception:
             journal.error("provider-bug", turn=self._id, trace=traceback.format_exc(limit=-4))
             return _failed(TurnFailed("internal", "The agent's runner failed; its journal says why."))
-        shown = [_shortened(clean(text)) for text in replies if text.strip()]
-        return {"outcome": "answered", "replies": shown}
+        said = [reply for reply in replies if reply.text.strip()]
+        return {
+            "outcome": "answered",
+            "replies": [_shortened(clean(reply.text)) for reply in said],
+            "answers": [reply.message for reply in said],
+        }
 
     def _finish(self, result: dict[str, Any]) -> None:
         """Say how the turn ended until the router has heard it."""
         try:
-            self._host.call("FinishTurn", {"turn": self._id, **result})
+            self._host.call("FinishTurn", {"turn": self._id, "last": self._chat.last, **result})
         except (HostError, MessageTooLong) as exc:
             if isinstance(exc, HostError) and exc.name == "NoSuchTurn":
                 journal.warning("turn-lost", turn=self._id, reason="its lease had ended, dropping it")

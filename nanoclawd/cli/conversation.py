@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from queue import Empty, SimpleQueue
@@ -35,7 +35,7 @@ class Delivery:
     agent: str
     kind: str  #: reply, message or notice
     text: str
-    event: str | None  #: what it answers
+    events: Sequence[str]  #: what it answers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Activity:
 
     kind: str  #: as in io.nanoclaw.Channel; or away, back: the router, which is tried again by itself
     text: str = ""
-    event: str | None = None
+    events: Sequence[str] = ()
 
 
 #: None: what was waiting has been sent. NanoclawError: nothing more will come. KeyboardInterrupt: Ctrl-C.
@@ -152,7 +152,7 @@ class Conversation:
             except Empty:
                 self._screen.tick()
                 continue
-            if isinstance(item, Delivery | Activity) and item.event == event:
+            if isinstance(item, Delivery | Activity) and event in item.events:
                 if isinstance(item, Delivery):
                     answered |= item.kind in ("reply", "notice")
                 else:
@@ -220,7 +220,7 @@ def parse_item(reply: Json) -> Item:
     """Return what one reply of Attach() holds; None if it has neither field."""
     if found := reply.get("delivery"):
         words = {key: str(found[key]) for key in ("key", "agent", "kind", "text")}
-        return Delivery(**words, event=found.get("inReplyTo"))
+        return Delivery(**words, events=found["events"])
     if found := reply.get("activity"):
-        return Activity(kind=str(found["kind"]), text=str(found["text"]), event=found.get("inReplyTo"))
+        return Activity(kind=str(found["kind"]), text=str(found["text"]), events=found["events"])
     return None

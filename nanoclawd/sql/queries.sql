@@ -16,7 +16,8 @@ RETURNING *;
 
 -- list_sessions --
 SELECT session.*, count(inbox.seq) FILTER (WHERE inbox.state = 'queued') AS queued,
-       max(inbox.id) FILTER (WHERE inbox.state = 'leased') AS message
+       (SELECT id FROM inbox AS oldest WHERE oldest.session = session.id AND oldest.state = 'leased'
+         ORDER BY seq LIMIT 1) AS message
   FROM session LEFT JOIN inbox ON inbox.session = session.id AND inbox.state IN ('queued', 'leased')
  WHERE :agent IS NULL OR agent = :agent
  GROUP BY session.id ORDER BY session.id;
@@ -42,22 +43,33 @@ SELECT * FROM inbox WHERE session = :session AND state IN ('queued', 'leased') O
 -- claim_message --
 -- Lease the oldest open message of a session if it is due; the attempt counts from here, so that a message that
 -- kills us still becomes a dead letter.
-UPDATE inbox SET state = 'leased', turn = :turn, attempts = attempts + 1, lease_expires_at = :expires
+UPDATE inbox SET state = 'leased', turn = :turn, first_turn = coalesce(first_turn, :turn), attempts = attempts + 1,
+       lease_expires_at = :expires
  WHERE seq = (SELECT min(seq) FROM inbox WHERE session = :session AND state IN ('queued', 'leased'))
    AND state = 'queued' AND not_before <= :now
 RETURNING *;
 
--- leased_message --
-SELECT * FROM inbox WHERE session = :session AND state = 'leased' ORDER BY seq LIMIT 1;
+-- behind_turn --
+-- What waits behind the messages of the turn that runs. Nothing is due later than what is before it.
+SELECT * FROM inbox WHERE session = :session AND state = 'queued' ORDER BY seq LIMIT :limit;
+
+-- join_turn --
+UPDATE inbox SET state = 'leased', turn = :turn, first_turn = coalesce(first_turn, :turn), attempts = attempts + 1,
+       lease_expires_at = :expires
+ WHERE seq = :seq;
+
+-- leased_messages --
+-- Of the turn that a session has; there is never more than one.
+SELECT * FROM inbox WHERE session = :session AND state = 'leased' ORDER BY seq;
 
 -- renew_lease --
 UPDATE inbox SET lease_expires_at = :expires WHERE session = :session AND turn = :turn AND state = 'leased'
 RETURNING id;
 
 -- finish_turn --
--- Only the turn that has the lease can end the message.
+-- Only the turn that has the lease can end its messages.
 UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = NULL
- WHERE id = :id AND turn = :turn AND state = 'leased' RETURNING id;
+ WHERE session = :session AND turn = :turn AND state = 'leased' RETURNING id;
 
 -- finish_message --
 UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = :reason
@@ -67,13 +79,31 @@ UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reaso
 UPDATE inbox SET state = 'queued', lease_expires_at = NULL, not_before = :not_before, reason = :reason
  WHERE id = :id AND state IN ('queued', 'leased');
 
--- count_attempt --
--- A start of the container that failed counts like a claim.
-UPDATE inbox SET attempts = attempts + 1 WHERE id = :id RETURNING attempts;
+-- count_deferral --
+-- The failure was not the message's: it is no attempt.
+UPDATE inbox SET attempts = max(0, attempts - 1), deferrals = deferrals + 1 WHERE id = :id;
 
--- uncount_attempt --
--- The turn was broken off by us and not by the message.
-UPDATE inbox SET attempts = max(0, attempts - 1) WHERE id = :id;
+-- leave_turn --
+-- It joined a turn that ended without having seen it.
+UPDATE inbox SET state = 'queued', lease_expires_at = NULL, attempts = attempts - 1,
+       first_turn = nullif(first_turn, :turn)
+ WHERE id = :id AND turn = :turn AND state = 'leased';
+
+-- end_sharing --
+UPDATE inbox SET attempts = max(attempts, :attempts) WHERE id = :id;
+
+-- fail_start --
+-- A start of the container that failed counts like a claim.
+UPDATE inbox SET attempts = attempts + 1, not_before = :not_before, reason = :reason WHERE id = :id;
+
+-- put_back --
+-- The turn was broken off by us and not by its messages.
+UPDATE inbox SET state = 'queued', lease_expires_at = NULL, not_before = 0, reason = NULL,
+       attempts = max(0, attempts - 1), deferrals = deferrals + 1
+ WHERE session = :session AND state = 'leased' RETURNING *;
+
+-- open_messages --
+SELECT * FROM inbox WHERE session = :session AND state IN ('queued', 'leased') ORDER BY seq;
 
 -- finish_queued --
 -- Everything of one session that waits, e.g. when the person stops it.
@@ -90,31 +120,55 @@ UPDATE inbox SET lease_expires_at = :expires WHERE state = 'leased';
 
 -- publish --
 -- The same key again changes nothing.
-INSERT INTO outbox (key, message, agent, channel, chat, thread, kind, body, in_reply_to, created_at)
-VALUES (:key, :message, :agent, :channel, :chat, :thread, :kind, :body, :in_reply_to, :now)
+INSERT INTO outbox (key, message, turn, agent, channel, chat, thread, kind, body, in_reply_to, created_at)
+VALUES (:key, :message, :turn, :agent, :channel, :chat, :thread, :kind, :body, :in_reply_to, :now)
 ON CONFLICT (key) DO NOTHING;
 
 -- already_sent --
--- What earlier attempts at a message sent in mid-turn.
-SELECT key, body FROM outbox WHERE message = :message AND kind = 'message' ORDER BY seq;
+-- What earlier attempts at a message sent in mid-turn, the first of them perhaps together with other messages.
+SELECT key, body FROM outbox
+ WHERE kind = 'message' AND (message = :message OR turn = :first_turn) ORDER BY seq;
+
+-- messages_of_turn --
+SELECT event FROM inbox WHERE turn = :turn;
 
 -- count_sends --
 -- Besides this one, which may be there already.
 SELECT count(*) AS sends FROM outbox WHERE message = :message AND key != :key;
 
--- claim_deliveries --
--- Lease what is due for a chat, oldest first; an older one that must wait holds back the younger ones of its chat.
-UPDATE outbox SET state = 'leased', attempts = attempts + 1
- WHERE seq IN (SELECT seq FROM outbox AS due
-                WHERE due.channel = :channel AND (:chat IS NULL OR due.chat = :chat)
-                  AND (:event IS NULL OR due.in_reply_to = :event)
-                  AND due.state = 'pending' AND due.not_before <= :now
-                  AND NOT EXISTS (SELECT 1 FROM outbox AS older
-                                   WHERE older.channel = due.channel AND older.chat = due.chat
-                                     AND older.thread = due.thread AND older.seq < due.seq
-                                     AND older.state = 'pending' AND older.not_before > :now)
-                ORDER BY seq LIMIT :limit)
-RETURNING *;
+-- next_delivery --
+-- The oldest open delivery of a chat, unless it must wait or an adapter has it: then the younger ones wait, too.
+-- With an event: of what answers it, alone or with its turn.
+SELECT * FROM outbox
+ WHERE seq = (SELECT min(seq) FROM outbox AS open
+               WHERE channel = :channel AND chat = :chat AND thread = :thread AND state IN ('pending', 'leased')
+                 AND (:event IS NULL OR in_reply_to = :event OR turn IN
+                      (SELECT turn FROM inbox WHERE channel = :channel AND chat = :chat AND thread = :thread
+                          AND event = :event)))
+   AND state = 'pending' AND not_before <= :now;
+
+-- due_deliveries --
+-- The same for each chat of a channel.
+SELECT outbox.* FROM outbox
+  JOIN (SELECT min(seq) AS seq FROM outbox
+         WHERE channel = :channel AND state IN ('pending', 'leased') AND (:chat IS NULL OR chat = :chat)
+           AND (:event IS NULL OR in_reply_to = :event OR turn IN
+                (SELECT turn FROM inbox WHERE channel = :channel AND chat = outbox.chat AND thread = outbox.thread
+                    AND event = :event))
+         GROUP BY chat, thread) AS oldest USING (seq)
+ WHERE state = 'pending' AND not_before <= :now ORDER BY seq LIMIT :limit;
+
+-- claim_delivery --
+UPDATE outbox SET state = 'leased', attempts = attempts + 1 WHERE seq = :seq;
+
+-- report_part --
+UPDATE outbox SET parts_sent = max(parts_sent, :parts), receipt = :receipt
+ WHERE channel = :channel AND key = :key AND state IN ('pending', 'leased') RETURNING seq;
+
+-- recent_deliveries --
+-- The last of a session, newest first.
+SELECT * FROM outbox WHERE agent = :agent AND channel = :channel AND chat = :chat AND thread = :thread
+ ORDER BY seq DESC LIMIT :limit;
 
 -- release_delivery --
 UPDATE outbox SET state = 'pending', not_before = :not_before, reason = :reason

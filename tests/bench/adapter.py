@@ -71,7 +71,8 @@ class Adapter:
                     self._answered.set()
             else:
                 activity = item["activity"]
-                self._at.setdefault((activity["inReplyTo"] or activity["chat"], activity["kind"]), now)
+                for about in activity["events"] or [activity["chat"]]:
+                    self._at.setdefault((about, activity["kind"]), now)
         raise RuntimeError("the router closed the stream")
 
     async def report(self, connection: Connection) -> None:

@@ -32,6 +32,7 @@ from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.server import Server
 from nanoclawd.sessions import Sessions
+from nanoclawd.settings import parse_settings
 from nanoclawd.systemd import LoadedUnit, Systemd, UnitChange
 from nanoclawd.wire import Json
 from tests.support.varlink_peer import WAIT_S, Peer, eventually
@@ -263,6 +264,7 @@ class RegistryDouble:
     def __init__(self) -> None:
         self.agents: dict[str, AgentConfig] = {}
         self.held: set[str] = set()
+        self.settings = parse_settings("")
         self.add("berta")
 
     def add(self, name: str) -> None:
@@ -383,7 +385,8 @@ class Router:
                 channel = ChannelService(**parts).service
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
-                await nanoclawd._recover(db, systemd, self.sessions, listeners)
+                attempts = registry.settings.attempts
+                await nanoclawd._recover(db, systemd, self.sessions, listeners, attempts=attempts)
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(Server(channel, place.listener).run(), name="channel")

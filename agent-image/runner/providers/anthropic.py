@@ -17,11 +17,11 @@ from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_tools
 from anthropic.types.beta import BetaContextManagementConfigParam, BetaMessageParam
 
 from ..processes import kill_all, open_descendants
-from ..provider import Paths, Settings, Stopped, Turn, TurnFailed
+from ..provider import Paths, Reply, Settings, Stopped, Turn, TurnFailed
 from ..transcript import Transcript
 from ..turn import Chat
 from .failures import failure_of
-from .prompt import render_input, render_system
+from .prompt import render_input, render_joined, render_system
 
 DEFAULT_MODEL = "claude-sonnet-5-5"
 MAX_TOKENS = 32_000  # of one answer; it is streamed, so a long one does not run into a time-out
@@ -45,10 +45,11 @@ class Conversation:
         self._transcript = Transcript(os.path.join(paths.session, "transcript.jsonl"), _as_json)
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[list[str]]] | None = None
 
-    def run(self, turn: Turn, chat: Chat) -> list[str]:
+    def run(self, turn: Turn, chat: Chat) -> list[Reply]:
         ids = [message["id"] for message in turn["messages"]]
         if turn["attempt"] > 1 and (replies := self._transcript.answered(ids)) is not None:
-            return replies  # only the word of it was lost: nobody has to think, or to pay, again
+            # Only the word of it was lost: nobody has to think, or to pay, again.
+            return [Reply(reply) for reply in replies]
         try:
             self._begin(turn, ids)
             replies = asyncio.run(self._run(chat))
@@ -63,7 +64,7 @@ class Conversation:
             with contextlib.suppress(OSError):  # perhaps what failed
                 self._transcript.end("forgotten" if lasts else "failed")
             raise failure from exc
-        return replies
+        return [Reply(reply) for reply in replies]
 
     def stop(self) -> None:
         if (running := self._running) is None:
@@ -126,7 +127,11 @@ class Conversation:
             if message.stop_reason == "tool_use":
                 results = await runner.generate_tool_call_response()  # the loop then runs none twice
                 if results is not None:
-                    self._transcript.add(dict(results))
+                    joining = await asyncio.to_thread(chat.take_messages)
+                    if joining:  # the loop sends this object, the content that we add too
+                        block = {"type": "text", "text": render_joined(joining)}
+                        results["content"] = cast("Any", [*results["content"], block])
+                    self._transcript.add(dict(results), joined=[message["id"] for message in joining])
             if chat.stopping.is_set():
                 raise Stopped
         text = "".join(block.text for block in message.content if block.type == "text").strip()
@@ -164,12 +169,23 @@ class Conversation:
                 raise ToolError(str(exc)) from exc
             return "sent"
 
+        @beta_async_tool
+        async def list_deliveries() -> str:
+            """See whether what you said in this chat has arrived: your last replies and messages."""
+            try:
+                deliveries = await asyncio.to_thread(chat.list_deliveries)
+            except ValueError as exc:
+                raise ToolError(str(exc)) from exc
+            return "\n".join(
+                f"{delivery['state']} {delivery['reason']}: {delivery['text']}" for delivery in deliveries
+            )
+
         # The agent's shell gets our environment, without what only we need, and a name for git.
         ours, agent = ("NANOCLAW_", "NOTIFY_", "ANTHROPIC_"), self._settings["agent"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         env |= {"GIT_AUTHOR_NAME": agent, "GIT_COMMITTER_NAME": agent, "EMAIL": f"{agent}@localhost"}
         context = AgentToolContext(workdir=self._paths.workspace, allowed_roots=[Path("/tmp")], env=env)
-        return [*beta_agent_toolset_20260401(context), send_message]
+        return [*beta_agent_toolset_20260401(context), send_message, list_deliveries]
 
 
 def _tool_line(name: str, input: object) -> str:

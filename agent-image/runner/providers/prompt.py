@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from xml.sax.saxutils import quoteattr
 
-from ..provider import Settings, Turn
+from ..provider import Message, Settings, Turn
 
 _MAX_NOTES_BYTES = 64 * 1024
 
@@ -49,14 +50,25 @@ def render_input(turn: Turn, *, resumed: bool, last_end: str | None) -> str:
     else:
         if last_end in _ENDS:
             parts.append(f"({_ENDS[last_end]})")
-        for message in turn["messages"]:
-            at = datetime.fromtimestamp(message["receivedAt"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-            head = f"<message from={quoteattr(message['sender'])} at={quoteattr(at)}>"
-            parts.append(f"{head}\n{_guarded(message['text'])}\n</message>")
+        parts += _render_messages(turn["messages"])
     if turn["alreadySent"]:
         sent = "\n".join(f"<sent>{_guarded(sent['text'])}</sent>" for sent in turn["alreadySent"])
         parts.append(f"(An earlier attempt at this already sent to the chat; do not send it again:)\n{sent}")
     return "\n\n".join(parts)
+
+
+def render_joined(messages: Sequence[Message]) -> str:
+    """Return the text for messages that arrived while the model worked."""
+    return "\n\n".join(["(This arrived while you worked.)", *_render_messages(messages)])
+
+
+def _render_messages(messages: Sequence[Message]) -> list[str]:
+    parts = []
+    for message in messages:
+        at = datetime.fromtimestamp(message["receivedAt"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+        head = f"<message from={quoteattr(message['sender'])} at={quoteattr(at)}>"
+        parts.append(f"{head}\n{_guarded(message['text'])}\n</message>")
+    return parts
 
 
 def _guarded(text: str) -> str:

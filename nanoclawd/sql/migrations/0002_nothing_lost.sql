@@ -3,7 +3,7 @@
 
 -- Attempts that failed for a reason outside, e.g. a model that is overloaded. They do not make a message poison.
 ALTER TABLE inbox ADD COLUMN deferrals INTEGER NOT NULL DEFAULT 0;
--- The turn of the first attempt, which several messages may share. Each later attempt has one message.
+-- The turn of the first attempt, which several messages may share; so may the second, then each has its own.
 ALTER TABLE inbox ADD COLUMN first_turn TEXT;
 -- How often an operator put the dead letter back. Each such life has a notice of its own.
 ALTER TABLE inbox ADD COLUMN revived INTEGER NOT NULL DEFAULT 0;
@@ -11,7 +11,7 @@ ALTER TABLE inbox ADD COLUMN revived INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE inbox ADD COLUMN dropped INTEGER NOT NULL DEFAULT 0 CHECK (dropped IN (0, 1));
 UPDATE inbox SET first_turn = turn WHERE turn IS NOT NULL;
 
--- The turn that sent it.
+-- The turn that it is about as a whole; NULL if it is about `message` alone.
 ALTER TABLE outbox ADD COLUMN turn TEXT;
 -- Parts of a long text that the platform has taken already.
 ALTER TABLE outbox ADD COLUMN parts_sent INTEGER NOT NULL DEFAULT 0 CHECK (parts_sent >= 0);
@@ -22,6 +22,8 @@ CREATE INDEX inbox_turn ON inbox (turn);
 CREATE INDEX inbox_ended ON inbox (ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX outbox_ended ON outbox (ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX outbox_turn ON outbox (turn) WHERE kind = 'message';
+CREATE INDEX outbox_order ON outbox (channel, chat, thread, seq) WHERE state IN ('pending', 'leased');
+DROP INDEX outbox_open;
 CREATE INDEX outbox_place ON outbox (agent, channel, chat, thread, seq);
 
 -- What the router remembers of itself: one row.

@@ -349,7 +349,7 @@ class RouterDouble:
                 item = await queue.get()
                 found = item["delivery"] if "delivery" in item else item["activity"]
                 wanted = call.parameters["event"]
-                if found["chat"] == call.parameters["chat"] and wanted in (None, found["inReplyTo"]):
+                if found["chat"] == call.parameters["chat"] and (wanted is None or wanted in found["events"]):
                     await call.send(item)
         finally:
             self._streams.remove(stream)
@@ -393,7 +393,7 @@ def activity(kind: str, text: str = "", *, event: str | None, chat: str = "berta
             "agent": "berta",
             "kind": kind,
             "text": text,
-            "inReplyTo": event,
+            "events": [event] if event else [],
         }
     }
 
@@ -413,6 +413,8 @@ def reply(
             "kind": kind,
             "text": text,
             "inReplyTo": event,
+            "events": [event] if event else [],
+            "partsSent": 0,
         }
     }
 

@@ -19,18 +19,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "STORE_AGAIN_S", 0.001)
 
 
-async def talkative(container: Container) -> None:
-    """Send as many messages as the text says, then answer."""
-    await container.begin()
-    while True:
-        turn = await container.take()
-        for number in range(int(turn["messages"][0]["text"])):
-            await container.call(
-                "SendMessage", {"turn": turn["id"], "key": f"{number}", "text": f"m{number}"}
-            )
-        await container.finish(turn, "end")
-
-
 def test_what_was_pending_comes_first_and_in_order(place: Place) -> None:
     async def run() -> None:
         async with place.router() as router:
@@ -39,7 +27,10 @@ def test_what_was_pending_comes_first_and_in_order(place: Place) -> None:
             await router.settled()
 
             adapter = await router.attach()
-            deliveries = [await adapter.delivery() for _ in range(300)]
+            deliveries = []
+            for _ in range(300):  # each chat's next comes when its last was reported
+                deliveries.append(await adapter.delivery())
+                await adapter.sent(deliveries[-1])
 
             texts = {
                 f"chat{n}": [d["text"] for d in deliveries if d["chat"] == f"chat{n}"] for n in range(3)
@@ -82,6 +73,7 @@ def test_two_adapters_of_a_chat_both_get_it_and_the_first_receipt_counts(place: 
             await one.close()  # without a report: the other one has it still
             await eventually(lambda: len(router.outlets._outlets) == 1)
             await router.deliver("next")
+            await two.sent(second)
             assert await two.reply() == "echo: next"  # and not the first once more
 
             await two.sent(second)
@@ -115,7 +107,6 @@ def test_adapter_that_reads_nothing_is_cut_off_and_loses_nothing(
 ) -> None:
     async def run() -> None:
         monkeypatch.setattr(limits, "STREAM_QUEUE", 8)
-        place.systemd.program = talkative
         async with place.router() as router:
             slow = await router.attach()
             (outlet,) = router.outlets._outlets
@@ -128,7 +119,8 @@ def test_adapter_that_reads_nothing_is_cut_off_and_loses_nothing(
                 return await reads(which)
 
             router.outlets.next = stalled  # type: ignore[method-assign]
-            await router.deliver("50")
+            for number in range(20):
+                await router.deliver("x", chat=f"chat{number}")
             await router.settled()
             blocked.set()
             with pytest.raises(VarlinkError, match="too much was waiting"):
@@ -136,9 +128,7 @@ def test_adapter_that_reads_nothing_is_cut_off_and_loses_nothing(
                     await slow.delivery()
             await slow.close()
             again = await router.attach()
-            got = [(await again.delivery())["text"] for _ in range(51)]
-
-            assert got == [*(f"m{n}" for n in range(50)), "end"]
+            assert len({(await again.delivery())["key"] for _ in range(20)}) == 20
 
     place.run(run)
     assert "adapter-too-slow" in capfd.readouterr().err
@@ -225,8 +215,8 @@ def test_adapter_that_leaves_while_its_delivery_is_written_loses_nothing(place: 
             adapter = await router.attach()
             claim = router.outlets.claim
 
-            def leave(tx, session, event):  # type: ignore[no-untyped-def]
-                rows = claim(tx, session, event)
+            def leave(tx, place):  # type: ignore[no-untyped-def]
+                rows = claim(tx, place)
                 if rows:
                     (outlet,) = router.outlets._outlets
                     asyncio.get_running_loop().call_soon(router.outlets.detach, outlet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,8 @@ from nanoclawd import limits, queue
 from nanoclawd.db import Database, Transaction
 from nanoclawd.errors import NotFound
 from nanoclawd.ids import AgentName
-from nanoclawd.queue import Event, MessageState, SessionRow, Turn
+from nanoclawd.queue import Event, SessionRow, Treatment, Turn
+from nanoclawd.states import MessageState
 
 BERTA = AgentName("berta")
 
@@ -52,6 +54,8 @@ class Queue(RuleBasedStateMachine):
         self.waiting: dict[str, list[str]] = {"one": [], "two": []}  #: open messages by chat, oldest first
         self.turns: dict[str, Turn] = {}
         self.attempts: dict[str, int] = {}
+        self.deferrals: dict[str, int] = {}
+        self.first_turns: dict[str, str] = {}
         self.not_before: dict[str, int] = {}
         self.ended: dict[str, MessageState] = {}
         self.ids: dict[int, str] = {}
@@ -75,18 +79,32 @@ class Queue(RuleBasedStateMachine):
     def head(self, chat: str) -> str | None:
         return self.waiting[chat][0] if self.waiting[chat] else None
 
-    def end(self, chat: str, state: MessageState) -> None:
-        message = self.waiting[chat].pop(0)
-        self.ended[message] = state
-        self.turns.pop(chat, None)
+    def end(self, chat: str, ended: list[str], state: MessageState) -> None:
+        self.waiting[chat] = [id for id in self.waiting[chat] if id not in ended]
+        self.ended |= dict.fromkeys(ended, state)
+
+    def add(self, chat: str, message: str) -> None:
+        self.waiting[chat].append(message)
+        self.attempts[message] = self.deferrals[message] = 0
+
+    def joining(self, chat: str, behind: int, room: int, first_turn: str | None) -> list[str]:
+        """What may share a turn with the first `behind` messages: what began with them."""
+        like = itertools.takewhile(
+            lambda id: self.first_turns.get(id) == first_turn, self.waiting[chat][behind:]
+        )
+        return list(like)[:room]
+
+    def join_model(self, turn: Turn, ids: list[str]) -> None:
+        for id in ids:
+            self.attempts[id] += 1
+            self.first_turns.setdefault(id, turn.id)
 
     @initialize()
     def start(self) -> None:
         for number, chat in enumerate(self.waiting, start=1_000_000):
             message, session = self.write(lambda tx, n=number, c=chat: queue.enqueue(tx, BERTA, event(n, c)))
             self.sessions[chat] = session
-            self.waiting[chat].append(message)
-            self.attempts[message] = 0
+            self.add(chat, message)
 
     @rule(number=st.integers(0, 20), chat=st.sampled_from(["one", "two"]))
     def deliver(self, number: int, chat: str) -> None:
@@ -97,30 +115,46 @@ class Queue(RuleBasedStateMachine):
         else:
             assert session == self.sessions[chat]
             self.ids[key] = message
-            self.waiting[chat].append(message)
-            self.attempts[message] = 0
+            self.add(chat, message)
 
     @rule(chat=st.sampled_from(["one", "two"]))
     def claim(self, chat: str) -> None:
-        turn = self.write(lambda tx: queue.claim_turn(tx, self.sessions[chat]))
+        turn = self.write(lambda tx: queue.claim_turn(tx, self.sessions[chat], attempts=limits.ATTEMPTS))
         head = self.head(chat)
         due = head is not None and chat not in self.turns and self.not_before.get(head, 0) <= self.now
         assert (turn is not None) == due
         if turn is not None:
-            assert turn.message == head
-            self.attempts[turn.message] += 1
-            assert turn.attempt == self.attempts[turn.message]
+            self.attempts[head] += 1
+            assert turn.attempt == self.attempts[head] + self.deferrals[head]
+            joined = []
+            if self.attempts[head] <= limits.SHARED_ATTEMPTS:
+                joined = self.joining(chat, 1, limits.TURN_MESSAGES - 1, self.first_turns.get(head))
+            assert [message.id for message in turn.messages] == [head, *joined]
+            self.first_turns.setdefault(head, turn.id)
+            self.join_model(turn, joined)
             self.turns[chat] = turn
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data())
+    def join(self, data: st.DataObject) -> None:
+        chat = data.draw(st.sampled_from(sorted(self.turns)))
+        turn = self.turns[chat]
+        room = limits.TURN_MESSAGES - len(turn.messages)
+        joining = self.joining(chat, len(turn.messages), room, None) if turn.attempt == 1 else []
+        joined = self.write(lambda tx: queue.join_turn(tx, self.sessions[chat], turn))
+        assert [message.id for message in joined] == joining
+        turn.messages += joined
+        self.join_model(turn, joining)
 
     @precondition(lambda self: self.turns)
     @rule(data=st.data(), stopped=st.booleans())
     def finish(self, data: st.DataObject, stopped: bool) -> None:
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         state = MessageState.STOPPED if stopped else MessageState.ANSWERED
-        turn = self.turns[chat]
+        turn = self.turns.pop(chat)
         self.write(lambda tx: queue.finish_turn(tx, self.sessions[chat], turn, state, ["reply"]))
         self.replies += 1
-        self.end(chat, state)
+        self.end(chat, [message.id for message in turn.messages], state)
         with pytest.raises(NotFound):
             self.write(lambda tx: queue.finish_turn(tx, self.sessions[chat], turn, state, ["reply"]))
 
@@ -132,50 +166,85 @@ class Queue(RuleBasedStateMachine):
         self.write(lambda tx: queue.send_message(tx, self.sessions[chat], turn, key, "text"))
 
     @precondition(lambda self: self.turns)
-    @rule(data=st.data(), retryable=st.booleans(), after_ms=st.sampled_from([None, 0, 5000, 10**9]))
-    def fail(self, data: st.DataObject, retryable: bool, after_ms: int | None) -> None:
+    @rule(data=st.data(), how=st.sampled_from(Treatment), after_ms=st.sampled_from([0, 5000, 10**9]))
+    def fail(self, data: st.DataObject, how: Treatment, after_ms: int) -> None:
         chat = data.draw(st.sampled_from(sorted(self.turns)))
-        turn, session = self.turns[chat], self.sessions[chat]
-
-        def operation(tx: Transaction) -> int | None:
-            row = tx.one("leased_message", session=session.id)
-            assert row is not None
-            return queue.fail_message(
-                tx, session, row, reason="it broke", retryable=retryable, retry_after_ms=after_ms
+        turn, session = self.turns.pop(chat), self.sessions[chat]
+        failure = self.write(
+            lambda tx: queue.fail_turn(
+                tx, session, reason="it broke", how=how, attempts=limits.ATTEMPTS, retry_after_ms=after_ms
             )
-
-        self._failed(chat, self.write(operation), retryable)
+        )
+        ids = [message.id for message in turn.messages]
+        assert [row["id"] for row in failure.messages] == ids
+        again = {
+            Treatment.BURY: [],
+            Treatment.RETRY: [id for id in ids if self.attempts[id] < limits.ATTEMPTS],
+            Treatment.SPLIT: [id for id in ids if self.attempts[id] < limits.ATTEMPTS],
+            Treatment.DEFER: [id for id in ids if self.deferrals[id] < limits.DEFERRALS],
+        }[how]
+        if how is Treatment.SPLIT:
+            self.attempts |= {id: max(limits.SHARED_ATTEMPTS, self.attempts[id]) for id in again}
+        if how is Treatment.DEFER:
+            for id in again:
+                self.attempts[id] -= 1
+                self.deferrals[id] += 1
+        assert (failure.not_before is not None) == bool(again)
+        if again:
+            most_s = max(1.1 * limits.BACKOFF_MAX_S, min(after_ms / 1000, limits.RETRY_AFTER_MAX_S))
+            assert self.now <= failure.not_before <= self.now + 1000 * most_s
+            self.not_before |= dict.fromkeys(again, failure.not_before)
+        self.end(chat, [id for id in ids if id not in again], MessageState.DEAD)
         with pytest.raises(NotFound):  # the turn that failed cannot answer after all
             self.write(lambda tx: queue.finish_turn(tx, session, turn, MessageState.ANSWERED, ["late"]))
 
-    def _failed(self, chat: str, not_before: int | None, retryable: bool) -> None:
-        message = self.waiting[chat][0]
-        if retryable and self.attempts[message] < limits.ATTEMPTS:
-            assert not_before is not None
-            assert self.now < not_before <= self.now + 1.1 * 1000 * limits.BACKOFF_MAX_S
-            self.not_before[message] = not_before
-            self.turns.pop(chat, None)
-        else:
-            assert not_before is None
-            self.end(chat, MessageState.DEAD)
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data())
+    def put_back(self, data: st.DataObject) -> None:
+        chat = data.draw(st.sampled_from(sorted(self.turns)))
+        turn = self.turns.pop(chat)
+        self.write(lambda tx: queue.put_back(tx, self.sessions[chat]))
+        for message in turn.messages:
+            self.attempts[message.id] -= 1
+            self.deferrals[message.id] += 1
+            self.not_before[message.id] = 0
 
-    @rule(chat=st.sampled_from(["one", "two"]))
-    def fail_to_start(self, chat: str) -> None:
+    @rule(chat=st.sampled_from(["one", "two"]), final=st.booleans())
+    def fail_to_start(self, chat: str, final: bool) -> None:
         if chat in self.turns:
             return
-        failed = self.write(lambda tx: queue.fail_start(tx, self.sessions[chat], reason="no container"))
-        assert (failed is None) == (self.head(chat) is None)
-        if failed is not None:
-            self.attempts[self.waiting[chat][0]] += 1
-            self._failed(chat, failed[1], True)
+        failure = self.write(
+            lambda tx: queue.fail_start(
+                tx, self.sessions[chat], reason="no container", final=final, attempts=limits.ATTEMPTS
+            )
+        )
+        head = self.head(chat)
+        assert (failure is None) == (head is None)
+        if failure is not None:
+            self.attempts[head] += 1
+            if final or self.attempts[head] >= limits.ATTEMPTS:
+                assert failure.not_before is None
+                self.end(chat, [head], MessageState.DEAD)
+            else:
+                assert failure.not_before > self.now
+                self.not_before[head] = failure.not_before
+
+    @rule(chat=st.sampled_from(["one", "two"]))
+    def bury(self, chat: str) -> None:
+        """The agent is removed."""
+        open_messages = self.waiting[chat]
+        buried = self.write(lambda tx: queue.bury_session(tx, self.sessions[chat], "it was removed"))
+        assert len(buried) == len(open_messages)
+        self.end(chat, open_messages, MessageState.DEAD)
+        self.turns.pop(chat, None)
 
     @rule(chat=st.sampled_from(["one", "two"]))
     def stop(self, chat: str) -> None:
         stopped = self.write(lambda tx: queue.stop_session(tx, self.sessions[chat]))
-        running = 1 if chat in self.turns else 0
-        assert len(stopped) == len(self.waiting[chat]) - running
-        while len(self.waiting[chat]) > running:
-            self.ended[self.waiting[chat].pop()] = MessageState.STOPPED
+        running = len(self.turns[chat].messages) if chat in self.turns else 0
+        waiting = self.waiting[chat][running:]
+        assert len(stopped) == len(waiting)
+        self.end(chat, waiting, MessageState.STOPPED)
 
     @rule(seconds=st.sampled_from([1, 10, 1000]))
     def wait(self, seconds: int) -> None:
@@ -200,14 +269,21 @@ class Queue(RuleBasedStateMachine):
         for id, row in messages.items():
             expected = self.ended.get(id)
             if expected is None:
-                leased = any(turn.message == id for turn in self.turns.values())
+                leased = any(message.id == id for turn in self.turns.values() for message in turn.messages)
                 expected = MessageState.LEASED if leased else MessageState.QUEUED
-            assert (row["state"], row["attempts"]) == (expected, self.attempts[id])
-            assert row["attempts"] <= limits.ATTEMPTS
+            tries = (row["attempts"], row["deferrals"])
+            assert (row["state"], *tries) == (expected, self.attempts[id], self.deferrals[id])
+            assert (
+                row["attempts"] <= limits.ATTEMPTS and row["deferrals"] <= limits.DEFERRALS + limits.ATTEMPTS
+            )
         deliveries = self.rows("outbox")
         assert sum(row["kind"] == "reply" for row in deliveries) == self.replies
-        noticed = {row["message"] for row in deliveries if row["kind"] == "notice"}
-        assert {id for id, state in self.ended.items() if state == MessageState.DEAD} <= noticed
+        notices = [row for row in deliveries if row["kind"] == "notice" and ".delay" not in row["key"]]
+        noticed = {row["message"] for row in notices}
+        turns = {row["turn"] for row in notices} - {None}
+        for id, state in self.ended.items():
+            if state != MessageState.ANSWERED:
+                assert id in noticed or messages[id]["turn"] in turns
         assert noticed <= set(self.ended)
 
 

@@ -227,10 +227,12 @@ def test_turn_that_is_ended_twice_at_once_ends_once(
     place: Place, outcomes: tuple[str, str], more_waits: bool
 ) -> None:
     results: list[object] = []
+    delivered = asyncio.Event()
 
     async def twice(container: Container) -> None:
         await container.begin()
         turn = await container.take()
+        await delivered.wait()
         other = await container.connect()
         error = {"code": "internal", "message": "it broke", "retryable": False}
         calls = [
@@ -254,8 +256,10 @@ def test_turn_that_is_ended_twice_at_once_ends_once(
         async with place.router() as router:
             adapter = await router.attach()
             await router.deliver("first")
+            await eventually(lambda: bool(place.systemd.containers and place.systemd.containers[UNIT].turns))
             if more_waits:
                 await router.deliver("second")
+            delivered.set()
             first = await adapter.reply()
             if not more_waits:
                 await eventually(lambda: len(results) == 2)
@@ -377,8 +381,8 @@ def test_stop_in_mid_turn_reaches_the_runner_and_ends_what_waits(place: Place) -
         async with place.router() as router:
             adapter = await router.attach()
             await router.deliver("long work")
-            await router.deliver("waits")
             await eventually(lambda: bool(place.systemd.containers and place.systemd.containers[UNIT].turns))
+            await router.deliver("waits")
 
             assert await router.stop_turn()
 
@@ -467,7 +471,7 @@ async def leaves_after_each(container: Container) -> None:
     await container.begin()
     while True:
         turn = await container.take()
-        await container.finish(turn, f"{turn['attempt']}: {turn['messages'][0]['text']}")
+        await container.finish(turn, *(f"{turn['attempt']}: {m['text']}" for m in turn["messages"]))
         if not (await container.call("Goodbye"))["stay"]:
             return
 

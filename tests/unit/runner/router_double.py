@@ -39,6 +39,8 @@ class RouterDouble:
         self.turn: dict[str, Any] | None = None  #: what a new Work() is told; None once it is finished
         self.errors: dict[str, tuple[str, dict[str, Any]]] = {}  #: method → the error it gets, for ever
         self.stay = False  #: the answer to Goodbye()
+        self.joining: list[dict[str, Any]] = []  #: messages that the next TakeMessages() gets
+        self.deliveries: list[dict[str, Any]] = []  #: the answer to ListDeliveries()
         self.finish_is_lost = (
             False  #: the next FinishTurn() loses its connection instead of getting its answer
         )
@@ -167,10 +169,16 @@ class RouterDouble:
             connection.shutdown(socket.SHUT_RDWR)
         elif method == "Goodbye":
             self._reply(connection, {"stay": self.stay})
-        elif method in ("RenewTurn", "SendMessage", "FinishTurn"):
+        elif method == "ListDeliveries":
+            self._reply(connection, {"deliveries": self.deliveries})
+        elif method in ("RenewTurn", "SendMessage", "TakeMessages", "FinishTurn"):
             if self.turn is None or self.turn["id"] != parameters["turn"]:
                 error = "io.nanoclaw.Agent.NoSuchTurn"
                 self._send(connection, {"error": error, "parameters": {"turn": parameters["turn"]}})
+                return
+            if method == "TakeMessages":
+                joining, self.joining = self.joining, []
+                self._reply(connection, {"messages": joining})
                 return
             if method == "FinishTurn":
                 self.turn = None

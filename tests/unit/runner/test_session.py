@@ -19,7 +19,13 @@ def test_message_is_answered(make_runner: MakeRunner) -> None:
     runner.router.give("hello\0 there \ud83d")
 
     finish = runner.router.wait("FinishTurn")
-    assert finish == {"turn": "t1", "outcome": "answered", "replies": ["hello there ?"]}
+    assert finish == {
+        "turn": "t1",
+        "outcome": "answered",
+        "replies": ["hello there ?"],
+        "answers": ["m-t1"],
+        "last": "m-t1",
+    }
 
 
 def test_ready_is_said_after_hello(make_runner: MakeRunner) -> None:
@@ -69,7 +75,8 @@ def test_stop_ends_the_turn(make_runner: MakeRunner) -> None:
 
     runner.router.stop()
 
-    assert runner.router.wait("FinishTurn") == {"turn": "t1", "outcome": "stopped", "replies": []}
+    finish = runner.router.wait("FinishTurn")
+    assert finish == {"turn": "t1", "outcome": "stopped", "replies": [], "last": "m-t1"}
 
 
 def test_stop_of_another_turn_is_ignored(make_runner: MakeRunner) -> None:
@@ -87,13 +94,38 @@ def test_message_in_mid_turn_is_sent_with_its_key(make_runner: MakeRunner) -> No
 
     runner.router.give("/send one\n/send two")
 
-    assert runner.router.wait("SendMessage", 2) == {"turn": "t1", "key": "echo-2", "text": "two"}
+    assert runner.router.wait("SendMessage", 2) == {"turn": "t1", "key": "m-t1.2", "text": "two"}
+
+
+def test_message_that_arrives_in_mid_turn_joins_it(make_runner: MakeRunner) -> None:
+    runner = make_runner()
+    runner.router.joining = [{"id": "m-2", "sender": "Bob", "receivedAt": 1.0, "text": "two"}]
+
+    runner.router.give("one")
+
+    finish = runner.router.wait("FinishTurn")
+    assert (finish["replies"], finish["answers"]) == (["one", "two"], ["m-t1", "m-2"])
+    assert finish["last"] == "m-2"
+    taken = [parameters for method, parameters in runner.router.calls if method == "TakeMessages"]
+    assert [parameters["last"] for parameters in taken] == ["m-t1", "m-2"]
+
+
+def test_agent_sees_what_became_of_what_it_said(make_runner: MakeRunner) -> None:
+    runner = make_runner()
+    runner.router.deliveries = [
+        {"kind": "reply", "text": "one", "state": "sent", "attempts": 1, "reason": ""},
+        {"kind": "message", "text": "two", "state": "failed", "attempts": 36, "reason": "no such room"},
+    ]
+
+    runner.router.give("/deliveries")
+
+    assert runner.router.wait("FinishTurn")["replies"] == ["sent: one\nfailed: two"]
 
 
 def test_later_attempt_knows_what_was_sent(make_runner: MakeRunner) -> None:
     runner = make_runner()
 
-    runner.router.give("/sent", attempt=2, sent={"echo-1": "one"})
+    runner.router.give("/sent", attempt=2, sent={"k": "one"})
 
     assert runner.router.wait("FinishTurn")["replies"] == ["attempt 2, already sent: 'one'"]
 
