@@ -43,6 +43,7 @@ from nanoclawd.sockets import forget_listener, take_listeners, turn_away
 from nanoclawd.systemd import Systemd, connect
 from nanoclawd.version import VERSION
 
+DATABASE = "nanoclaw.db"
 _EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd shows it by name, and does not restart
 
 
@@ -54,23 +55,31 @@ def main() -> None:
     """Run until SIGTERM."""
     parser = argparse.ArgumentParser(prog="nanoclawd", description="Router of NanoClaw; started by systemd.")
     parser.add_argument("--version", action="version", version=f"nanoclawd {VERSION}")
-    parser.add_argument(
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument(
         "--create-database",
         action="store_true",
         help="create an empty database where one is missing beside existing agents, then exit",
     )
-    parser.add_argument(
+    tasks.add_argument(
         "--restore-database",
         metavar="FILE",
         type=Path,
         help="put a backup in place of a database that is missing, then exit",
     )
+    tasks.add_argument(
+        "--salvage-database",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=paths.state() / DATABASE,
+        help="put what can be read of a damaged database in its place, then exit",
+    )
     options = parser.parse_args()
+    if options.create_database or options.restore_database or options.salvage_database:
+        sys.exit(_repair(options))
     try:
-        if options.restore_database:
-            print("restored:", recovery.restore(options.restore_database, paths.state() / "nanoclaw.db"))
-            return
-        asyncio.run(_create_database() if options.create_database else _run())
+        asyncio.run(_run())
     except* _Stop:
         pass
     except* NanoclawError as group:
@@ -81,17 +90,31 @@ def main() -> None:
         sys.exit(_EXIT_CONFIG if group.subgroup(ConfigError) else 1)
 
 
+def _repair(options: argparse.Namespace) -> int:
+    """Do what a person asks for the database, and return the exit status."""
+    database = paths.state() / DATABASE
+    try:
+        if options.restore_database:
+            done = recovery.restore(options.restore_database, database)
+        elif options.salvage_database:
+            done = recovery.salvage(options.salvage_database, database)
+        else:
+            done = recovery.create(database)
+    except NanoclawError as exc:
+        print(
+            f"error: {exc.message}", *([f"hint: {exc.hint}"] if exc.hint else []), sep="\n", file=sys.stderr
+        )
+        return _EXIT_CONFIG if isinstance(exc, ConfigError) else 1
+    print(done)
+    return 0
+
+
 def _leaves(group: BaseExceptionGroup[NanoclawError]) -> Iterator[NanoclawError]:
     for exc in group.exceptions:
         if isinstance(exc, BaseExceptionGroup):
             yield from _leaves(exc)
         else:
             yield exc
-
-
-async def _create_database() -> None:
-    database = await Database.open(paths.state() / "nanoclaw.db", create=True)
-    await database.close()
 
 
 async def _run() -> None:
@@ -122,7 +145,7 @@ async def _route(
     started: asyncio.Event,
 ) -> None:
     settings = read_settings()
-    db = await Database.open(paths.state() / "nanoclaw.db")
+    db = await Database.open(paths.state() / DATABASE)
     try:
         async with connect() as systemd, asyncio.TaskGroup() as tasks:
             tasks.create_task(db.run(), name="database")

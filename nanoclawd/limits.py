@@ -53,6 +53,9 @@ DELIVERY_ATTEMPTS = 36  #: some 7 h
 REPORT_S = 300.0  #: an adapter that has a delivery and reports nothing for so long is hung up on
 RECENT_DELIVERIES = 20  #: what an agent is told of its own
 WRITES_PER_COMMIT = 64  #: writes grouped into one transaction
+CLOCK_JUMP_S = 2.0  #: the wall clock was set if it is that much off
+DATABASE_BUSY_S = 5.0  #: another program may have the database locked for so long
+DATABASE_POLL_S = 0.05
 
 # --- systemd and Podman ---------------------------------------------------------------------------
 BUS_CALL_S = 25.0

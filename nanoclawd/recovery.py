@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-from nanoclawd.db import check, copy, take_lock
+from nanoclawd.db import open_writer
+from nanoclawd.dbfile import DAMAGED_HINT, check, copy, explained, migrations, take_lock, upgrade
 from nanoclawd.errors import ConfigError, NotFound, Refused
+from nanoclawd.files import sync_directory
+from nanoclawd.sqlitefile import Log, Value, read_pages, read_rows
+
+LOGS = ("-wal", "-shm", "-journal")  #: what SQLite keeps beside a database
+USER_VERSION = slice(60, 64)  #: in page 1: sqlite.org/fileformat2.html
+UNKNOWN_AGENT = "?"  #: no agent has this name, so its chats are told that it is gone
+
+
+def create(path: Path) -> str:
+    """Make an empty database where one is missing, whatever is beside it. Raises as Database.open() does."""
+    with _locked(path):
+        open_writer(path, create=True).close()
+        return f"created: '{path}'"
 
 
 def restore(file: Path, path: Path) -> str:
@@ -17,41 +34,210 @@ def restore(file: Path, path: Path) -> str:
     Raises Refused if there is a database, or a router runs; ConfigError if `file` is not a sound one;
     NotFound, Failed, Unavailable.
     """
-    lock_fd = take_lock(path)
-    try:
-        require_vacant(path)
-        if not file.is_file():
-            raise NotFound(f"{file}: there is no such file")
+    with _locked(path):
+        _require_vacant(path)
+        _require_file(file)
         try:
-            with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as backup:
-                check(backup, file)
-                copy(backup, path)
-                return describe(backup)
-        except sqlite3.DatabaseError as exc:
-            raise ConfigError(f"the backup '{file}' cannot be read: {exc}", hint="take another one") from exc
+            # Read-only, as it may lie on such a disk; but then SQLite evaluates no CHECK, see _staged().
+            with _opened(f"{file.resolve().as_uri()}?mode=ro", file) as backup:
+                words = _describe(backup)
+                with _staged(backup, path, file):
+                    pass
+        except ConfigError as exc:
+            hint = f"take another one; 'nanoclawd --salvage-database {file}' takes what can be read of it"
+            raise ConfigError(exc.message, hint=hint) from exc
+        return f"restored: {words}"
+
+
+def salvage(file: Path, path: Path) -> str:
+    """Put what can be read of the damaged database `file` in place of `path`, and return what that is.
+
+    If they are the same, the damaged one is kept beside it. Raises, and then all is as it was: Refused if
+    there is another database, or nothing is wrong with `file`; ConfigError if nothing can be read; NotFound.
+    """
+    with _locked(path):
+        _require_file(file)
+        if in_place := file.resolve() == path.resolve():
+            _require_damaged(file)
+        else:
+            _require_vacant(path)
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as new:
+            lost = _fill(new, file)
+            lines = [f"saved: {_describe(new)}", *lost]
+            with _staged(new, path, file):
+                if in_place:
+                    lines.append(f"the damaged database is kept as '{_set_aside(path)}'")
+        return "\n".join(lines)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        fd = take_lock(path)
+    except Refused as exc:
+        raise Refused(exc.message, hint="stop it first: 'systemctl --user stop nanoclaw.service'") from None
+    try:
+        yield
     finally:
-        os.close(lock_fd)
+        os.close(fd)
 
 
-def require_vacant(path: Path) -> None:
+def _require_file(file: Path) -> None:
+    if not file.is_file():
+        raise NotFound(f"{file}: there is no such file")
+
+
+def _require_vacant(path: Path) -> None:
     """Raise Refused if there is a database, or the log of one: SQLite would take it for the new one's."""
-    there = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
-    moves = [f"mv {file} {path}.old{file.name.removeprefix(path.name)}" for file in there if file.exists()]
+    moves = [
+        f"mv {path}{suffix} {path}.old{suffix}" for suffix in ("", *LOGS) if Path(f"{path}{suffix}").exists()
+    ]
     if moves:
         raise Refused(f"there is a database '{path}' already", hint=f"first: {'; '.join(moves)}")
 
 
-def describe(connection: sqlite3.Connection) -> str:
+def _require_damaged(file: Path) -> None:
+    try:
+        with _opened(file.resolve().as_uri(), file):
+            pass
+    except ConfigError:
+        return
+    raise Refused(f"nothing is wrong with the database '{file}'", hint="it stays as it is")
+
+
+@contextmanager
+def _opened(uri: str, file: Path) -> Iterator[sqlite3.Connection]:
+    """Open a database. Raises ConfigError if it is not a sound one of ours."""
+    if Log(file).is_damaged():
+        raise ConfigError(f"the log of the database '{file}' is damaged", hint=DAMAGED_HINT)
+    with (
+        explained(f"the database '{file}' cannot be read"),
+        closing(sqlite3.connect(uri, uri=True)) as opened,
+    ):
+        check(opened, file)
+        yield opened
+
+
+@contextmanager
+def _staged(connection: sqlite3.Connection, path: Path, source: Path) -> Iterator[None]:
+    """Write and check a copy of what `source` has, and after the block put it in place of `path`."""
+    staged = path.with_name(f"{path.name}.new")
+    copy(connection, staged, replace=True)
+    try:
+        with closing(sqlite3.connect(staged)) as written:
+            check(written, source)
+        yield
+        staged.rename(path)
+        sync_directory(path.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a database and its logs. It goes first: it must not be taken for one without a log."""
+    kept = next(
+        kept for n in itertools.count(1) if not (kept := path.with_name(f"{path.name}.damaged-{n}")).exists()
+    )
+    for suffix in ("", *LOGS):
+        if (file := Path(f"{path}{suffix}")).exists():
+            file.rename(f"{kept}{suffix}")
+    sync_directory(path.parent)
+    return kept
+
+
+# --- what can be read -------------------------------------------------------------------------------
+
+
+def _fill(new: sqlite3.Connection, file: Path) -> list[str]:
+    """Fill an empty database with what can be read of `file`; return what was lost, in lines."""
+    pages = read_pages(file)
+    version, newest = int.from_bytes(pages.get(1, b"")[USER_VERSION], "big"), len(migrations())
+    # Its own version, as migrations may change rows: it is migrated when it is opened.
+    upgrade(new, 0, version if 0 < version <= newest else newest)
+    names = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+    tables = [table for (table,) in new.execute(names)]
+    columns = {table: [c[1] for c in new.execute(f"PRAGMA table_info({table})")] for table in tables}
+    presets = {table: new.execute(f"SELECT * FROM {table}").fetchall() for table in tables}
+    new.execute("PRAGMA foreign_keys = OFF")
+    new.execute("BEGIN")
+    for table in tables:
+        new.execute(f"DELETE FROM {table}")
+    lost = sum(row is None or not _insert(new, columns, *row) for row in read_rows(pages))
+    for table, rows in presets.items():
+        for row in rows:
+            _insert_into(new, table, columns[table], row)
+    lines = [f"lost: {lost} rows or pages of rows that could not be read"] if lost else []
+    lines += _mend_references(new)
+    new.execute("COMMIT")
+    if not any(new.execute(f"SELECT 1 FROM {table}").fetchone() for table in tables if not presets[table]):
+        raise ConfigError(f"nothing of ours can be read in '{file}'", hint="restore a backup")
+    return lines
+
+
+def _insert(
+    new: sqlite3.Connection, columns: Mapping[str, Sequence[str]], rowid: int, values: Sequence[Value]
+) -> bool:
+    """Insert a row into the table that takes it: STRICT and CHECK know it. Returns whether there was one."""
+    if len(values) in (5, 2) and values[0] in ("table", "index", *columns):
+        return True  # of sqlite_schema or sqlite_sequence
+    if values and values[0] is None:
+        values = [rowid, *values[1:]]  # INTEGER PRIMARY KEY
+    # A row that is older than a column ends before it.
+    return any(
+        _insert_into(new, table, columns[table][: len(values)], values)
+        for table in columns
+        if len(values) <= len(columns[table])
+    )
+
+
+def _insert_into(
+    new: sqlite3.Connection, table: str, columns: Sequence[str], values: Sequence[Value]
+) -> bool:
+    marks = ", ".join("?" for _ in values)
+    try:
+        new.execute(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", values)
+    except sqlite3.IntegrityError:
+        return False
+    return True
+
+
+def _mend_references(new: sqlite3.Connection) -> list[str]:
+    """Give messages whose session is lost another one, and deliveries whose message is lost none."""
+    sessions = new.execute(
+        "SELECT DISTINCT session, channel, chat, thread FROM inbox"
+        " WHERE session NOT IN (SELECT id FROM session)"
+    ).fetchall()
+    for session, *place in sessions:
+        (agent,) = new.execute(
+            "SELECT coalesce((SELECT agent FROM outbox WHERE (channel, chat, thread) = (?, ?, ?)),"
+            " (SELECT name FROM agent WHERE 1 = (SELECT count(*) FROM agent)), ?)",
+            (*place, UNKNOWN_AGENT),
+        ).fetchone()
+        # As enqueue() names it: the agent finds its transcripts again.
+        name = f"{re.sub('[^a-z0-9]', '_', place[0].lower())[:32]}_{session}"
+        for owner in (agent, UNKNOWN_AGENT):  # the second if another session has the name
+            new.execute(
+                "INSERT OR IGNORE INTO session VALUES (?, ?, ?, ?, ?, ?, 0)", (session, owner, name, *place)
+            )
+            where = "(agent, channel, chat, thread) = (?, ?, ?, ?)"
+            if row := new.execute(f"SELECT id FROM session WHERE {where}", (owner, *place)).fetchone():
+                new.execute("UPDATE inbox SET session = ? WHERE session = ?", (*row, session))
+                break
+    new.execute("UPDATE outbox SET message = NULL WHERE message NOT IN (SELECT id FROM inbox)")
+    return [f"made anew: {len(sessions)} sessions whose messages there are"] if sessions else []
+
+
+def _describe(connection: sqlite3.Connection) -> str:
     """Say in a line what a database holds."""
     counts = [
-        connection.execute(sql).fetchone()[0]
-        for sql in (
-            "SELECT count(*) FROM agent",
-            "SELECT count(*) FROM session",
-            "SELECT count(*) FROM inbox",
-            "SELECT count(*) FROM inbox WHERE state IN ('queued', 'leased')",
-            "SELECT count(*) FROM outbox",
-            "SELECT count(*) FROM outbox WHERE state IN ('pending', 'leased')",
+        connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0]
+        for rows in (
+            "agent",
+            "session",
+            "inbox",
+            "inbox WHERE state IN ('queued', 'leased')",
+            "outbox",
+            "outbox WHERE state IN ('pending', 'leased')",
         )
     ]
     return "{} agents, {} sessions, {} messages ({} open), {} deliveries ({} open)".format(*counts)

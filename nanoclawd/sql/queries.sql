@@ -189,6 +189,19 @@ SELECT * FROM outbox WHERE channel = :channel AND key = :key;
 -- When the next delivery of a channel may be tried again.
 SELECT min(not_before) AS not_before FROM outbox WHERE state = 'pending' AND channel = :channel AND not_before > :now;
 
+-- shift_messages --
+-- The clock was set; 0 is not a time.
+UPDATE inbox SET not_before = not_before + :by WHERE state = 'queued' AND not_before > 0;
+
+-- shift_deliveries --
+UPDATE outbox SET not_before = not_before + :by WHERE state = 'pending' AND not_before > 0;
+
+-- hasten_messages --
+UPDATE inbox SET not_before = :latest WHERE state = 'queued' AND not_before > :latest;
+
+-- hasten_deliveries --
+UPDATE outbox SET not_before = :latest WHERE state = 'pending' AND not_before > :latest;
+
 -- count_states --
 -- Named as in io.nanoclaw.Control.
 SELECT state, count(*) AS number FROM inbox WHERE state != 'dead' GROUP BY state

@@ -219,8 +219,8 @@ def test_a_second_router_by_hand_says_who_starts_it(product: Product, host: Nest
     assert (create.returncode, create.stdout, create.stderr) == (
         1,
         "",
-        f"<3>exit: another nanoclawd (pid {pid}) has the database '{host.home}/{DATABASE}' "
-        "(there is one for each user: see 'systemctl --user status nanoclaw')\n",
+        f"error: another nanoclawd (pid {pid}) has the database '{host.home}/{DATABASE}'\n"
+        "hint: stop it first: 'systemctl --user stop nanoclaw.service'\n",
     )
     assert product.send(agent, "still there") == "still there"
 
@@ -265,13 +265,14 @@ def test_a_socket_path_that_is_too_long_is_told_by_its_length(
         (
             "mv {db} {db}.kept",
             "the database '{db}' is missing, though there are agents beside it",
-            "put a backup (nanoclaw.db.backup-*) back in its place, or accept the loss of all queued "
-            "messages with 'nanoclawd --create-database'",
+            "put a backup in its place with 'nanoclawd --restore-database FILE', or accept the loss of all "
+            "queued messages with 'nanoclawd --create-database'",
         ),
         (
             "cp {db} {db}.kept; echo garbage, and more of it than a header > {db}",
             "the database '{db}' cannot be opened: file is not a database",
-            "put a backup (nanoclaw.db.backup-*) in its place; 'sqlite3 FILE .recover' may help",
+            "'nanoclawd --salvage-database' takes what can be read of it, "
+            "'nanoclawd --restore-database FILE' a backup in its place",
         ),
     ],
     ids=["missing", "damaged"],

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from nanoclawd import limits, paths
-from nanoclawd.db import APPLICATION_ID, FULL, Database, Row, Transaction, now_ms, read_queries
+from nanoclawd.db import FULL, Database, Row, Transaction, now_ms, read_queries
+from nanoclawd.dbfile import APPLICATION_ID
 from nanoclawd.errors import ConfigError, Refused, Unavailable
 from tests.support.commits import HeldCommits
 from tests.support.varlink_peer import eventually
