@@ -356,7 +356,7 @@ def fail_turn(
         elif how is Treatment.SPLIT:
             tx.all("end_sharing", id=row["id"], attempts=min(limits.SHARED_ATTEMPTS, attempts - 1))
     if how is Treatment.DEFER and wait >= limits.DELAY_NOTICE_S * 1000:
-        text = f"Still waiting: {one_line(reason)} This is tried again by itself."
+        text = f"Still waiting: {one_line(reason).rstrip('.')}. This is tried again by itself."
         _notify(tx, session, turn.messages[-1], turn, text, name="delay")
     return Failure(messages=rows, not_before=not_before)
 

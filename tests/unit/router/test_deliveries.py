@@ -171,6 +171,86 @@ def test_younger_delivery_waits_for_an_older_one_of_its_chat(place: Place) -> No
     place.run(run)
 
 
+def test_younger_delivery_waits_until_the_older_one_is_reported(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("first")
+            first = await adapter.delivery()
+            await router.deliver("second")
+            await router.deliver("elsewhere", chat="other")
+            assert await adapter.reply() == "echo: elsewhere"
+            await adapter.failed(first, retryable=True)  # what came behind it has not been handed out
+            assert await adapter.delivery() == first
+            await adapter.sent(first)
+            assert await adapter.reply() == "echo: second"
+
+    place.run(run)
+
+
+def test_who_waits_for_one_answer_gets_it_whatever_else_waits(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("first")
+            held = await adapter.delivery()
+            mine = await router.attach(event="e2")
+            await router.deliver("second")
+            assert await mine.reply() == "echo: second"
+            await adapter.sent(held)
+            assert [row["state"] for row in await router.outbox()] == ["sent", "sent"]
+
+    place.run(run)
+
+
+def test_parts_that_the_platform_has_are_known_after_a_restart(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("long text")
+            delivery = await adapter.delivery()
+            assert delivery["partsSent"] == 0
+            part = {"channel": "test", "key": delivery["key"], "receipt": "r"}
+            for parts in (1, 3, 2):  # one is late
+                await adapter.calls.call(f"{CHANNEL}.ReportPart", {**part, "parts": parts})
+            for wrong in ({"parts": 0}, {"parts": -1}, {"parts": 1, "receipt": "a\nb"}):
+                with pytest.raises(VarlinkError, match="Refused"):
+                    await adapter.calls.call(f"{CHANNEL}.ReportPart", {**part, **wrong})
+            with pytest.raises(VarlinkError, match="NotFound"):
+                await adapter.calls.call(f"{CHANNEL}.ReportPart", {**part, "parts": 1, "key": "none"})
+        async with place.router() as router:
+            adapter = await router.attach()
+            again = await adapter.delivery()
+            assert again == {**delivery, "partsSent": 3}
+            await adapter.sent(again)
+            assert [row["state"] for row in await router.outbox()] == ["sent"]
+
+    place.run(run)
+
+
+def test_adapter_that_reports_nothing_is_hung_up_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REPORT_S", 0.2)
+
+    async def run() -> None:
+        async with place.router() as router:
+            dead = await router.attach()
+            await router.deliver("first")
+            delivery = await dead.delivery()
+            part = {"channel": "test", "key": delivery["key"], "receipt": "r"}
+            (outlet,) = router.outlets._outlets
+            assert outlet.deadline is not None
+            before = outlet.deadline.when()
+            await dead.calls.call(f"{CHANNEL}.ReportPart", {**part, "parts": 1})
+            assert outlet.deadline.when() > before  # whoever reports parts is at work
+            with pytest.raises(VarlinkError, match="Refused"):
+                await dead.delivery()
+            monkeypatch.setattr(limits, "REPORT_S", 300)
+            alive = await router.attach()
+            assert await alive.reply() == "echo: first"
+
+    place.run(run)
+
+
 def test_report_of_what_does_not_exist_is_refused(place: Place) -> None:
     async def run() -> None:
         async with place.router() as router:
