@@ -24,7 +24,7 @@ from pathlib import Path
 
 from systemd import daemon
 
-from nanoclawd import journal, limits, paths, recovery, sandbox
+from nanoclawd import journal, limits, paths, recovery, retention, sandbox
 from nanoclawd.agent_service import AgentService
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
@@ -183,6 +183,7 @@ async def _route(
             tasks.create_task(Server(control_service.service, control).run(), name="control")
             tasks.create_task(Server(channel_service.service, channel).run(), name="channel")
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
+            tasks.create_task(retention.run(db, lambda: registry.settings.retention_days), name="retention")
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             # What was made while starting lives for ever: the collector need not look at it again.
             gc.collect()

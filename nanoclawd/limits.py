@@ -25,6 +25,7 @@ TEXT_BYTES = 256 << 10  #: one message in either direction, as UTF-8
 NAME_BYTES = 255  #: channel, chat, thread, event, sender, receipt
 QUEUED_PER_SESSION = 1000  #: inbound messages waiting; more are refused
 QUEUED_TOTAL = 50_000
+PRUNED_AT_ONCE = 20  #: messages with their deliveries, in one transaction
 RETENTION_DAYS = 30  #: of messages that have ended, unless nanoclaw.toml says otherwise
 REPLIES_PER_TURN = 16
 SENDS_PER_TURN = 100

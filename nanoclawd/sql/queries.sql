@@ -267,6 +267,27 @@ UPDATE inbox SET dropped = 1 WHERE id = :id AND state = 'dead' AND NOT dropped R
 -- drop_delivery --
 UPDATE outbox SET dropped = 1 WHERE key = :key AND state = 'dead' AND NOT dropped RETURNING key;
 
+-- find_old --
+-- Messages that ended before :before and may be deleted with all their deliveries. A dead letter is needed until it
+-- is dropped; so is what was sent in mid-turn by the first turn of a message that may be tried again.
+SELECT id FROM inbox
+ WHERE ended_at < :before AND (state != 'dead' OR dropped)
+   AND NOT EXISTS (SELECT 1 FROM outbox WHERE message = inbox.id
+                      AND (ended_at IS NULL OR ended_at >= :before OR (state = 'dead' AND NOT dropped)
+                           OR (kind = 'message' AND turn IN
+                               (SELECT first_turn FROM inbox
+                                 WHERE state IN ('queued', 'leased') OR (state = 'dead' AND NOT dropped)))))
+ ORDER BY ended_at LIMIT :limit;
+
+-- delete_deliveries --
+DELETE FROM outbox WHERE message = :message;
+
+-- delete_message --
+DELETE FROM inbox WHERE id = :id;
+
+-- find_gone_agents --
+SELECT DISTINCT agent FROM session WHERE agent NOT IN (SELECT name FROM agent);
+
 -- list_agents --
 SELECT * FROM agent ORDER BY name;
 

@@ -1,0 +1,52 @@
+"""Messages that ended long ago are deleted with their deliveries: at start, and then once a day.
+
+The file does not shrink, but what becomes free in it is used again. Giving pages back would need
+auto_vacuum, which must be there from the first table on and moves pages at each commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from nanoclawd import journal, limits
+from nanoclawd.db import Database, Transaction, now_ms
+from nanoclawd.errors import Unavailable
+
+DAY_S = 86_400
+
+
+async def run(db: Database, days: Callable[[], int]) -> None:
+    """Prune once a day until cancelled; `days` says how long what has ended is kept, 0 is for ever."""
+    while True:
+        if kept := days():
+            try:
+                await prune(db, before=now_ms() - kept * DAY_S * 1000)
+            except Unavailable as exc:
+                journal.warning("prune-failed", f"{exc}, trying again in a day")
+        await asyncio.sleep(DAY_S)
+
+
+async def prune(db: Database, *, before: int) -> None:
+    """Delete what ended before `before` (ms) and is not needed, a little at a time. Raises Unavailable."""
+    pruned = 0
+    while rows := await db.read("find_old", before=before, limit=limits.PRUNED_AT_ONCE):
+        ids = [row["id"] for row in rows]
+        await db.write(partial(_delete, ids=ids))
+        pruned += len(ids)
+    if pruned:
+        await db.write(_remove_sessions)
+        journal.info("pruned", messages=pruned)
+
+
+def _delete(tx: Transaction, ids: Sequence[str]) -> None:
+    for id in ids:
+        tx.all("delete_deliveries", message=id)
+        tx.all("delete_message", id=id)
+
+
+def _remove_sessions(tx: Transaction) -> None:
+    """Delete the sessions of agents that were removed, once no message names them."""
+    for row in tx.all("find_gone_agents"):
+        tx.all("remove_sessions", agent=row["agent"])
