@@ -108,8 +108,13 @@ class Outlets:
         """
         takers = [outlet for outlet in self._outlets if outlet.live and outlet.sees(*place[:2])]
         claimed = []
-        for event in {outlet.event for outlet in takers}:
-            claimed += queue.claim_next_delivery(tx, *place, event=event)
+        for outlet in takers:
+            if outlet.event is not None:
+                claimed += queue.claim_deliveries(
+                    tx, outlet.channel, chat=place[1], event=outlet.event, limit=limits.STREAM_QUEUE // 2
+                )
+        if any(outlet.event is None for outlet in takers):
+            claimed += queue.claim_next_delivery(tx, *place)
         return claimed
 
     def publish(self, deliveries: Iterable[Delivery]) -> None:

@@ -438,22 +438,21 @@ def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
     return [row["event"] for row in stopped]
 
 
-def claim_next_delivery(
-    tx: Transaction, channel: str, chat: str, thread: str, *, event: str | None
-) -> list[Delivery]:
-    """Lease the oldest delivery of a chat for its adapter, if it is due and none is leased.
-
-    With `event`: of those that answer it, whatever else waits in the chat.
-    """
-    row = tx.one("next_delivery", channel=channel, chat=chat, thread=thread, event=event, now=now_ms())
+def claim_next_delivery(tx: Transaction, channel: str, chat: str, thread: str) -> list[Delivery]:
+    """Lease the oldest delivery of a chat for its adapter, if it is due and none is leased."""
+    row = tx.one("next_delivery", channel=channel, chat=chat, thread=thread, now=now_ms())
     return [] if row is None else [_claim_delivery(tx, row)]
 
 
 def claim_deliveries(
     tx: Transaction, channel: str, *, chat: str | None = None, event: str | None = None, limit: int
 ) -> list[Delivery]:
-    """The same for each chat of an adapter's, oldest first."""
-    rows = tx.all("due_deliveries", channel=channel, chat=chat, event=event, now=now_ms(), limit=limit)
+    """The same for each chat of an adapter's, oldest first; with `event`, all that answers it and is due."""
+    place = {"channel": channel, "chat": chat, "now": now_ms(), "limit": limit}
+    if event is None:
+        rows = tx.all("due_deliveries", **place)
+    else:
+        rows = tx.all("deliveries_of_event", event=event, **place)
     return [_claim_delivery(tx, row) for row in rows]
 
 

@@ -6,8 +6,8 @@ import asyncio
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 
 from systemd import daemon
 

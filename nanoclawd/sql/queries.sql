@@ -138,23 +138,25 @@ SELECT count(*) AS sends FROM outbox WHERE message = :message AND key != :key;
 
 -- next_delivery --
 -- The oldest open delivery of a chat, unless it must wait or an adapter has it: then the younger ones wait, too.
--- With an event: of what answers it, alone or with its turn.
 SELECT * FROM outbox
- WHERE seq = (SELECT min(seq) FROM outbox AS open
-               WHERE channel = :channel AND chat = :chat AND thread = :thread AND state IN ('pending', 'leased')
-                 AND (:event IS NULL OR in_reply_to = :event OR turn IN
-                      (SELECT turn FROM inbox WHERE channel = :channel AND chat = :chat AND thread = :thread
-                          AND event = :event)))
+ WHERE seq = (SELECT min(seq) FROM outbox WHERE channel = :channel AND chat = :chat AND thread = :thread
+                 AND state IN ('pending', 'leased'))
    AND state = 'pending' AND not_before <= :now;
+
+-- deliveries_of_event --
+-- What answers one event, alone or with its turn.
+SELECT * FROM outbox
+ WHERE channel = :channel AND state = 'pending' AND not_before <= :now AND (:chat IS NULL OR chat = :chat)
+   AND (in_reply_to = :event OR turn IN
+        (SELECT turn FROM inbox WHERE channel = :channel AND chat = outbox.chat AND thread = outbox.thread
+            AND event = :event))
+ ORDER BY seq LIMIT :limit;
 
 -- due_deliveries --
 -- The same for each chat of a channel.
 SELECT outbox.* FROM outbox
   JOIN (SELECT min(seq) AS seq FROM outbox
          WHERE channel = :channel AND state IN ('pending', 'leased') AND (:chat IS NULL OR chat = :chat)
-           AND (:event IS NULL OR in_reply_to = :event OR turn IN
-                (SELECT turn FROM inbox WHERE channel = :channel AND chat = outbox.chat AND thread = outbox.thread
-                    AND event = :event))
          GROUP BY chat, thread) AS oldest USING (seq)
  WHERE state = 'pending' AND not_before <= :now ORDER BY seq LIMIT :limit;
 

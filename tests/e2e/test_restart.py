@@ -191,7 +191,7 @@ def test_a_person_may_stop_the_unit_and_the_turn_is_tried_again(product: Product
 def test_an_idle_container_leaves_and_the_next_message_brings_a_new_one(
     product: Product, machine: Machine
 ) -> None:
-    agent = product.add("", "--idle-seconds", "1")
+    agent = product.add("", "--idle-seconds", "3")
     product.send(agent, "hello")
     first = product.runner_pid(agent)
 
@@ -293,8 +293,8 @@ def test_stop_and_start_give_a_running_turn_back(product: Product, machine: Mach
     product.ctl("agent", "start", agent)
 
     # What the person stopped is no failed attempt.
-    assert wait_reply(sending) == "attempt 1, already sent: nothing"
-    assert_answered_once(product, agent, attempt=1)
+    assert wait_reply(sending) == "attempt 2, already sent: nothing"
+    assert_answered_once(product, agent, attempt=2)
 
 
 def test_restart_takes_the_new_configuration_and_gives_a_running_turn_back(
@@ -309,7 +309,7 @@ def test_restart_takes_the_new_configuration_and_gives_a_running_turn_back(
 
     product.ctl("agent", "restart", agent)
 
-    assert wait_reply(sending) == "attempt 1, already sent: nothing"
+    assert wait_reply(sending) == "attempt 2, already sent: nothing"
     assert product.runner_pid(agent) != first
     assert machine.unit(product.session(agent)["unit"], "TasksMax") == {"TasksMax": "44"}
 

@@ -176,9 +176,11 @@ class Conversation:
                 deliveries = await asyncio.to_thread(chat.list_deliveries)
             except ValueError as exc:
                 raise ToolError(str(exc)) from exc
-            return "\n".join(
-                f"{delivery['state']} {delivery['reason']}: {delivery['text']}" for delivery in deliveries
-            )
+            lines = []
+            for delivery in deliveries:
+                reason = f" ({delivery['reason']})" if delivery["reason"] else ""
+                lines.append(f"{delivery['state']}{reason}: {delivery['text']}")
+            return "\n".join(lines) or "You have not said anything in this chat yet."
 
         # The agent's shell gets our environment, without what only we need, and a name for git.
         ours, agent = ("NANOCLAW_", "NOTIFY_", "ANTHROPIC_"), self._settings["agent"]

@@ -137,6 +137,37 @@ def test_message_in_mid_turn(runner: Runner, api: MessagesApi) -> None:
     assert runner.router.wait("FinishTurn")["replies"] == ["done"]
 
 
+def test_message_that_arrives_while_a_tool_runs_joins_the_conversation(
+    make_runner: MakeRunner, api: MessagesApi
+) -> None:
+    runner = make_runner(provider="anthropic")
+    runner.router.joining = [{"id": "m2", "sender": "Bob", "receivedAt": 1.0, "text": "blue, please"}]
+    api.add({"tool_use": [{"name": "bash", "input": {"command": "echo 42"}}]}, {"text": "It is blue."})
+
+    runner.router.give("paint the cat")
+
+    finish = runner.router.wait("FinishTurn")
+    assert (finish["replies"], finish["answers"], finish["last"]) == (["It is blue."], [""], "m2")
+    _, second = api.wait_requests(2)
+    result, text = last_user_blocks(second)
+    assert result["type"] == "tool_result" and "42" in str(result["content"])
+    assert "arrived while you worked" in text["text"] and 'from="Bob"' in text["text"]
+    (line,) = [line for line in transcript(runner) if "joined" in line]
+    assert line["joined"] == ["m2"]
+    assert line["message"]["content"] == second["body"]["messages"][-1]["content"]
+
+
+def test_model_sees_what_became_of_what_it_said(runner: Runner, api: MessagesApi) -> None:
+    delivery = {"kind": "reply", "text": "hi", "state": "failed", "attempts": 36, "reason": "no such room"}
+    runner.router.deliveries = [delivery]
+    api.add({"tool_use": [{"name": "list_deliveries", "input": {}}]}, {"text": "ok"})
+
+    runner.router.give("did it arrive?")
+
+    _, second = api.wait_requests(2)
+    assert "failed (no such room): hi" in str(last_user_blocks(second))
+
+
 # ---------------------------------------------------------------------------------------------- errors
 
 
