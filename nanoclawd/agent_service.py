@@ -185,12 +185,13 @@ class AgentService:
         return {}
 
     async def _fail(self, session: Session, turn: Turn, error: Json) -> None:
-        line = " ".join(error["message"].split())[:500] or error["code"]
+        code = _line(error["code"], 40)
+        line = _line(error["message"], 500) or code
         after_s = min(max(0.0, error["retryAfterSeconds"] or 0.0), limits.RETRY_AFTER_MAX_S)
         await self._turns.fail_turn(
             session,
             turn,
-            reason=f"{line} ({error['code'][:40]})",
+            reason=f"{line} ({code})",
             how=queue.treatment(error["code"], retryable=error["retryable"], shared=len(turn.messages) > 1),
             retry_after_ms=int(after_s * 1000),
         )
@@ -230,6 +231,11 @@ def _running(call: Call) -> tuple[Session, Turn]:
 
 def _no_such_turn(turn: str) -> VarlinkError:
     return VarlinkError(f"{INTERFACE}.NoSuchTurn", {"turn": turn[:64]})
+
+
+def _line(text: str, characters: int) -> str:
+    """Return the beginning of what an agent wrote as one line that moves no cursor."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:characters]).split())
 
 
 def _check_text(path: str, text: str) -> None:

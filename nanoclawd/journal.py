@@ -37,12 +37,14 @@ def debug(event: str, text: str = "", **fields: Any) -> None:
 
 def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
     unit = fields.pop("unit", None)
-    shown = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    text = _visible(text)
+    fields = {name: _visible(str(value)) for name, value in fields.items() if value is not None}
+    shown = " ".join(f"{name}={value}" for name, value in fields.items())
     line = " ".join(part for part in (f"{event}:" if text or shown else event, text, shown) if part)
     if not _to_journal:  # started by hand: stderr is where a person looks
         print(f"<{priority}>{line}" if not sys.stderr.isatty() else line, file=sys.stderr, flush=True)
         return
-    extra = {f"NANOCLAWD_{name.upper()}": str(value) for name, value in fields.items() if value is not None}
+    extra = {f"NANOCLAWD_{name.upper()}": value for name, value in fields.items()}
     if unit is not None:
         extra["USER_UNIT"] = unit
     caller = sys._getframe(2)  # send() itself would walk and read the stack, for each line
@@ -56,3 +58,8 @@ def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
         NANOCLAWD_EVENT=event,
         **extra,
     )
+
+
+def _visible(text: str) -> str:
+    """Return `text` on one line: what an agent said must look like no line of ours, nor move the cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
