@@ -31,12 +31,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _seconds[str(Path(report.nodeid.split("::")[0]).parent)] += report.duration
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the times to tests/run, which prints them."""
-    if path := os.environ.get("NANOCLAW_TEST_TIMES"):
-        with open(path, "a", encoding="utf-8") as file:
-            for name, seconds in _seconds.items():
-                file.write(f"{seconds * 1000:.0f} pytest: {name}\n")
+    path = os.environ.get("NANOCLAW_TEST_TIMES")
+    if path is None or "PYTEST_XDIST_WORKER" in os.environ:  # the reports of all workers come to one process
+        return
+    workers = session.config.getoption("numprocesses") or 1
+    with open(path, "a", encoding="utf-8") as file:
+        for name, seconds in sorted(_seconds.items()):
+            file.write(f"{seconds * 1000:.0f} {name}, added up over {workers} workers\n")
 
 
 @pytest.fixture(scope="session")

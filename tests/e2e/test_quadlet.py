@@ -33,6 +33,9 @@ SANDBOX = """
     ProtectProc=invisible ProcSubset=pid
 """
 
+#: Said by systemd, at times with no unit's name to it.
+GENERATOR_FAILED = r"<3> .*podman-user-generator failed"
+
 
 def agent(name: str = "berta", *, toml: str = "", **more: Any) -> dict[str, Any]:
     return {"name": name, "toml": toml, **more}
@@ -153,6 +156,7 @@ def test_a_damaged_unit_harms_only_its_directory(machine: Machine, peer: Peer) -
     assert set(peer.ask("install", agent("berta"), agent("anna", index=1)).values()) == {None}
     machine.sh("echo garbage > ~/.config/containers/systemd/nanoclaw/0/nanoclaw-berta@.container")
     machine.systemctl("daemon-reload")
+    machine.expect_journal(GENERATOR_FAILED)
 
     assert machine.unit("nanoclaw-anna@s1.service", "LoadState") == {"LoadState": "loaded"}
     assert machine.unit("nanoclaw-berta@s1.service", "LoadState") == {"LoadState": "not-found"}
@@ -164,6 +168,7 @@ def test_a_unit_that_was_cut_off_is_no_unit(machine: Machine, peer: Peer) -> Non
         "cd ~/.config/containers/systemd/nanoclaw/0 && sed -i '/^Image=/,$d' nanoclaw-berta@.container"
     )
     machine.systemctl("daemon-reload")
+    machine.expect_journal(GENERATOR_FAILED)
 
     assert machine.unit("nanoclaw-berta@s1.service", "LoadState") == {"LoadState": "not-found"}
 
