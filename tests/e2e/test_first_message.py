@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.support.machine import Machine, MachineError
-from tests.support.product import Product
+from tests.support.product import Product, wait_reply
 
 
 def test_echo_answers_cold_and_warm_in_one_container(product: Product, machine: Machine) -> None:
@@ -86,6 +86,20 @@ def test_json_holds_message_and_replies(product: Product) -> None:
     ]
     assert len({reply["key"] for reply in answer["replies"]}) == 2
     assert product.events("message-answered", message=answer["message"])
+
+
+def test_message_in_mid_turn_joins_it_and_each_sender_gets_the_own_answer(product: Product) -> None:
+    agent = product.add()
+    first = product.send_later(agent, "/sleep 2\none")
+    product.wait_state(agent, "working")
+
+    second = product.ask("send", agent, "two", "--wait")
+
+    assert wait_reply(first) == "one"
+    assert [reply["text"] for reply in second["replies"]] == ["two"]
+    answered = product.events("message-answered", agent=agent)
+    assert len(answered) == 2
+    assert len({event["NANOCLAWD_TURN"] for event in answered}) == 1
 
 
 def test_without_wait_the_message_is_stored_and_answered_later(product: Product) -> None:
