@@ -90,6 +90,7 @@ class Turn:
     """Messages of one session that were leased together, with what earlier attempts at them sent already."""
 
     id: TurnId
+    first: TurnId  #: of the first attempt: all attempts that are shared have the same
     attempt: int  #: tries of its first message, this one included
     messages: list[Message]  #: oldest first; grows by those that join
     already_sent: Sequence[tuple[str, str]] = ()  #: key, text
@@ -251,6 +252,7 @@ def _turn(tx: Transaction, rows: Sequence[Row]) -> Turn:
         sent = tx.all("already_sent", message=head["id"], first_turn=head["first_turn"])
     return Turn(
         id=TurnId(head["turn"]),
+        first=TurnId(head["first_turn"]),
         attempt=attempt,
         messages=[_message(row) for row in rows],
         # The id of a message was put before the runner's key, see send_message().
@@ -290,7 +292,9 @@ def send_message(tx: Transaction, session: SessionRow, turn: Turn, key: str, tex
     (count,) = tx.all("count_sends", message=turn.message, key=full_key)
     if count["sends"] >= limits.SENDS_PER_TURN:
         raise Refused(f"more than {limits.SENDS_PER_TURN} messages in one turn")
-    _publish(tx, session, turn.messages[-1], full_key, DeliveryKind.MESSAGE, text, turn)
+    # Each message of a shared attempt must find it, also when it is tried alone.
+    about = turn.first if len(turn.messages) > 1 else turn.id
+    _publish(tx, session, turn.messages[-1], full_key, DeliveryKind.MESSAGE, text, about)
 
 
 def finish_turn(
@@ -320,7 +324,7 @@ def finish_turn(
             raise Refused(f"answers[{number}]: the turn has no such message")
         key = f"{turn.message}.reply{number}"
         message = known[MessageId(answered)] if answered else seen[-1]
-        _publish(tx, session, message, key, DeliveryKind.REPLY, text, None if answered else turn)
+        _publish(tx, session, message, key, DeliveryKind.REPLY, text, None if answered else turn.id)
     if state is MessageState.STOPPED:
         _notify(tx, session, seen[-1], turn, "Stopped.")
 
@@ -341,7 +345,7 @@ def fail_turn(
     rows = tx.all("leased_messages", session=session.id)
     if not rows:
         return None
-    turn = Turn(id=TurnId(rows[0]["turn"]), attempt=0, messages=[_message(row) for row in rows])
+    turn = _turn(tx, rows)
     again = [row for row in rows if _may_try_again(row, how, attempts)]
     if dead := [row for row in rows if row not in again]:
         _bury(tx, session, dead, reason, turn if len(dead) == len(rows) else None)
@@ -528,7 +532,7 @@ def _notify(
 ) -> None:
     # A dead letter that an operator put back may die again, and that is to be told, too.
     key = f"{message.id}.{name}{life or ''}"
-    _publish(tx, session, message, key, DeliveryKind.NOTICE, text, turn)
+    _publish(tx, session, message, key, DeliveryKind.NOTICE, text, None if turn is None else turn.id)
 
 
 def _publish(
@@ -538,7 +542,7 @@ def _publish(
     key: str,
     kind: DeliveryKind,
     text: str,
-    turn: Turn | None,
+    turn: TurnId | None,
 ) -> None:
     """Queue something for the chat: about a whole turn, or about `message` alone."""
     place: dict[str, Any] = {"agent": session.agent, "channel": session.channel, "chat": session.chat}
@@ -546,7 +550,7 @@ def _publish(
         "publish",
         key=key,
         message=message.id,
-        turn=None if turn is None else turn.id,
+        turn=turn,
         thread=session.thread,
         kind=kind,
         body=text,

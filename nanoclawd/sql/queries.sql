@@ -130,7 +130,8 @@ SELECT key, body FROM outbox
  WHERE kind = 'message' AND (message = :message OR turn = :first_turn) ORDER BY seq;
 
 -- messages_of_turn --
-SELECT event FROM inbox WHERE turn = :turn;
+-- That of a mid-turn message is the first attempt's, if it was shared.
+SELECT event FROM inbox WHERE turn = :turn OR first_turn = :turn;
 
 -- count_sends --
 -- Besides this one, which may be there already.

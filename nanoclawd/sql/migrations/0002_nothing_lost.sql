@@ -19,6 +19,7 @@ ALTER TABLE outbox ADD COLUMN dropped INTEGER NOT NULL DEFAULT 0 CHECK (dropped 
 UPDATE outbox SET turn = (SELECT turn FROM inbox WHERE inbox.id = outbox.message) WHERE message IS NOT NULL;
 
 CREATE INDEX inbox_turn ON inbox (turn);
+CREATE INDEX inbox_first_turn ON inbox (first_turn);
 CREATE INDEX inbox_ended ON inbox (ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX outbox_ended ON outbox (ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX outbox_turn ON outbox (turn) WHERE kind = 'message';
