@@ -67,8 +67,7 @@ class ChannelService:
                 size_bytes=size,
             )
             self._sessions.wake(session)
-            if not self._registry.may_run(agent):
-                hint = f"agent '{agent}' is stopped; 'nanoclawctl agent start {agent}' lets it go on"
+            if hint := self._sessions.explain_hold(agent):
                 self._outlets.report_activity(session, "queued", hint, [event.event])
         return {"message": message, "duplicate": session is None}
 

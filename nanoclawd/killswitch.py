@@ -37,8 +37,9 @@ class KillSwitch:
         self._on_throw = on_throw  #: what runs is ended by the person; called before any of it is gone
         self._on_release = on_release
         self.thrown = True  #: until settle() has looked
-        self._was_stopped = False  #: the slice was inactive since settle() looked
+        self._up = False  #: whether the slice is active, as far as we have heard
         self._starts = 0  #: starts of containers that are under way
+        self._crossed = False  #: the slice was stopped meanwhile: the start may bring it up again
         self._deciding = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -88,13 +89,13 @@ class KillSwitch:
         """Take one step; return whether it was the last."""
         ((held, seen),) = await self._db.read("router")
         manager = str(await self._systemd.started_at())
-        was_stopped, self._was_stopped = self._was_stopped, False
-        active = await self._is_up()
-        if active is None:
+        crossed, self._crossed = self._crossed, False
+        if await self._systemd.has_job(SLICE):
             return True  # the end of its job is announced
-        if active:
+        self._up = await self._is_up()
+        if self._up:
             # What was begun is ended; and a start of ours that crossed a person's stop is no word of theirs.
-            if (held and seen) or ((held or was_stopped) and self._starts):
+            if (held and seen) or crossed:
                 await self._note(held=True, seen="unfinished")
                 await self._systemd.stop_unit(SLICE)
                 return False
@@ -116,10 +117,7 @@ class KillSwitch:
             return False
         return True
 
-    async def _is_up(self) -> bool | None:
-        """Return whether the slice is active; None while systemd starts or stops it."""
-        if await self._systemd.has_job(SLICE):
-            return None
+    async def _is_up(self) -> bool:
         return bool(await self._systemd.unit_property(SLICE, "Unit", "ActiveState") == "active")
 
     async def start_unit(self, unit: str) -> bool:
@@ -127,7 +125,7 @@ class KillSwitch:
         self._starts += 1
         try:
             # Asked: a signal that says otherwise may still be on its way.
-            if not await self._is_up() or self.thrown:
+            if await self._systemd.has_job(SLICE) or not await self._is_up() or self.thrown:
                 return False
             await self._systemd.start_unit(unit, mode="fail")
         finally:
@@ -136,11 +134,12 @@ class KillSwitch:
 
     def unit_changed(self, change: UnitChange) -> None:
         """Systemd has something to say of a unit."""
-        if change.unit != SLICE:
-            return
-        stopped = change.active_state == "inactive"
-        self._was_stopped |= stopped
-        if stopped or change.job:  # an active slice gets no job but to be stopped
+        if change.unit != SLICE or (change.active_state == "inactive" and not self._up):
+            return  # systemd forgets units that are not up, and looks for them again when asked
+        if change.active_state is not None:
+            self._up = change.active_state == "active"
+            self._crossed |= not self._up and self._starts > 0
+        if change.job or not self._up:  # an active slice gets no job but to be stopped
             self._throw()
         self._changed.set()
 

@@ -15,6 +15,7 @@ from typing import Any
 from jeepney import DBusAddress, HeaderFields, Message, MessageType, new_method_call
 from jeepney.bus_messages import MatchRule, message_bus
 from jeepney.io.asyncio import DBusRouter, Proxy, open_dbus_connection
+from jeepney.io.common import RouterClosed
 from jeepney.wrappers import DBusErrorResponse
 
 from nanoclawd import limits
@@ -77,7 +78,8 @@ async def connect() -> AsyncIterator[Systemd]:
         yield Systemd(router)
     finally:
         # At the end of the user's session the bus may be gone before we are; that is no reason to fail.
-        with suppress(EOFError, OSError):
+        # InvalidStateError: jeepney 0.9 means to tell a call of it that was cancelled.
+        with suppress(EOFError, OSError, asyncio.InvalidStateError):
             await router.__aexit__(None, None, None)
         with suppress(OSError):
             await connection.close()
@@ -265,7 +267,8 @@ class Systemd:
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._router.send_and_get_reply(message)
-        except (TimeoutError, OSError, EOFError) as exc:
+        except (TimeoutError, OSError, EOFError, RouterClosed, KeyError) as exc:
+            # KeyError: jeepney 0.9 has forgotten the call when it ends with the bus.
             raise Unavailable(f"systemd does not answer on the user bus: {type(exc).__name__}") from exc
         if reply.header.message_type is MessageType.error:
             error = DBusErrorResponse(reply)

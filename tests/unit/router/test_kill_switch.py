@@ -96,6 +96,18 @@ def test_slice_that_is_stopped_while_the_router_is_away_counts(place: Place) -> 
     place.run(run)
 
 
+def test_who_waits_for_the_person_does_not_ask_again_and_again(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            await router.sessions.hold_all()
+            await asyncio.sleep(0.01)
+            looks = place.systemd.slice_looks
+            await asyncio.sleep(0.05)
+            assert place.systemd.slice_looks == looks
+
+    place.run(run)
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_a_hold_survives_a_reboot_and_a_reboot_is_no_hold(place: Place, held: bool) -> None:
     async def run() -> None:
@@ -168,6 +180,7 @@ def test_start_of_a_container_that_crosses_the_stop_is_undone(
         await start(unit, mode=mode)
 
     async def run() -> None:
+        place.systemd.programs = [works_for_ever]
         async with place.router() as router:
             monkeypatch.setattr(place.systemd, "start_unit", crosses)
             await router.deliver("one")
