@@ -148,9 +148,10 @@ SELECT * FROM outbox
 -- What answers one event, alone or with its turn.
 SELECT * FROM outbox
  WHERE channel = :channel AND state = 'pending' AND not_before <= :now AND (:chat IS NULL OR chat = :chat)
-   AND (in_reply_to = :event OR turn IN
-        (SELECT turn FROM inbox WHERE channel = :channel AND chat = outbox.chat AND thread = outbox.thread
-            AND event = :event))
+   AND (in_reply_to = :event
+        OR EXISTS (SELECT * FROM inbox
+                    WHERE channel = :channel AND chat = outbox.chat AND thread = outbox.thread AND event = :event
+                      AND outbox.turn IN (inbox.turn, first_turn)))
  ORDER BY seq LIMIT :limit;
 
 -- due_deliveries --
