@@ -494,7 +494,7 @@ def slow_writing() -> Seen:
 
 def never_works() -> Seen:
     """Says hello again and again, with a forged line for the journal, and asks for nothing."""
-    line = Line()
+    line = Line(hello=False)
 
     def hello() -> None:
         line.call("Hello", protocol=1, version="x\n<3>forged: \x1b[31m")

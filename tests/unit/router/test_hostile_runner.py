@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 from nanoclawd import journal, limits
-from nanoclawd.wire import Json
+from nanoclawd.wire import Json, VarlinkError
 from tests.support import hostile_runner
-from tests.support.router import Adapter, Container, Place, Router, echo
+from tests.support.router import AGENT, Adapter, Container, Place, Router, echo
 from tests.support.varlink_peer import WAIT_S, eventually
 
 HAS_PASSRIGHTS = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 16)  # see bind_listener()
@@ -273,7 +273,11 @@ def test_what_is_held_open_harms_nobody(place: Place, lines: Lines, kind: str) -
 
 @pytest.mark.parametrize("kind", ["never_works", "silent"])
 def test_runner_that_asks_for_no_work_is_stopped(
-    place: Place, monkeypatch: pytest.MonkeyPatch, lines: Lines, kind: str
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: Lines,
+    capfd: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
     monkeypatch.setattr(limits, "BACKOFF_FIRST_S", 0.01)
     monkeypatch.setattr(limits, "HELLO_S", 0.2)
@@ -286,6 +290,8 @@ def test_runner_that_asks_for_no_work_is_stopped(
         assert len(lines.of_mallory("runner-silent")) == limits.ATTEMPTS
 
     place.run(run)
+    written = capfd.readouterr().err
+    assert (r"version=x\n<3>forged: \x1b[31m" in written) == (kind == "never_works")
 
 
 def test_runner_that_leaves_with_its_turn_ends_in_a_dead_letter(
@@ -298,6 +304,38 @@ def test_runner_that_leaves_with_its_turn_ends_in_a_dead_letter(
         chat = await attack(place, hostile, lines, until_dead=True)
 
         assert (len(chat.texts), hostile.lives) == (1, limits.ATTEMPTS)
+
+    place.run(run)
+
+
+def test_offender_is_not_heard_while_its_container_takes_its_time_to_stop(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "OFFENCES", 3)
+    ended = asyncio.Event()
+
+    async def offends(container: Container) -> None:
+        await container.begin()
+        for _ in range(4):
+            with pytest.raises(VarlinkError, match="NoSuchTurn"):
+                await container.call("RenewTurn", {"turn": "forged"})
+        with pytest.raises(EOFError):
+            await container.call("RenewTurn", {"turn": "forged"})
+        late = await container.connect(hello=False)
+        await late.send(f"{AGENT}.Hello", {"protocol": 1, "version": "x"})
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(late.reader.read(1), 0.2)
+        ended.set()
+
+    async def run() -> None:
+        async def stop(unit: str) -> None:
+            await ended.wait()
+
+        monkeypatch.setattr(place.systemd, "stop_unit", stop)
+        place.systemd.programs = [offends]
+        async with place.router() as router:
+            await router.deliver("hello")
+            await asyncio.wait_for(ended.wait(), WAIT_S)
 
     place.run(run)
 
