@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 
 from nanoclawd import journal, limits, paths, queue
-from nanoclawd.db import Database, Row, Transaction, now_ms
+from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.idl import read_interface
-from nanoclawd.ids import AgentName, MessageId, unit_name
+from nanoclawd.ids import AgentName, MessageId
 from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.queue import Delivery, Event, SessionRow, session_row
 from nanoclawd.registry import Registry
@@ -58,14 +58,6 @@ class ChannelService:
         agent = self._find_agent(parameters["agent"], event)
         message, session = await self._enqueue(agent, event)
         if session is not None:
-            journal.info(
-                "message-queued",
-                message=message,
-                agent=agent,
-                channel=event.channel,
-                unit=unit_name(session.agent, session.name),
-                size_bytes=size,
-            )
             self._sessions.wake(session)
             if hint := self._sessions.explain_hold(agent):
                 self._outlets.report_activity(session, "queued", hint, [event.event])
@@ -112,17 +104,7 @@ class ChannelService:
     async def _report_sent(self, call: Call) -> Json:
         channel, key, receipt = (call.parameters[name] for name in ("channel", "key", "receipt"))
         _check_name("receipt", receipt)
-        row = await self._end(channel, key, DeliveryState.SENT, receipt=receipt)
-        if row is not None:
-            journal.info(
-                "delivery-sent",
-                message=row["message"],
-                key=key,
-                agent=row["agent"],
-                channel=channel,
-                attempt=row["attempts"],
-                size_bytes=len(row["body"].encode()),
-            )
+        await self._end(channel, key, DeliveryState.SENT, receipt=receipt)
         return {}
 
     async def _report_part(self, call: Call) -> Json:
@@ -151,22 +133,20 @@ class ChannelService:
             if not parameters["retryable"] or row["attempts"] >= limits.DELIVERY_ATTEMPTS:
                 return None
             after_s = max(0.0, min(parameters["retryAfterSeconds"] or 0.0, limits.RETRY_AFTER_MAX_S))
-            not_before = now_ms() + max(queue.backoff_ms(max(1, row["attempts"])), int(after_s * 1000))
-            released = tx.all("release_delivery", key=key, not_before=not_before, reason=reason)
-            return not_before if released else 0  # 0: it is nobody's any more
+            wait_ms = max(queue.backoff_ms(max(1, row["attempts"])), int(after_s * 1000))
+            not_before = now_ms() + wait_ms
+            if not tx.all("release_delivery", key=key, not_before=not_before, reason=reason):
+                return 0  # it is nobody's any more
+            text = f"{reason}, retrying in {wait_ms / 1000:.0f} s"
+            queue.tell_delivery(tx, journal.warning, "delivery-failed", row, text)
+            return not_before
 
         not_before = await self._db.write(release)
         if not_before is None:
-            row = await self._end(channel, key, DeliveryState.DEAD, reason=reason)
-            if row is not None:
-                journal.error("delivery-dead", reason, key=key, channel=channel, message=row["message"])
+            await self._end(channel, key, DeliveryState.DEAD, reason=reason)
             return {}
         self._outlets.reported(key)
         if not_before:
-            wait_s = (not_before - now_ms()) / 1000
-            journal.warning(
-                "delivery-failed", f"{reason}, retrying in {wait_s:.0f} s", key=key, channel=channel
-            )
             self._outlets.retry_at(channel, not_before)
         return {}
 
@@ -178,19 +158,16 @@ class ChannelService:
         *,
         receipt: str | None = None,
         reason: str | None = None,
-    ) -> Row | None:
-        """End a delivery, and hand over the next of its chat; None if it had ended before."""
+    ) -> None:
+        """End a delivery, unless it had ended before, and hand over the next of its chat."""
 
-        def end(tx: Transaction) -> tuple[Row | None, list[Delivery]]:
+        def end(tx: Transaction) -> list[Delivery]:
             row = queue.end_delivery(tx, channel, key, state=state, receipt=receipt, reason=reason)
-            if row is None:
-                return None, []
-            return row, self._outlets.claim(tx, (channel, row["chat"], row["thread"]))
+            return [] if row is None else self._outlets.claim(tx, (channel, row["chat"], row["thread"]))
 
-        row, deliveries = await self._db.write(end)
+        deliveries = await self._db.write(end)
         self._outlets.reported(key)
         self._outlets.publish(deliveries)
-        return row
 
     async def _stop_turn(self, call: Call) -> Json:
         parameters = call.parameters

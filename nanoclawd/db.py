@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +65,11 @@ class Transaction:
     def __init__(self, connection: sqlite3.Connection, queries: dict[str, str]) -> None:
         self._connection = connection
         self._queries = queries
+        self.told: list[Callable[[], None]] = []  #: lines for the journal
+
+    def tell(self, level: Callable[..., None], event: str, text: str = "", **fields: Any) -> None:
+        """Write to the journal, with a function of journal.py, as soon as all this is on disk."""
+        self.told.append(partial(level, event, text, **fields))
 
     def all(self, query: str, **parameters: Any) -> list[Row]:
         """Run a statement of queries.sql and return its rows."""
@@ -225,13 +231,16 @@ class Database:
     async def _commit(self, batch: list[_Write]) -> None:
         outcomes: list[tuple[_Write, Any, BaseException | None]] = []
         transaction = Transaction(self._writer, self._queries)
+        told: list[Callable[[], None]] = []
         try:
             await self._begin()
             clock_ms = self._follow_clock(transaction)
             for write in batch:
                 self._writer.execute("SAVEPOINT write")
+                transaction.told = []
                 try:
                     outcomes.append((write, write.operation(transaction), None))
+                    told += transaction.told
                 except Exception as exc:
                     if is_of_file(exc):
                         raise
@@ -253,6 +262,9 @@ class Database:
                 "database-write-failed", f"{exc}; nothing of it was acknowledged", writes=len(batch)
             )
             outcomes = [(write, None, failure) for write in batch]
+            told = []
+        for tell in told:
+            tell()
         for write, result, error in outcomes:
             if error is None:
                 write.done.set_result(result)

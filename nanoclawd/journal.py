@@ -1,7 +1,8 @@
 """Structured lines in the journal: an event name and fields, never content.
 
 Fields begin with NANOCLAWD_ (systemd.journal-fields(7) keeps names without prefix for itself). USER_UNIT=
-makes `journalctl --user-unit` show our line among those of the agent's unit.
+makes `journalctl --user-unit` show our line among those of the agent's unit. A list is a field with several
+values, each of which finds the line.
 """
 
 from __future__ import annotations
@@ -38,25 +39,28 @@ def debug(event: str, text: str = "", **fields: Any) -> None:
 def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
     unit = fields.pop("unit", None)
     text = _visible(text)
-    fields = {name: _visible(str(value)) for name, value in fields.items() if value is not None}
-    shown = " ".join(f"{name}={value}" for name, value in fields.items())
+    values = {
+        name: [_visible(str(one)) for one in (value if isinstance(value, list) else [value])]
+        for name, value in fields.items()
+        if value is not None
+    }
+    shown = " ".join(f"{name}={','.join(several)}" for name, several in values.items())
     line = " ".join(part for part in (f"{event}:" if text or shown else event, text, shown) if part)
     if not _to_journal:  # started by hand: stderr is where a person looks
         print(f"<{priority}>{line}" if not sys.stderr.isatty() else line, file=sys.stderr, flush=True)
         return
-    extra = {f"NANOCLAWD_{name.upper()}": value for name, value in fields.items()}
-    if unit is not None:
-        extra["USER_UNIT"] = unit
-    caller = sys._getframe(2)  # send() itself would walk and read the stack, for each line
-    sd_journal.send(
-        line,
-        CODE_FILE=caller.f_code.co_filename,
-        CODE_LINE=caller.f_lineno,
-        CODE_FUNC=caller.f_code.co_name,
-        PRIORITY=str(priority),
-        SYSLOG_IDENTIFIER=os.path.basename(sys.argv[0]),
-        NANOCLAWD_EVENT=event,
-        **extra,
+    caller = sys._getframe(2)
+    # Not send(): that would walk and read the stack, for each line, and cannot repeat a field.
+    sd_journal.sendv(
+        f"MESSAGE={line}",
+        f"CODE_FILE={caller.f_code.co_filename}",
+        f"CODE_LINE={caller.f_lineno}",
+        f"CODE_FUNC={caller.f_code.co_name}",
+        f"PRIORITY={priority}",
+        f"SYSLOG_IDENTIFIER={os.path.basename(sys.argv[0])}",
+        f"NANOCLAWD_EVENT={event}",
+        *([f"USER_UNIT={unit}"] if unit is not None else []),
+        *(f"NANOCLAWD_{name.upper()}={one}" for name, several in values.items() for one in several),
     )
 
 

@@ -6,15 +6,15 @@ Their states are in states.py. Each function here is one step, to be run by Data
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from nanoclawd import limits, wire
+from nanoclawd import journal, limits, wire
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
-from nanoclawd.ids import AgentName, MessageId, SessionName, TurnId, new_message_id, new_turn_id
+from nanoclawd.ids import AgentName, MessageId, SessionName, TurnId, new_message_id, new_turn_id, unit_name
 from nanoclawd.states import DeliveryState, MessageState
 
 
@@ -195,6 +195,8 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
     tx.all(
         "enqueue", id=message, session=session.id, sender=event.sender, body=event.text, now=now_ms(), **key
     )
+    size = len(event.text.encode())
+    _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session
 
 
@@ -214,6 +216,8 @@ def claim_turn(tx: Transaction, session: SessionRow, *, attempts: int) -> Turn |
     if head["attempts"] <= limits.SHARED_ATTEMPTS and head["attempts"] < attempts:
         first_turn = None if head["first_turn"] == turn.id else head["first_turn"]
         turn.messages += _join(tx, session, turn, first_turn)
+    for message in turn.messages:
+        _tell(tx, "message-leased", session, message.id, turn.id, attempt=turn.attempt)
     return turn
 
 
@@ -222,7 +226,10 @@ def join_turn(tx: Transaction, session: SessionRow, turn: Turn) -> list[Message]
 
     The caller adds it to the turn once that is on disk.
     """
-    return _join(tx, session, turn, None) if turn.attempt == 1 else []
+    joining = _join(tx, session, turn, None) if turn.attempt == 1 else []
+    for message in joining:
+        _tell(tx, "message-leased", session, message.id, turn.id, attempt=turn.attempt)
+    return joining
 
 
 def _join(tx: Transaction, session: SessionRow, turn: Turn, first_turn: str | None) -> list[Message]:
@@ -314,9 +321,14 @@ def finish_turn(
     unseen = turn.behind(last) if last is not None else []
     for message in unseen:
         tx.all("leave_turn", id=message.id, turn=turn.id)
+        _tell(tx, "message-put-back", session, message.id, turn.id)
     if not tx.all("finish_turn", session=session.id, turn=turn.id, state=state, now=now_ms()):
         raise NotFound(f"turn {turn.id} has no lease any more")
     seen = turn.messages[: len(turn.messages) - len(unseen)]
+    for message in seen:
+        _tell(
+            tx, f"message-{state}", session, message.id, turn.id, attempt=turn.attempt, replies=len(replies)
+        )
     known = {message.id: message for message in seen}
     for number, text in enumerate(replies):
         answered = answers[number] if answers else ""
@@ -355,6 +367,7 @@ def fail_turn(
     not_before = now_ms() + wait
     for row in again:
         tx.all("requeue_message", id=row["id"], not_before=not_before, reason=reason)
+        _tell_failure(tx, session, row, reason, wait)
         if how is Treatment.DEFER:
             tx.all("count_deferral", id=row["id"])
         elif how is Treatment.SPLIT:
@@ -379,7 +392,10 @@ def _backoff_ms(row: Row, how: Treatment) -> int:
 
 def put_back(tx: Transaction, session: SessionRow) -> list[Row]:
     """Put what the session has leased back into the queue: we broke its turn off. Returns it."""
-    return tx.all("put_back", session=session.id)
+    rows = tx.all("put_back", session=session.id)
+    for row in rows:
+        _tell(tx, "message-put-back", session, row["id"], row["turn"])
+    return rows
 
 
 def fail_start(
@@ -393,9 +409,11 @@ def fail_start(
     if message is None:
         return None
     tried = message["attempts"] + 1
-    not_before = now_ms() + backoff_ms(tried)
+    wait = backoff_ms(tried)
+    not_before = now_ms() + wait
     tx.all("fail_start", id=message["id"], not_before=not_before, reason=reason)
     if not final and tried < attempts:
+        _tell_failure(tx, session, message, reason, wait)
         return Failure(messages=[message], not_before=not_before)
     _bury(tx, session, [message], reason)
     return Failure(messages=[message], not_before=None)
@@ -415,6 +433,7 @@ def _bury(
     """End messages as dead letters, and say so in their chat: once for all of a turn."""
     for row in rows:
         tx.all("finish_message", id=row["id"], state=MessageState.DEAD, now=now_ms(), reason=reason)
+        _tell_failure(tx, session, row, reason, None)
     told = rows[-1:] if turn is not None else rows
     for row in told:
         subject = "Your message" if len(rows) == 1 or turn is None else f"Your last {len(rows)} messages"
@@ -439,6 +458,7 @@ def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
     )
     for row in stopped:
         _notify(tx, session, _message(row), None, "Stopped.", life=row["revived"])
+        _tell(tx, "message-stopped", session, row["id"], None)
     return [row["event"] for row in stopped]
 
 
@@ -462,6 +482,7 @@ def claim_deliveries(
 
 def _claim_delivery(tx: Transaction, row: Row) -> Delivery:
     tx.all("claim_delivery", seq=row["seq"])
+    tell_delivery(tx, journal.info, "delivery-leased", row)
     events = [] if row["in_reply_to"] is None else [row["in_reply_to"]]
     if row["turn"] is not None:
         events += [message["event"] for message in tx.all("messages_of_turn", turn=row["turn"])]
@@ -495,6 +516,9 @@ def end_delivery(
     )
     if row is None:
         find_delivery(tx, channel, key)
+    else:
+        level = journal.info if state is DeliveryState.SENT else journal.error
+        tell_delivery(tx, level, f"delivery-{state}", row, reason or "")
     return row
 
 
@@ -514,6 +538,44 @@ def retry_dead_letter(tx: Transaction, id: str) -> bool:
 def drop_dead_letter(tx: Transaction, id: str) -> bool:
     """Have done with a dead message or delivery; False if it is not dead, or dropped already."""
     return bool(tx.all("drop_message", id=id) or tx.all("drop_delivery", key=id))
+
+
+def _tell(
+    tx: Transaction,
+    event: str,
+    session: SessionRow,
+    message: str,
+    turn: str | None,
+    text: str = "",
+    level: Callable[..., None] = journal.info,
+    **fields: Any,
+) -> None:
+    """Tell the journal of a message: with its id, these lines are its story."""
+    unit = unit_name(session.agent, session.name)
+    tx.tell(level, event, text, message=message, turn=turn, agent=session.agent, unit=unit, **fields)
+
+
+def _tell_failure(
+    tx: Transaction, session: SessionRow, row: Row, reason: str, retry_after_ms: int | None
+) -> None:
+    event, text, level = "message-dead", reason, journal.error
+    if retry_after_ms is not None:
+        event, level = "message-failed", journal.warning
+        text = f"{reason}, retrying in {retry_after_ms / 1000:.0f} s"
+    counts = {name: row[name] for name in ("attempts", "deferrals")}
+    _tell(tx, event, session, row["id"], row["turn"], text, level, **counts)
+
+
+def tell_delivery(tx: Transaction, level: Callable[..., None], event: str, row: Row, text: str = "") -> None:
+    """Tell the journal of a delivery, with the ids of all messages that it answers."""
+    messages = {row["message"]} if row["message"] is not None else set()
+    if row["turn"] is not None:
+        messages |= {message["id"] for message in tx.all("messages_of_turn", turn=row["turn"])}
+    names = ("key", "turn", "agent", "channel", "attempts")
+    size = len(row["body"].encode())
+    tx.tell(
+        level, event, text, message=sorted(messages), **{name: row[name] for name in names}, size_bytes=size
+    )
 
 
 def _lease_end() -> int:

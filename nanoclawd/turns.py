@@ -196,17 +196,6 @@ class Turns:
             lambda tx: queue.finish_turn(tx, session.row, turn, state, replies, answers, last),
         )
         self._outlets.report_activity(session.row, "idle", events=turn.events)
-        for message in turn.messages:
-            journal.info(
-                "message-answered",
-                message=message.id,
-                turn=turn.id,
-                unit=session.unit,
-                agent=session.row.agent,
-                attempt=turn.attempt,
-                outcome=state,
-                replies=len(replies),
-            )
 
     async def fail_turn(
         self, session: Session, turn: Turn, *, reason: str, how: Treatment, retry_after_ms: int = 0
@@ -276,18 +265,6 @@ class Turns:
 
     def _note_failure(self, session: Session, failure: Failure, reason: str) -> None:
         dead = failure.not_before is None
-        wait_s = 0.0 if failure.not_before is None else max(0, failure.not_before - now_ms()) / 1000
-        for message in failure.messages:
-            (journal.error if dead else journal.warning)(
-                "message-dead" if dead else "message-failed",
-                reason if dead else f"{reason}, retrying in {wait_s:.0f} s",
-                message=message["id"],
-                turn=message["turn"],
-                attempts=message["attempts"],
-                deferrals=message["deferrals"],
-                unit=session.unit,
-                agent=session.row.agent,
-            )
         kind, text = ("idle", "") if dead else ("retrying", queue.one_line(reason))
         self._outlets.report_activity(session.row, kind, text, events=failure.events)
 

@@ -35,9 +35,7 @@ def _attempts(document: Json) -> str:
 
 
 def _journal(document: Json) -> str:
-    # What a message shares with others of its turn is in the journal under that turn.
-    turn = f" + NANOCLAWD_TURN={document['turn']}" if document.get("turn") else ""
-    return f"journalctl --user NANOCLAWD_MESSAGE={document['id']}{turn}" if "id" in document else ""
+    return f"journalctl --user NANOCLAWD_MESSAGE={document['id']}" if "id" in document else ""
 
 
 _MESSAGES: output.Fields = {

@@ -131,7 +131,7 @@ SELECT key, body FROM outbox
 
 -- messages_of_turn --
 -- That of a mid-turn message is the first attempt's, if it was shared.
-SELECT event FROM inbox WHERE turn = :turn OR first_turn = :turn;
+SELECT id, event FROM inbox WHERE turn = :turn OR first_turn = :turn;
 
 -- count_sends --
 -- Besides this one, which may be there already.

@@ -349,7 +349,9 @@ class RouterDouble:
                 item = await queue.get()
                 found = item["delivery"] if "delivery" in item else item["activity"]
                 wanted = call.parameters["event"]
-                if found["chat"] == call.parameters["chat"] and (wanted is None or wanted in found["events"]):
+                if found["chat"] == call.parameters["chat"] and (
+                    wanted is None or wanted in found["events"]
+                ):
                     await call.send(item)
         finally:
             self._streams.remove(stream)

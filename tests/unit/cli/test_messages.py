@@ -39,9 +39,7 @@ def test_a_message_is_shown_with_its_text_its_deliveries_and_its_journal(
     assert "dead: it broke" in shown
     assert "What is␛ new?\n" in shown
     assert fields["Delivery"] == "m0123456789abcdef.notice"
-    assert fields["Journal"] == (
-        "journalctl --user NANOCLAWD_MESSAGE=m0123456789abcdef + NANOCLAWD_TURN=t0123456789abcdef"
-    )
+    assert fields["Journal"] == "journalctl --user NANOCLAWD_MESSAGE=m0123456789abcdef"
     assert "Receipt" not in fields
 
 
