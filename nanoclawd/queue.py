@@ -94,6 +94,7 @@ class Turn:
     attempt: int  #: tries of its first message, this one included
     messages: list[Message]  #: oldest first; grows by those that join
     already_sent: Sequence[tuple[str, str]] = ()  #: key, text
+    stopping: bool = False  #: the person has said stop
 
     @property
     def message(self) -> MessageId:
@@ -266,6 +267,7 @@ def _turn(tx: Transaction, rows: Sequence[Row]) -> Turn:
         already_sent=[
             (row["key"].partition("/")[2], row["body"][: limits.ALREADY_SENT_CHARACTERS]) for row in sent
         ],
+        stopping=any(row["stopping"] for row in rows),
     )
 
 
@@ -324,6 +326,7 @@ def finish_turn(
         _tell(tx, "message-put-back", session, message.id, turn.id)
     if not tx.all("finish_turn", session=session.id, turn=turn.id, state=state, now=now_ms()):
         raise NotFound(f"turn {turn.id} has no lease any more")
+    _end(tx, session, "end_stopping")
     seen = turn.messages[: len(turn.messages) - len(unseen)]
     for message in seen:
         _tell(
@@ -352,8 +355,10 @@ def fail_turn(
 ) -> Failure | None:
     """Put what the session has leased back for a later attempt, or bury it with a notice in its chat.
 
-    `attempts` is how many a message gets. Returns None if nothing was leased.
+    `attempts` is how many a message gets. What the person said stop to ends so. Returns None if nothing else
+    was leased.
     """
+    _end(tx, session, "end_stopping")
     rows = tx.all("leased_messages", session=session.id)
     if not rows:
         return None
@@ -392,6 +397,7 @@ def _backoff_ms(row: Row, how: Treatment) -> int:
 
 def put_back(tx: Transaction, session: SessionRow) -> list[Row]:
     """Put what the session has leased back into the queue: we broke its turn off. Returns it."""
+    _end(tx, session, "end_stopping")
     rows = tx.all("put_back", session=session.id)
     for row in rows:
         _tell(tx, "message-put-back", session, row["id"], row["turn"])
@@ -447,15 +453,18 @@ def one_line(reason: str) -> str:
     return line if len(line) <= limits.REASON_CHARACTERS else f"{line[: limits.REASON_CHARACTERS - 1]}…"
 
 
-def stop_session(tx: Transaction, session: SessionRow) -> list[str]:
-    """End all that waits for a session because the person said stop; returns the events."""
-    stopped = tx.all(
-        "finish_queued",
-        session=session.id,
-        state=MessageState.STOPPED,
-        now=now_ms(),
-        reason="stopped by the person",
-    )
+def stop_session(tx: Transaction, session: SessionRow) -> tuple[list[str], bool]:
+    """The person said stop: end all that waits for a session. What its turn has is not tried again.
+
+    Returns the events of what has ended, and whether there is a turn.
+    """
+    return _end(tx, session, "finish_queued"), bool(tx.all("mark_stopping", session=session.id))
+
+
+def _end(tx: Transaction, session: SessionRow, query: str) -> list[str]:
+    """End messages as stopped, and say so in their chat; returns the events."""
+    state = MessageState.STOPPED
+    stopped = tx.all(query, session=session.id, state=state, now=now_ms(), reason="stopped by the person")
     for row in stopped:
         _notify(tx, session, _message(row), None, "Stopped.", life=row["revived"])
         _tell(tx, "message-stopped", session, row["id"], None)

@@ -72,6 +72,8 @@ class Turns:
         """The runner asks for work: it gets the turn that it has, or the next."""
         if session.turn is not None:
             session.push(describe_turn(session.turn))
+            if session.turn.stopping:
+                self._tell_to_stop(session, session.turn)
         else:
             await self.offer(session)
 
@@ -201,6 +203,8 @@ class Turns:
         self, session: Session, turn: Turn, *, reason: str, how: Treatment, retry_after_ms: int = 0
     ) -> None:
         """End a turn that failed: a later attempt, or dead letters with a notice. Raises NotFound."""
+        if turn.stopping:
+            return await self.finish_turn(session, turn, stopped=True)
 
         def fail(tx: Transaction) -> Failure:
             failure = queue.fail_turn(
@@ -275,17 +279,19 @@ class Turns:
         any.
         """
         session = self._find(row)
-        events, deliveries = await self._db.write(lambda tx: _stop_queued(tx, self._outlets, row))
+        (events, running), deliveries = await self._db.write(lambda tx: _stop(tx, self._outlets, row))
         self._outlets.publish(deliveries)
         self._outlets.report_activity(row, "idle", events=events)
-        if session is None or session.turn is None:
-            return bool(events)
-        turn = session.turn
+        if running and session is not None and session.turn is not None:
+            session.turn.stopping = True
+            self._tell_to_stop(session, session.turn)
+        return running or bool(events)
+
+    def _tell_to_stop(self, session: Session, turn: Turn) -> None:
         session.push({"turn": None, "stop": turn.id})
         if session.stopping is None:
             loop = asyncio.get_running_loop()
             session.stopping = loop.call_later(limits.STOP_TURN_S, self._stop_hard, session, turn)
-        return True
 
     def _stop_hard(self, session: Session, turn: Turn) -> None:
         if session.turn is not turn:
@@ -307,6 +313,7 @@ def _nothing(tx: Transaction) -> None:
     """The operation of a write that only leases what is due."""
 
 
-def _stop_queued(tx: Transaction, outlets: Outlets, row: SessionRow) -> tuple[list[str], list[Delivery]]:
-    events = queue.stop_session(tx, row)
-    return events, outlets.claim(tx, row.place)
+def _stop(
+    tx: Transaction, outlets: Outlets, row: SessionRow
+) -> tuple[tuple[list[str], bool], list[Delivery]]:
+    return queue.stop_session(tx, row), outlets.claim(tx, row.place)

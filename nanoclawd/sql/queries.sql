@@ -110,6 +110,13 @@ SELECT * FROM inbox WHERE session = :session AND state IN ('queued', 'leased') O
 UPDATE inbox SET state = :state, ended_at = :now, reason = :reason
  WHERE session = :session AND state = 'queued' RETURNING *;
 
+-- mark_stopping --
+UPDATE inbox SET stopping = 1 WHERE session = :session AND state = 'leased' RETURNING id;
+
+-- end_stopping --
+UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = :reason
+ WHERE session = :session AND stopping AND state IN ('queued', 'leased') RETURNING *;
+
 -- open_messages_of_agent --
 SELECT inbox.* FROM inbox JOIN session ON session.id = inbox.session
  WHERE session.agent = :agent AND state IN ('queued', 'leased') ORDER BY seq;

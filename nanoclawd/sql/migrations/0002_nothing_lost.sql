@@ -9,6 +9,8 @@ ALTER TABLE inbox ADD COLUMN first_turn TEXT;
 ALTER TABLE inbox ADD COLUMN revived INTEGER NOT NULL DEFAULT 0;
 -- A dead letter that an operator has done with: kept for its idempotency key, listed no more.
 ALTER TABLE inbox ADD COLUMN dropped INTEGER NOT NULL DEFAULT 0 CHECK (dropped IN (0, 1));
+-- The person has said stop while a turn had it: it is not tried again, whatever becomes of that turn.
+ALTER TABLE inbox ADD COLUMN stopping INTEGER NOT NULL DEFAULT 0 CHECK (stopping IN (0, 1));
 UPDATE inbox SET first_turn = turn WHERE turn IS NOT NULL;
 
 -- The turn that it is about as a whole; NULL if it is about `message` alone.

@@ -59,6 +59,7 @@ class Queue(RuleBasedStateMachine):
         self.not_before: dict[str, int] = {}
         self.ended: dict[str, MessageState] = {}
         self.ids: dict[int, str] = {}
+        self.stopping: set[str] = set()  #: what a turn had when the person said stop
         self.replies = 0
 
     def teardown(self) -> None:
@@ -170,13 +171,15 @@ class Queue(RuleBasedStateMachine):
     def fail(self, data: st.DataObject, how: Treatment, after_ms: int) -> None:
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         turn, session = self.turns.pop(chat), self.sessions[chat]
+        ids = self.end_stopping(chat, turn)
         failure = self.write(
             lambda tx: queue.fail_turn(
                 tx, session, reason="it broke", how=how, attempts=limits.ATTEMPTS, retry_after_ms=after_ms
             )
         )
-        ids = [message.id for message in turn.messages]
-        assert [row["id"] for row in failure.messages] == ids
+        assert [row["id"] for row in failure.messages] == ids if ids else failure is None
+        if not ids:
+            return
         again = {
             Treatment.BURY: [],
             Treatment.RETRY: [id for id in ids if self.attempts[id] < limits.ATTEMPTS],
@@ -204,10 +207,16 @@ class Queue(RuleBasedStateMachine):
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         turn = self.turns.pop(chat)
         self.write(lambda tx: queue.put_back(tx, self.sessions[chat]))
-        for message in turn.messages:
-            self.attempts[message.id] -= 1
-            self.deferrals[message.id] += 1
-            self.not_before[message.id] = 0
+        for id in self.end_stopping(chat, turn):
+            self.attempts[id] -= 1
+            self.deferrals[id] += 1
+            self.not_before[id] = 0
+
+    def end_stopping(self, chat: str, turn: Turn) -> list[str]:
+        """End what the person said stop to; return the other messages of the turn."""
+        ids = [message.id for message in turn.messages]
+        self.end(chat, [id for id in ids if id in self.stopping], MessageState.STOPPED)
+        return [id for id in ids if id not in self.stopping]
 
     @rule(chat=st.sampled_from(["one", "two"]), final=st.booleans())
     def fail_to_start(self, chat: str, final: bool) -> None:
@@ -240,10 +249,11 @@ class Queue(RuleBasedStateMachine):
 
     @rule(chat=st.sampled_from(["one", "two"]))
     def stop(self, chat: str) -> None:
-        stopped = self.write(lambda tx: queue.stop_session(tx, self.sessions[chat]))
+        stopped, runs = self.write(lambda tx: queue.stop_session(tx, self.sessions[chat]))
         running = len(self.turns[chat].messages) if chat in self.turns else 0
         waiting = self.waiting[chat][running:]
-        assert len(stopped) == len(waiting)
+        assert (len(stopped), runs) == (len(waiting), running > 0)
+        self.stopping |= {*self.waiting[chat][:running]}
         self.end(chat, waiting, MessageState.STOPPED)
 
     @rule(seconds=st.sampled_from([1, 10, 1000]))

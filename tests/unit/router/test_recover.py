@@ -84,6 +84,37 @@ def test_what_a_session_left_behind_is_removed(place: Place) -> None:
     place.run(run)
 
 
+@pytest.mark.parametrize("container", ["goes on", "is gone"])
+def test_stop_that_was_acknowledged_holds_whatever_ends(place: Place, container: str) -> None:
+    async def run() -> None:
+        next_router = asyncio.Event()
+
+        async def hears_late(container: Container) -> None:
+            await container.begin()
+            turn = await container.take()
+            await next_router.wait()
+            await container.begin()
+            while (await container.next())["stop"] != turn["id"]:
+                pass
+            await container.finish(turn, outcome="stopped")
+
+        place.systemd.programs = [hears_late]
+        async with place.router() as router:
+            await router.deliver("work")
+            await eventually(lambda: any(c.turns for c in place.systemd.containers.values()))
+            assert await router.stop_turn()
+        if container == "is gone":
+            await place.systemd.end(UNIT)
+        async with place.router() as router:
+            next_router.set()
+            await router.settled()
+            assert await router.states() == ["stopped"]
+            assert [row["body"] for row in await router.outbox()] == ["Stopped."]
+            assert len(place.systemd.starts) == 1
+
+    place.run(run)
+
+
 def test_idle_container_gets_what_comes_after_a_restart(place: Place) -> None:
     async def run() -> None:
         place.systemd.program = Steady()
