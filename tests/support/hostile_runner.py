@@ -493,11 +493,11 @@ def slow_writing() -> Seen:
 
 
 def never_works() -> Seen:
-    """Says hello again and again, with a forged line for the journal, and asks for nothing."""
+    """Says hello again and again, and asks for nothing."""
     line = Line(hello=False)
 
     def hello() -> None:
-        line.call("Hello", protocol=1, version="x\n<3>forged: \x1b[31m")
+        line.call("Hello", protocol=1, version="x")
         time.sleep(0.01)
 
     return {"calls": for_a_while(hello)}

@@ -273,11 +273,7 @@ def test_what_is_held_open_harms_nobody(place: Place, lines: Lines, kind: str) -
 
 @pytest.mark.parametrize("kind", ["never_works", "silent"])
 def test_runner_that_asks_for_no_work_is_stopped(
-    place: Place,
-    monkeypatch: pytest.MonkeyPatch,
-    lines: Lines,
-    capfd: pytest.CaptureFixture[str],
-    kind: str,
+    place: Place, monkeypatch: pytest.MonkeyPatch, lines: Lines, kind: str
 ) -> None:
     monkeypatch.setattr(limits, "BACKOFF_FIRST_S", 0.01)
     monkeypatch.setattr(limits, "HELLO_S", 0.2)
@@ -290,8 +286,6 @@ def test_runner_that_asks_for_no_work_is_stopped(
         assert len(lines.of_mallory("runner-silent")) == limits.ATTEMPTS
 
     place.run(run)
-    written = capfd.readouterr().err
-    assert (r"version=x\n<3>forged: \x1b[31m" in written) == (kind == "never_works")
 
 
 def test_runner_that_leaves_with_its_turn_ends_in_a_dead_letter(
@@ -316,11 +310,10 @@ def test_offender_is_not_heard_while_its_container_takes_its_time_to_stop(
 
     async def offends(container: Container) -> None:
         await container.begin()
-        for _ in range(4):
-            with pytest.raises(VarlinkError, match="NoSuchTurn"):
-                await container.call("RenewTurn", {"turn": "forged"})
-        with pytest.raises(EOFError):
-            await container.call("RenewTurn", {"turn": "forged"})
+        with pytest.raises((EOFError, ConnectionError)):
+            for _ in range(10):
+                with pytest.raises(VarlinkError, match="NoSuchTurn"):
+                    await container.call("RenewTurn", {"turn": "forged"})
         late = await container.connect(hello=False)
         await late.send(f"{AGENT}.Hello", {"protocol": 1, "version": "x"})
         with pytest.raises(TimeoutError):
@@ -404,6 +397,22 @@ def test_goodbye_while_a_message_waits_for_its_next_attempt(
             assert (await router.states(), hostile.lives, hostile.seen) == (["queued"], 1, [])
 
     place.run(run)
+
+
+def test_journal_shows_an_agents_words_on_one_line(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    async def forges(container: Container) -> None:
+        peer = await container.connect(hello=False)
+        await peer.call(f"{AGENT}.Hello", {"protocol": 1, "version": "x\n<3>forged: \x1b[31m"})
+        await echo(container)
+
+    async def run() -> None:
+        place.systemd.programs = [forges]
+        async with place.router() as router:
+            await router.deliver("hello")
+            await router.settled()
+
+    place.run(run)
+    assert r"runner-hello: version=x\n<3>forged: \x1b[31m" in capfd.readouterr().err
 
 
 def test_failure_in_ugly_words_is_one_clean_line(place: Place, lines: Lines) -> None:
