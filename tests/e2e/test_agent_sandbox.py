@@ -87,6 +87,7 @@ def observe(machine: Machine) -> dict[str, Any]:
             machine.sh(f"rm -rf {config} {RUNTIME} {UNITS}/nanoclaw/?/nanoclaw-probe@.container")
             machine.sh(f"podman unshare rm -rf ~/{STATE} {shown}")
             machine.systemctl("daemon-reload")
+            machine.systemctl("start", "nanoclaw-agents.slice")  # agents may run again
     return seen
 
 

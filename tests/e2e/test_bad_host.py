@@ -73,7 +73,7 @@ def full_disk(host: NestedMachine, directory: str) -> Iterator[None]:
         f"mkdir -p {disk} && mount -t tmpfs -o size=2M,uid=1000,gid=1000,mode=700 none {disk} && "
         f"cp -a {path}/. {disk}/ && mount --bind {disk} {path}"
     )
-    host.systemctl("stop", "nanoclaw.service", "nanoclaw-agents.slice")
+    host.systemctl("stop", "nanoclaw.service", "nanoclaw-*@*.service")
     host.sh(as_root, user="root")
     try:
         host.systemctl("start", "nanoclaw.service")
@@ -81,7 +81,7 @@ def full_disk(host: NestedMachine, directory: str) -> Iterator[None]:
         yield
         host.run("rm", "-f", f"{path}/ballast")
     finally:
-        host.systemctl("stop", "nanoclaw.service", "nanoclaw-agents.slice")
+        host.systemctl("stop", "nanoclaw.service", "nanoclaw-*@*.service")
         host.sh(f"cp -a {path}/. /run/kept 2>/dev/null; umount {path}", user="root")
         host.sh(f"rm -f /run/kept/ballast; cp -a /run/kept/. {path}/; rm -r /run/kept", user="root")
         host.sh(f"umount {disk}", user="root")
