@@ -9,16 +9,19 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nanoclawd import limits, paths
+from nanoclawd import db as db_module
+from nanoclawd import limits, paths, recovery
 from nanoclawd.db import FULL, Database, Row, Transaction, now_ms, read_queries
 from nanoclawd.dbfile import APPLICATION_ID
-from nanoclawd.errors import ConfigError, Refused, Unavailable
+from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
 from tests.support.commits import HeldCommits
 from tests.support.varlink_peer import eventually
 
@@ -57,6 +60,15 @@ def test_commits_are_durable_and_the_file_is_ours(tmp_path: Path) -> None:
 
     migrations = len(list((paths.SQL / "migrations").glob("*.sql")))
     asyncio.run(run())
+
+
+def test_commits_that_would_not_be_durable_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db_module, "FULL", 3)
+
+    with pytest.raises(ConfigError, match="SQLite took synchronous = 2"):
+        asyncio.run(make(tmp_path / "db"))
 
 
 def test_second_opener_is_refused_and_told_the_pid(tmp_path: Path) -> None:
@@ -224,6 +236,74 @@ except ConfigError as exc:
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "db"], timeout=60, check=False)
 
     assert done.returncode == 78
+
+
+# --- the way back from an upgrade -------------------------------------------------------------------
+
+
+def test_an_older_program_takes_the_backup_that_the_newer_one_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, newer = tmp_path / "db", tmp_path / "sql"
+    shutil.copytree(paths.SQL, newer)
+    version = len(list((newer / "migrations").glob("*.sql")))
+    (newer / "migrations" / f"{version + 1:04}_more.sql").write_text("DROP TABLE agent;")
+
+    async def add_one(name: str) -> list[str]:
+        async with opened(path) as db:
+            await db.write(lambda tx: add(tx, name))
+            return await names(db)
+
+    asyncio.run(add_one("before"))
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr(paths, "SQL", newer)
+        asyncio.run(make(path))
+    with pytest.raises(ConfigError, match=f"has version {version + 1}") as caught:
+        asyncio.run(make(path))
+    (backup,) = re.findall("--restore-database ([^']+)'", caught.value.hint)
+    with pytest.raises(Refused) as refused:
+        recovery.restore(Path(backup), path)
+
+    subprocess.run(["sh", "-c", refused.value.hint.removeprefix("first: ")], check=True)
+    recovery.restore(Path(backup), path)
+
+    assert asyncio.run(add_one("after")) == ["after", "before"]
+
+
+# --- backups ----------------------------------------------------------------------------------------
+
+
+def test_a_backup_is_consistent_while_the_router_writes(tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            for number in range(200):
+                await db.write(lambda tx, n=number: add(tx, f"{n:06}" * 1000))
+            writing = asyncio.create_task(write_on(db))
+            before = len(await names(db))
+            await db.backup(backup)
+            writing.cancel()
+            await asyncio.wait((writing,))
+            after = len(await names(db))
+            with pytest.raises(Refused, match="already"):
+                await db.backup(backup)
+            with pytest.raises(Failed, match="No such file"):
+                await db.backup(tmp_path / "nowhere" / "backup")
+        with closing(sqlite3.connect(backup)) as copied:
+            assert copied.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            saved = [name for (name,) in copied.execute("SELECT name FROM agent ORDER BY name")]
+        assert before <= len(saved) <= after
+        assert saved == [f"{n:06}" * 1000 for n in range(len(saved))]
+
+    async def write_on(db: Database) -> None:
+        for number in range(200, 100_000):
+            await db.write(lambda tx, n=number: add(tx, f"{n:06}" * 1000))
+            await asyncio.sleep(0)  # where it may be cancelled
+
+    asyncio.run(run())
+    assert backup.stat().st_mode & 0o777 == 0o600
+    assert not list(tmp_path.glob(".*"))
 
 
 # --- writing ----------------------------------------------------------------------------------------
@@ -415,6 +495,179 @@ def test_full_disk_refuses_and_recovers_without_a_restart(
     finally:
         subprocess.run(["umount", disk], check=True)
     assert "database-write-failed" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+def test_a_read_only_disk_is_told(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        asyncio.run(make(disk / "db"))
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+
+        with pytest.raises(Unavailable, match="Read-only file system"):
+            asyncio.run(make(disk / "db"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# --- a file that others touch -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["read", "write", "backup"])
+def test_damage_that_shows_while_running_ends_the_writer(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "db"
+
+    async def prepare() -> None:
+        async with opened(path) as db:
+            for number in range(200):
+                await db.write(lambda tx, n=number: add(tx, f"{n:06}" * 1000))
+
+    async def run() -> None:
+        db = await Database.open(path)
+        running = asyncio.create_task(db.run())
+        with path.open("r+b") as file:
+            file.seek(200 * 4096)
+            file.write(b"\xa5" * 100 * 4096)
+        attempts: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+            "read": lambda: names(db),
+            "write": lambda: db.write(lambda tx: tx.all("list_agents")),
+            "backup": lambda: db.backup(tmp_path / "backup"),
+        }
+
+        with pytest.raises((ConfigError, Unavailable)):
+            await attempts[how]()
+
+        with pytest.raises(ConfigError, match="malformed") as caught:
+            await asyncio.wait_for(running, 20)
+        assert "--salvage-database" in caught.value.hint
+        await db.close()
+
+    asyncio.run(prepare())
+    asyncio.run(run())
+
+
+def test_a_lock_of_another_program_is_waited_for_without_blocking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            with closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                write = asyncio.create_task(db.write(lambda tx: add(tx, "first")))
+                for _ in range(3):
+                    assert await names(db) == []  # and the loop goes on
+                    await asyncio.sleep(limits.DATABASE_POLL_S)
+                assert not write.done()
+                other.execute("COMMIT")
+                await write
+
+                monkeypatch.setattr(limits, "DATABASE_BUSY_S", 0.1)
+                other.execute("BEGIN IMMEDIATE")
+                with pytest.raises(Unavailable, match="database is locked") as caught:
+                    await db.write(lambda tx: add(tx, "second"))
+                assert "fuser" in caught.value.hint
+                other.execute("COMMIT")
+            await db.write(lambda tx: add(tx, "third"))
+            assert await names(db) == ["first", "third"]
+
+    asyncio.run(run())
+
+
+# --- a clock that is set ----------------------------------------------------------------------------
+
+
+class Clock:
+    """The wall clock, which a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead_s = 0.0
+        real = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: real() + int(self.ahead_s * 1e9))
+
+
+def add_waiting(tx: Transaction, *, wait_s: float) -> None:
+    """Add a message and a delivery that wait for their next attempt, and one of each that do not."""
+    tx.all("add_session", agent="berta", prefix="p", channel="c", chat="chat", thread="", now=now_ms())
+    place = {"channel": "c", "chat": "chat", "thread": ""}
+    for name in ("waits", "due"):
+        tx.all("enqueue", id=name, session=1, event=name, revision=0, sender="s", body="b", now=0, **place)
+        more = {"agent": "berta", "kind": "reply", "body": "b", "in_reply_to": None, "now": 0, "turn": None}
+        tx.all("publish", key=name, message=None, **more, **place)
+    later = now_ms() + int(wait_s * 1000)
+    for table, key in (("inbox", "id"), ("outbox", "key")):
+        tx._connection.execute(f"UPDATE {table} SET not_before = ? WHERE {key} = 'waits'", (later,))
+
+
+async def waits_s(db: Database) -> list[float]:
+    """Return how long message and delivery still wait; those that are due have no time."""
+    await db.read("list_agents")  # whatever is read
+    rows = await db._reader.execute_fetchall(
+        "SELECT id, not_before FROM inbox UNION ALL SELECT key, not_before FROM outbox"
+    )
+    assert {row["not_before"] for row in rows if row["id"] == "due"} == {0}
+    return [(row["not_before"] - now_ms()) / 1000 for row in rows if row["id"] == "waits"]
+
+
+@pytest.mark.parametrize("jump_s", [86_400, -86_400, 3, -3])
+def test_the_schedule_follows_a_clock_that_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    clock = Clock(monkeypatch)
+
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            await db.write(lambda tx: add_waiting(tx, wait_s=100))
+
+            for times in range(1, 3):
+                clock.ahead_s += jump_s
+                assert await waits_s(db) == pytest.approx([100, 100], abs=1.5), times
+
+            commits = db.commits
+            clock.ahead_s += 1  # as much as a clock may drift until it is set right
+            assert await waits_s(db) == pytest.approx([99, 99], abs=1.5)
+            assert db.commits == commits
+
+    asyncio.run(run())
+
+
+def test_a_clock_set_back_while_no_router_runs_stalls_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            await db.write(lambda tx: add_waiting(tx, wait_s=100))
+        clock.ahead_s = -86_400
+        async with opened(tmp_path / "db") as db:
+            assert await waits_s(db) == pytest.approx([limits.BACKOFF_MAX_S] * 2, abs=5)
+
+    asyncio.run(run())
+
+
+def fill_disk(tx: Transaction) -> None:
+    failure = sqlite3.OperationalError("database or disk is full")
+    failure.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise failure
+
+
+def test_a_clock_that_is_set_while_the_disk_is_full_is_followed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            await db.write(lambda tx: add_waiting(tx, wait_s=100))
+            clock.ahead_s = 86_400
+            with pytest.raises(Unavailable):
+                await db.write(fill_disk)
+            assert await waits_s(db) == pytest.approx([100, 100], abs=5)
+
+    asyncio.run(run())
 
 
 def test_killed_while_writing_loses_nothing_that_was_answered(tmp_path: Path) -> None:
