@@ -19,7 +19,7 @@ set -euo pipefail
 umask 022
 
 HERE=$(dirname "$(realpath "$0")")
-YES='' DEMO=1 IMAGE=1 BASE='' UNINSTALL='' PURGE=''
+YES='' DEMO=1 IMAGE=1 BASE='' UNINSTALL='' PURGE='' FRESH=''
 ARGS=("$@")
 
 say() { printf '%s\n' "$*"; }
@@ -214,6 +214,7 @@ find "$LIB.new" -name __pycache__ -prune -exec rm -rf {} +
 # Noted, for an uninstallation to leave it as it was.
 if [ -e "$LIB/podman.socket" ] || ! systemctl --user is-enabled --quiet podman.socket; then : > "$LIB.new/podman.socket"; fi
 "$PYTHON" -m compileall -q -s "$LIB.new" -p "$LIB" "$LIB.new/nanoclawd"
+[ -e "$LIB" ] || FRESH=1
 rm -rf "$LIB" && mv "$LIB.new" "$LIB"
 launcher nanoclawd nanoclawd
 launcher nanoclaw-gateway nanoclawd.gateway
@@ -230,6 +231,8 @@ while read -r page; do
   install -D -m 644 "$HERE/packaging/man/$(basename "$page")" "$page"
 done < <(man_pages)
 systemctl --user daemon-reload
+# An uninstallation stopped it, which the router would take for a person's stop of all agents.
+[ -z "$FRESH" ] || systemctl --user start nanoclaw-agents.slice
 systemctl --user enable --quiet --now podman.socket
 systemctl --user enable --quiet "${ENABLED[@]}"
 systemctl --user start nanoclaw.socket nanoclaw-channel.socket nanoclaw-gateway.socket

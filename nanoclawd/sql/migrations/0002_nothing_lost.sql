@@ -34,7 +34,7 @@ CREATE TABLE router (
     one        INTEGER PRIMARY KEY CHECK (one = 1),
     -- All agents are stopped by the person: nothing starts one until the person says so.
     held       INTEGER NOT NULL DEFAULT 0 CHECK (held IN (0, 1)),
-    -- The boot in which the router last saw the agents' slice active (/proc/sys/kernel/random/boot_id).
+    -- The service manager (its start) in which the agents' slice was last seen active; '' if last seen inactive.
     slice_boot TEXT    NOT NULL DEFAULT ''
 ) STRICT;
 INSERT INTO router (one) VALUES (1);
