@@ -372,7 +372,7 @@ def fail_turn(
     not_before = now_ms() + wait
     for row in again:
         tx.all("requeue_message", id=row["id"], not_before=not_before, reason=reason)
-        _tell_failure(tx, session, row, reason, wait)
+        _tell_retry(tx, session, row, reason, wait)
         if how is Treatment.DEFER:
             tx.all("count_deferral", id=row["id"])
         elif how is Treatment.SPLIT:
@@ -419,27 +419,34 @@ def fail_start(
     not_before = now_ms() + wait
     tx.all("fail_start", id=message["id"], not_before=not_before, reason=reason)
     if not final and tried < attempts:
-        _tell_failure(tx, session, message, reason, wait)
+        _tell_retry(tx, session, message, reason, wait)
         return Failure(messages=[message], not_before=not_before)
     _bury(tx, session, [message], reason)
     return Failure(messages=[message], not_before=None)
 
 
 def bury_session(tx: Transaction, session: SessionRow, reason: str) -> list[str]:
-    """End all that waits for a session as dead letters, with one notice; returns the events."""
+    """End all that waits for a session as dead letters, because a person wants it so; returns the events."""
     rows = tx.all("open_messages", session=session.id)
     if rows:
-        _bury(tx, session, rows, reason)
+        _bury(tx, session, rows, reason, level=journal.info)
     return [row["event"] for row in rows]
 
 
 def _bury(
-    tx: Transaction, session: SessionRow, rows: Sequence[Row], reason: str, turn: Turn | None = None
+    tx: Transaction,
+    session: SessionRow,
+    rows: Sequence[Row],
+    reason: str,
+    turn: Turn | None = None,
+    *,
+    level: Callable[..., None] = journal.error,
 ) -> None:
     """End messages as dead letters, and say so in their chat: once for all of a turn."""
     for row in rows:
         tx.all("finish_message", id=row["id"], state=MessageState.DEAD, now=now_ms(), reason=reason)
-        _tell_failure(tx, session, row, reason, None)
+        counts = {name: row[name] for name in ("attempts", "deferrals")}
+        _tell(tx, "message-dead", session, row["id"], row["turn"], reason, level, **counts)
     told = rows[-1:] if turn is not None else rows
     for row in told:
         subject = "Your message" if len(rows) == 1 or turn is None else f"Your last {len(rows)} messages"
@@ -564,15 +571,10 @@ def _tell(
     tx.tell(level, event, text, message=message, turn=turn, agent=session.agent, unit=unit, **fields)
 
 
-def _tell_failure(
-    tx: Transaction, session: SessionRow, row: Row, reason: str, retry_after_ms: int | None
-) -> None:
-    event, text, level = "message-dead", reason, journal.error
-    if retry_after_ms is not None:
-        event, level = "message-failed", journal.warning
-        text = f"{reason}, retrying in {retry_after_ms / 1000:.0f} s"
+def _tell_retry(tx: Transaction, session: SessionRow, row: Row, reason: str, wait_ms: int) -> None:
     counts = {name: row[name] for name in ("attempts", "deferrals")}
-    _tell(tx, event, session, row["id"], row["turn"], text, level, **counts)
+    text = f"{reason}, retrying in {wait_ms / 1000:.0f} s"
+    _tell(tx, "message-failed", session, row["id"], row["turn"], text, journal.warning, **counts)
 
 
 def tell_delivery(tx: Transaction, level: Callable[..., None], event: str, row: Row, text: str = "") -> None:
