@@ -49,7 +49,10 @@ def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
     Raises Failed, and leaves the old file, if it cannot be written.
     """
     try:
+        missing = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for parent in missing:
+            sync_directory(parent.parent)
         path = path.resolve()  # a dotfile manager's symlink stays one
         # In the same directory: rename(2) works neither across file systems nor across the bind mounts that
         # ReadWritePaths= makes. The name has no suffix that Quadlet or we would read.
@@ -71,9 +74,12 @@ def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, if it is there. Raises Failed."""
+    """Remove a file, if it is there; durable when this returns. Raises Failed."""
     try:
-        path.unlink(missing_ok=True)
+        path.unlink()
+        sync_directory(path.parent)
+    except FileNotFoundError:
+        pass
     except OSError as exc:
         hint = "remove it yourself, then 'nanoclawctl reload'"
         raise Failed(f"{path}: cannot be removed: {exc.strerror}", hint=hint) from None

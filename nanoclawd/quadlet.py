@@ -19,7 +19,7 @@ from string import Template
 from nanoclawd import paths, quadlet_check
 from nanoclawd.agents import AgentConfig
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, Refused
-from nanoclawd.files import remove_file, sync_directory, write_text
+from nanoclawd.files import remove_file, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.mounts import BindMount
 from nanoclawd.version import VERSION
@@ -231,5 +231,4 @@ def remove_units(agents: Iterable[AgentName]) -> list[Path]:
     removed = [path for agent, path in installed_units() if agent in unwanted]
     for path in removed:
         remove_file(path)
-        sync_directory(path.parent)
     return removed
