@@ -95,7 +95,7 @@ def _repair(options: argparse.Namespace) -> int:
     database = paths.state() / DATABASE
     try:
         if options.restore_database:
-            done = recovery.restore(options.restore_database, database)
+            done = f"restored: {recovery.restore(options.restore_database, database)}"
         elif options.salvage_database:
             done = recovery.salvage(options.salvage_database, database)
         else:

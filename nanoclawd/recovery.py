@@ -46,7 +46,7 @@ def restore(file: Path, path: Path) -> str:
         except ConfigError as exc:
             hint = f"take another one; 'nanoclawd --salvage-database {file}' takes what can be read of it"
             raise ConfigError(exc.message, hint=hint) from exc
-        return f"restored: {words}"
+        return words
 
 
 def salvage(file: Path, path: Path) -> str:

@@ -135,7 +135,7 @@ def test_a_backup_is_restored_where_the_database_is_missing(path: Path) -> None:
 
     words = recovery.restore(backup, path)
 
-    assert words == "restored: 2 agents, 4 sessions, 300 messages (86 open), 214 deliveries (214 open)"
+    assert words == "2 agents, 4 sessions, 300 messages (86 open), 214 deliveries (214 open)"
     assert path.stat().st_mode & 0o777 == 0o600
     start(path)
     assert lost(before, path) == 0 and backup.exists()
