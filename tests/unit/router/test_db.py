@@ -576,6 +576,20 @@ def test_a_lock_of_another_program_is_waited_for_without_blocking(
     asyncio.run(run())
 
 
+def test_a_start_beside_a_lock_of_another_program_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    asyncio.run(make(path))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        with pytest.raises(Unavailable, match="cannot be opened: database is locked") as caught:
+            asyncio.run(make(path))
+
+        assert "fuser" in caught.value.hint
+        other.execute("COMMIT")
+    asyncio.run(make(path))
+
+
 # --- a clock that is set ----------------------------------------------------------------------------
 
 
