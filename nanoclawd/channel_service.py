@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 from nanoclawd import journal, limits, paths, queue
 from nanoclawd.db import Database, Transaction, now_ms
-from nanoclawd.errors import NotFound, Refused
+from nanoclawd.errors import Refused
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, MessageId
 from nanoclawd.outlets import Outlet, Outlets
@@ -76,17 +74,8 @@ class ChannelService:
                 f"chat '{event.chat}' of channel '{event.channel}' belongs to no agent",
                 hint="name the agent",
             )
-        known = self._registry.names()
-        if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            hint = "'nanoclawctl agent list' shows all"
-            raise NotFound(
-                f"no agent named '{name[:64]}'",
-                hint=f"{hint}; did you mean '{similar[0]}'?" if similar else hint,
-            )
-        agent = AgentName(name)
-        self._registry.config(agent)  # a broken one is refused now, while somebody is there to read why
-        return agent
+        # A broken one is refused now, while somebody is there to read why.
+        return self._registry.config(name).name
 
     async def _attach(self, call: Call) -> Json:
         for name in ("channel", "chat", "event"):

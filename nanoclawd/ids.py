@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable
 from typing import NewType
 
-from nanoclawd.errors import Refused
+from nanoclawd.errors import NotFound, Refused
 
 AgentName = NewType("AgentName", str)  #: [a-z][a-z0-9_]{0,31}; also part of unit and directory names
 SessionName = NewType("SessionName", str)  #: [a-z0-9_]{1,48}; the instance of the agent's unit
@@ -33,6 +34,15 @@ def parse_agent_name(text: str) -> AgentName:
     if text in RESERVED:
         raise Refused(f"'{text}' is the name of a unit of ours", hint="choose another name for the agent")
     return AgentName(text)
+
+
+def no_agent(name: str, known: Iterable[str]) -> NotFound:
+    """Return the error for an agent that is none of `known`, with the name that was probably meant."""
+    from difflib import get_close_matches  # slow to import, and rarely needed
+
+    close = get_close_matches(name, list(known), n=1)
+    meant = f"; did you mean '{close[0]}'?" if close else ""
+    return NotFound(f"no agent named '{name[:64]}'", hint=f"'nanoclawctl agent list' shows all{meant}")
 
 
 def parse_session_name(text: str) -> SessionName:

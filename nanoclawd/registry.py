@@ -15,7 +15,7 @@ from nanoclawd import agents, files, journal, limits, mounts, paths, quadlet
 from nanoclawd.agents import AgentConfig
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
-from nanoclawd.ids import AgentName, parse_agent_name
+from nanoclawd.ids import AgentName, no_agent, parse_agent_name
 from nanoclawd.quadlet import UnitSpec
 from nanoclawd.settings import Settings
 from nanoclawd.systemd import Systemd
@@ -61,7 +61,7 @@ class Registry:
         """Return the agent. Raises NotFound."""
         agent = self._agents.get(AgentName(name))
         if agent is None:
-            raise NotFound(f"no agent named '{name[:64]}'", hint="'nanoclawctl agent list' shows all")
+            raise no_agent(name, self._agents)
         return agent
 
     def find(self, name: AgentName) -> Agent | None:

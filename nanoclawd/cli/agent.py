@@ -18,15 +18,6 @@ from nanoclawd.ids import parse_agent_name, parse_session_name
 from nanoclawd.wire import Json
 
 DELETE_S = 600.0  #: for a workspace
-
-
-def _mounts(agent: Json) -> str:
-    return ", ".join(
-        f"{mount['source']} on {mount['target']}{'' if mount['readOnly'] else ' (writable)'}"
-        for mount in (agent["configuration"] or {"mounts": []})["mounts"]
-    )
-
-
 _COLUMNS: output.Fields = {
     "AGENT": "name",
     "STATE": "runtime.state",
@@ -37,27 +28,6 @@ _COLUMNS: output.Fields = {
     "DESCRIPTION": lambda agent: (
         (agent["configuration"] or {}).get("description") or agent["runtime"]["problem"]
     ),
-}
-_FIELDS: output.Fields = {
-    "State": lambda agent: ": ".join(filter(None, map(agent["runtime"].get, ("state", "problem")))),
-    "Sessions": "runtime.sessions",
-    "Running": "runtime.running",
-    "Messages waiting": "runtime.queued",
-    "Description": "configuration.description",
-    "Provider": "configuration.provider",
-    "Model": "configuration.model",
-    "Image": "configuration.image",
-    "Idle seconds": lambda agent: str((agent["configuration"] or {}).get("idleSeconds", "")),
-    "Memory": "configuration.memoryMax",
-    "Tasks": "configuration.tasksMax",
-    "CPU quota": "configuration.cpuQuota",
-    "Mounts": _mounts,
-    "Host uid": "runtime.hostUid",
-    "File": "file",
-    "Workspace": "workspace",
-    "Unit": "runtime.unitTemplate",
-    "Generated from": "unitFile",
-    "Drop-ins": "dropInDirectory",
 }
 
 
@@ -88,9 +58,10 @@ def agent_show(options: Namespace) -> None:
     reply = control.call_agent("ShowAgent", options.AGENT)
     if options.json:
         return output.say_json(reply)
-    output.say_fields(reply, _FIELDS)
-    if reply["instructions"].strip():
-        output.say(f"\n{reply['instructions'].rstrip()}")
+    instructions = reply.pop("instructions").rstrip()
+    output.say_document(reply)
+    if instructions:
+        output.say(f"\n{instructions}")
 
 
 def agent_remove(options: Namespace) -> None:

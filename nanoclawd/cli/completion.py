@@ -9,56 +9,17 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from nanoclawd.cli import control
 from nanoclawd.cli.table import COMMANDS, NOUNS, Command, Option
 from nanoclawd.errors import NanoclawError
 
-SCRIPTS = {
-    "bash": """\
-_nanoclawctl() {
-  local found current=${COMP_WORDS[COMP_CWORD]}
-  found=$(nanoclawctl _complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2> /dev/null)
-  COMPREPLY=()
-  case $found in
-  :files) compopt -o filenames 2> /dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$current") ;;
-  :directories) compopt -o filenames 2> /dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$current") ;;
-  ?*) mapfile -t COMPREPLY < <(cut -f 1 <<< "$found") ;;
-  esac
-}
-complete -F _nanoclawctl nanoclawctl""",
-    # To be put into a file named _nanoclawctl in $fpath, where the file is the function, or to be sourced.
-    "zsh": """\
-#compdef nanoclawctl
-_nanoclawctl() {
-  local -a found
-  found=("${(@f)$(nanoclawctl _complete "${(@)words[2,CURRENT]}" 2> /dev/null)}")
-  case $found[1] in
-  :files) _files ;;
-  :directories) _files -/ ;;
-  ?*) found=("${(@)found/$'\\t'/:}"); _describe nanoclawctl found ;;
-  esac
-}
-if [ "$funcstack[1]" = _nanoclawctl ]; then _nanoclawctl "$@"; else compdef _nanoclawctl nanoclawctl; fi""",
-    "fish": """\
-function __nanoclawctl
-  set -l current (commandline -ct)
-  set -l found (nanoclawctl _complete (commandline -opc)[2..] "$current" 2> /dev/null)
-  switch "$found[1]"
-    case :files
-      __fish_complete_path "$current"
-    case :directories
-      __fish_complete_directories "$current"
-    case '*'
-      printf '%s\\n' $found
-  end
-end
-complete -c nanoclawctl -f -a '(__nanoclawctl)'""",
-}
+SCRIPTS = Path(__file__).with_name("completions")
 
 
 def completion(options: Namespace) -> None:
-    print(f"{SCRIPTS[options.SHELL]}\n# made by 'nanoclawctl completion {options.SHELL}'")
+    print(SCRIPTS.joinpath(f"nanoclawctl.{options.SHELL}").read_text(), end="")
 
 
 def answer(words: Sequence[str]) -> None:
@@ -96,7 +57,7 @@ def _wanted(command: Command, before: Sequence[str]) -> Option | None:
             wanted = None
         elif word.startswith("-"):
             wanted = next((o for o in command.options if o.metavar and word in (o.name, o.short)), None)
-        elif positional and not positional[0].several:
+        elif positional and not positional[0].repeat:
             del positional[0]
     return wanted or next(iter(positional), None)
 

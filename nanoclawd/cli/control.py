@@ -52,8 +52,7 @@ def stream(method: str, parameters: Json | None = None, *, timeout_s: float = AN
 
 def list_all(method: str, parameters: Json | None = None, *, timeout_s: float = ANSWER_S) -> list[Json]:
     """Return all of the method's answers but the empty one, which says that there is nothing."""
-    with suggesting((parameters or {}).get("agent") or ""):
-        return [reply for reply in stream(method, parameters, timeout_s=timeout_s) if any(reply.values())]
+    return [reply for reply in stream(method, parameters, timeout_s=timeout_s) if any(reply.values())]
 
 
 def agent_names() -> list[str]:
@@ -73,20 +72,6 @@ def dead_letters(*, timeout_s: float = ANSWER_S) -> list[Json]:
     return [r.get("message") or r["delivery"] for r in list_all("ListDeadLetters", timeout_s=timeout_s)]
 
 
-@contextmanager
-def suggesting(agent: str) -> Iterator[None]:
-    """Add the name that was probably meant to a NotFound of `agent`."""
-    try:
-        yield
-    except errors.NotFound as exc:
-        from nanoclawd.cli.parser import did_you_mean
-
-        if "did you mean" not in exc.hint:
-            exc.hint = did_you_mean(agent, agent_names(), exc.hint or "'nanoclawctl agent list' shows all")
-        raise
-
-
 def call_agent(method: str, agent: str, parameters: Json | None = None) -> Json:
     """Call a method that has the agent's name as its parameter `name`."""
-    with suggesting(agent):
-        return call(method, {"name": agent, **(parameters or {})})
+    return call(method, {"name": agent, **(parameters or {})})

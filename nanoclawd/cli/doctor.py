@@ -72,8 +72,13 @@ def main() -> int:
 
 def check_floor() -> Iterator[Check]:
     """Yield what there is of that which must be there before NanoClaw can be installed."""
-    for check in (check_user, check_python, check_systemd, check_user_manager, check_podman):
-        yield check()
+    todo = "" if os.getuid() else "log in as the person whose agents they are to be"
+    yield Check("user", MISSING if todo else OK, f"{user_name()} ({os.getuid()})", todo)
+    todo = "" if sys.version_info >= PYTHON else f"install Python {_dotted(PYTHON)} or newer"
+    yield Check("python", MISSING if todo else OK, f"Python {_dotted(sys.version_info[:3])}", todo)
+    yield check_version("systemd", SYSTEMD, r"systemd (\d+)", "systemctl")
+    yield check_user_manager()
+    yield check_version("podman", PODMAN, r"podman version (\d+)\.(\d+)", "podman")
     yield from map(check_subordinate_ids, ("uid", "gid"))
     yield check_cgroups()
 
@@ -81,7 +86,7 @@ def check_floor() -> Iterator[Check]:
 def check_all() -> Iterator[Check]:
     """Yield the result of each check: from the machine to the agents."""
     yield from check_floor()
-    for check in (check_linger, check_journal, check_network_online, check_disk, check_socket_path):
+    for check in (check_linger, check_journal, check_disk):
         yield check()
     yield from map(check_socket, SOCKETS)
     yield from check_router()
@@ -90,29 +95,9 @@ def check_all() -> Iterator[Check]:
 # --- the floor ------------------------------------------------------------------------------------
 
 
-def check_user() -> Check:
-    if os.getuid() == 0:
-        return Check("user", MISSING, "this is root", "log in as the person whose agents they are to be")
-    return Check("user", OK, f"{user_name()} ({os.getuid()})")
-
-
-def check_python() -> Check:
-    found = sys.version_info[:3]
-    todo = "" if found >= PYTHON else f"install Python {_dotted(PYTHON)} or newer"
-    return Check("python", MISSING if todo else OK, f"Python {_dotted(found)}", todo)
-
-
-def check_systemd() -> Check:
-    return _version("systemd", SYSTEMD, r"systemd (\d+)", "systemctl", "--version")
-
-
-def check_podman() -> Check:
-    return _version("podman", PODMAN, r"podman version (\d+)\.(\d+)", "podman", "--version")
-
-
-def _version(name: str, floor: tuple[int, ...], pattern: str, *command: str) -> Check:
+def check_version(name: str, floor: tuple[int, ...], pattern: str, program: str) -> Check:
     needed = f"{name} {_dotted(floor)} or newer"
-    code, out = ask(*command)
+    code, out = ask(program, "--version")
     found = re.search(pattern, out)
     if code != 0 or found is None:
         return Check(name, MISSING, first_line(out) or f"{name} fails", f"install {needed}")
@@ -146,18 +131,10 @@ def check_subordinate_ids(kind: str) -> Check:
 
 
 def count_subordinate_ids(kind: str) -> int:
-    # getsubids(1) also knows directories such as LDAP, but not every distribution has it.
+    # getsubids(1) comes with newuidmap(1), and knows directories such as LDAP, too.
     code, out = ask("getsubids", *(["-g"] if kind == "gid" else []), user_name())
-    if code == 0:
-        rows = [line.split()[-2:] for line in out.splitlines()]
-    else:
-        try:
-            with open(f"/etc/sub{kind}", encoding="utf-8", errors="replace") as file:
-                fields = [line.strip().split(":") for line in file]
-        except OSError:
-            fields = []
-        rows = [row[1:] for row in fields if len(row) == 3 and row[0] in (user_name(), str(os.getuid()))]
-    return sum(int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit())
+    counts = [line.split()[-1] for line in out.splitlines() if code == 0]
+    return sum(int(count) for count in counts if count.isdigit())
 
 
 def check_cgroups(root: str = "/sys/fs/cgroup") -> Check:
@@ -200,23 +177,6 @@ def check_journal() -> Check:
     return Check("journal", WARNING, "not persistent: 'nanoclawctl logs' may show nothing", todo)
 
 
-def check_network_online() -> Check:
-    """Quadlet's own ordering waits up to 90 s for a target that many machines never reach."""
-    from nanoclawd import paths
-
-    waiting = []
-    for file in sorted((paths.quadlets() / "nanoclaw").glob("**/*.container")):
-        try:
-            if "DefaultDependencies=false" not in file.read_text(encoding="utf-8", errors="replace").split():
-                waiting.append(file.name)
-        except OSError:
-            pass
-    if waiting:
-        found = f"{', '.join(waiting[:5])} would wait for the network at each start"
-        return Check("network-online", WARNING, found, "systemctl --user restart nanoclaw")
-    return Check("network-online", OK, "no agent waits for it")
-
-
 def check_disk() -> Check:
     from nanoclawd import paths
 
@@ -225,17 +185,6 @@ def check_disk() -> Check:
     state = MISSING if free < DISK_FULL_BYTES else WARNING if free < DISK_LOW_BYTES else OK
     todo = "" if state == OK else "make room: 'podman image prune' and 'podman system df' may help"
     return Check("disk", state, f"{free / (1 << 30):.1f} GiB free at '{place}'", todo)
-
-
-def check_socket_path() -> Check:
-    from nanoclawd import paths
-    from nanoclawd.errors import ConfigError
-
-    try:
-        sockets = (paths.control_socket(), paths.channel_socket(), paths.gateway_socket())
-    except ConfigError as exc:
-        return Check("socket path", MISSING, exc.message, exc.hint)
-    return Check("socket path", OK, f"'{max(map(str, sockets), key=len)}' is short enough")
 
 
 def check_socket(unit: str) -> Check:
@@ -259,7 +208,7 @@ def check_router() -> Iterator[Check]:
         status = control.call("Status", timeout_s=STATUS_S)
         agents = control.list_all("ListAgents", timeout_s=STATUS_S)
     except NanoclawError as exc:
-        yield Check("router", MISSING, exc.message, "see 'journalctl --user -u nanoclaw'")
+        yield Check("router", MISSING, exc.message, exc.hint or "see 'journalctl --user -u nanoclaw'")
         return
     yield Check("router", OK, f"version {status['version']} answers")
     yield check_sandbox("router", status["sandbox"])

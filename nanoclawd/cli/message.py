@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 
 from nanoclawd.cli import control, output
@@ -19,29 +18,10 @@ def _id(document: Json) -> str:
     return str(document.get("id") or document["key"])
 
 
-def _time(name: str) -> Callable[[Json], str]:
-    return lambda document: output.when(document.get(name))
-
-
-def _state(document: Json) -> str:
-    reason = f": {document['reason']}" if document.get("reason") else ""
-    return f"{document['state']}{', dropped' if document['dropped'] else ''}{reason}"
-
-
-def _attempts(document: Json) -> str:
-    more = {"deferrals": "more that do not count", "revived": "times taken up again"}
-    counts = (f"{document[name]} {words}" for name, words in more.items() if document.get(name))
-    return ", ".join([str(document["attempts"]), *counts])
-
-
-def _journal(document: Json) -> str:
-    return f"journalctl --user NANOCLAWD_MESSAGE={document['id']}" if "id" in document else ""
-
-
 _MESSAGES: output.Fields = {
     "MESSAGE": "id",
     "STATE": "state",
-    "RECEIVED": _time("receivedAt"),
+    "RECEIVED": "receivedAt",
     "AGENT": "agent",
     "CHAT": "chat",
     "TRIES": lambda message: message["attempts"] + message["deferrals"],
@@ -50,34 +30,10 @@ _MESSAGES: output.Fields = {
 _DEAD_LETTERS: output.Fields = {
     "DEAD LETTER": _id,
     "KIND": lambda letter: letter.get("kind", "message"),
-    "ENDED": _time("endedAt"),
+    "ENDED": "endedAt",
     "AGENT": "agent",
     "CHAT": "chat",
     "REASON": "reason",
-}
-#: Of messages and deliveries; each has some.
-_FIELDS: output.Fields = {
-    "Message": "id",
-    "Delivery": "key",
-    "Kind": "kind",
-    "State": _state,
-    "Agent": "agent",
-    "Unit": "unit",
-    "Chat": lambda document: " / ".join(filter(None, map(document.get, ("channel", "chat", "thread")))),
-    "Sender": "sender",
-    "Event": "event",
-    "Revision": "revision",
-    "Received": _time("receivedAt"),
-    "Created": _time("createdAt"),
-    "Attempts": _attempts,
-    "Next attempt": _time("notBefore"),
-    "Leased until": _time("leaseExpiresAt"),
-    "Parts sent": "partsSent",
-    "Ended": _time("endedAt"),
-    "Receipt": "receipt",
-    "Turn": "turn",
-    "First turn": "firstTurn",
-    "Journal": _journal,
 }
 
 
@@ -95,8 +51,11 @@ def message_show(options: Namespace) -> None:
         return output.say_json({"message": message, "deliveries": deliveries})
     for number, document in enumerate([message, *deliveries] if message else deliveries):
         print("\n" * (number > 0), end="")
-        output.say_fields(document, _FIELDS)
-        output.say(f"\n{document['text'].rstrip()}")
+        text = document.pop("text")
+        output.say_document(document)
+        output.say(f"\n{text.rstrip()}")
+    if message:
+        output.talk(f"\nIts story: journalctl --user NANOCLAWD_MESSAGE={message['id']}")
 
 
 deadletter_show = message_show
@@ -110,10 +69,10 @@ def deadletter_list(options: Namespace) -> None:
 
 def _change(method: str, done: str, options: Namespace) -> None:
     """Do one thing to each of the dead letters; what is refused does not keep the others from it."""
-    if bool(options.ID) == options.all:
+    if bool(options.LETTER) == options.all:
         raise UsageError("name dead letters, or say --all", hint="'nanoclawctl deadletter list' shows them")
     changed, failed = [], None
-    for id in map(_id, control.dead_letters()) if options.all else options.ID:
+    for id in map(_id, control.dead_letters()) if options.all else options.LETTER:
         try:
             changed.append(control.call(method, {"id": id})["id"])
         except NanoclawError as exc:

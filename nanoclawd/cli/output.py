@@ -74,11 +74,22 @@ def say_list(options: Namespace, name: str, documents: list[Json], columns: Fiel
     say_table(documents, columns)
 
 
-def say_fields(document: Json, fields: Fields) -> None:
-    """Print what there is of `fields` in a document, one a line."""
-    for name, field in fields.items():
-        if value := _look(field, document):
-            say_field(name, value)
+def say_document(document: Json) -> None:
+    """Print what a document has, a field a line, by the names of the interface: "endedAt" is "Ended at"."""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            say_document(value)
+        elif value not in (None, "", []) and value is not False:
+            name = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in key)
+            say_field(name[:1].upper() + name[1:], _plain(key, value))
+
+
+def _plain(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(", ".join(f"{k} {_plain(k, v)}" for k, v in item.items()) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return when(value) if key.endswith(("At", "Before")) else str(value)
 
 
 def say_field(name: str, value: object, mark: str = "", code: str = "") -> None:
@@ -95,7 +106,7 @@ def _look(field: Field, document: Any) -> object:
         return field(document)
     for key in field.split("."):
         document = (document or {}).get(key)
-    return "" if document is None else document
+    return "" if document is None else _plain(field, document)
 
 
 def done(options: Namespace, document: Any, words: str) -> None:
@@ -132,9 +143,9 @@ def size(count: int | None) -> str:
     return f"{amount:.0f}{unit}" if unit == "B" or amount >= 100 else f"{amount:.1f}{unit}"
 
 
-def when(seconds: float | None) -> str:
-    """Return a time since 1970 as the person's clock shows it, "" for None."""
-    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+def when(seconds: float) -> str:
+    """Return a time since 1970 as the person's clock shows it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def duration(seconds: float) -> str:

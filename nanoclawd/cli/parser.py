@@ -43,14 +43,14 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
     values += rest[end + 1 :]
     for option in command.options:
         if option.positional:
-            taken, values = (values, []) if option.several else (values[:1], values[1:])
+            taken, values = (values, []) if option.repeat else (values[:1], values[1:])
             if option.needed and not taken:
                 raise UsageError(f"{option.name} is missing", hint=more)
             try:
                 found = [option.parse(value) for value in taken]
             except argparse.ArgumentTypeError as exc:
                 raise UsageError(f"{option.name}: {exc}", hint=more) from None
-            setattr(namespace, option.name, found if option.several else found[0] if found else None)
+            setattr(namespace, option.name, found if option.repeat else found[0] if found else None)
     if values:
         raise UsageError(f"unknown argument '{values[0]}'", hint=more)
     return command, namespace
@@ -118,7 +118,7 @@ def _make_parser(command: Command, options: Iterable[Option]) -> argparse.Argume
         more = " (default: %(default)s)" if option.default is not None else ""
         settings: dict[str, Any] = {"help": option.help.replace("%", "%%") + more}
         if option.positional:
-            settings["nargs"] = "*" if option.several else None if option.needed else "?"
+            settings["nargs"] = "*" if option.repeat else None if option.needed else "?"
         elif option.metavar:
             action = "append" if option.repeat else "store"
             settings |= {"metavar": option.metavar, "type": option.parse, "action": action}

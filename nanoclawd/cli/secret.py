@@ -17,7 +17,7 @@ VALUE_BYTES = 64 << 10  #: read at most; what may be stored is less
 _COLUMNS: output.Fields = {
     "SECRET": "name",
     "STORED": lambda secret: secret["warning"] or "encrypted",
-    "CHANGED": lambda secret: output.when(secret["modifiedAt"]),
+    "CHANGED": "modifiedAt",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
 import time
@@ -11,14 +10,13 @@ from argparse import Namespace
 from math import inf
 
 from nanoclawd import limits
-from nanoclawd.cli import control, output
+from nanoclawd.cli import output
 from nanoclawd.cli.conversation import Activity, Conversation, Delivery, check_text
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.cli.screen import Screen
 from nanoclawd.errors import Failed, NanoclawError, Refused
 
 STORE_S = 30.0  #: without --wait: for the message to be stored
-ASK_S = 2.0  #: for the reason of a delay, which nobody waits for
 
 
 def send(options: Namespace) -> int:
@@ -31,12 +29,12 @@ def send(options: Namespace) -> int:
     conversation.connect(event, conversation.inbox.put if options.wait else None)
     replies: list[Delivery] = []
     try:
-        with control.suggesting(options.AGENT):
-            stored = conversation.deliver(message, event)
+        stored = conversation.deliver(message, event)
         if options.wait:
             replies = _wait(conversation, event, screen, quiet=options.json)
     except TimeoutError:
-        raise Failed(f"no reply within {options.timeout} s", hint=_late(options)) from None
+        hint = f"it is not lost: the reply will be in '{_chat_command(options)}'"
+        raise Failed(f"no reply within {options.timeout} s", hint=hint) from None
     except KeyboardInterrupt:
         output.talk(f"If it was sent, the reply will be in '{_chat_command(options)}'.")
         raise
@@ -81,15 +79,6 @@ def _report(conversation: Conversation, replies: list[Delivery]) -> None:
     sys.stdout.flush()  # only what is printed is reported
     for reply in replies:
         conversation.report(reply.key)
-
-
-def _late(options: Namespace) -> str:
-    """Return what to do when there is no reply in time."""
-    agent = options.AGENT
-    with contextlib.suppress(NanoclawError):
-        if problem := control.call("ShowAgent", {"name": agent}, timeout_s=ASK_S)["runtime"]["problem"]:
-            return f"the message waits: {problem}"
-    return f"it goes on; the reply will be in '{_chat_command(options)}'"
 
 
 def _chat_command(options: Namespace) -> str:

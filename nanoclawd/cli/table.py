@@ -48,8 +48,7 @@ class Option:
     metavar: str = ""  #: what the value is called; "" is a switch without value
     read: Callable[[str], object] = text
     short: str = ""  #: "-f"
-    needed: bool = True  #: positional arguments only, as the next
-    several: bool = False
+    needed: bool = True  #: positional arguments only
     repeat: bool = False
     default: object = None
     choices: tuple[str, ...] = ()
@@ -71,7 +70,7 @@ class Command:
     """A command; "agent list" is done by agent_list() in the module that MODULES names, or else agent.py."""
 
     name: str  #: noun and verb, or the noun alone
-    takes: str  #: names of OPTIONS; of positional arguments "[X]" may be left out, "[X...]" be several too
+    takes: str  #: names of OPTIONS; a positional argument in brackets may be left out
     help: str  #: one line
     more: str = ""  #: a paragraph for --help
 
@@ -82,24 +81,18 @@ class Command:
     @property
     def options(self) -> tuple[Option, ...]:
         return tuple(
-            replace(OPTIONS[name.strip("[.]")], needed=name[0] != "[", several="..." in name)
-            for name in self.takes.split()
+            replace(OPTIONS[name.strip("[]")], needed=name[0] != "[") for name in self.takes.split()
         )
 
 
 MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
 
-#: Imported only when the command runs.
+#: By the first word of a command; imported only when it runs.
 MODULES = {
-    "backup": "database",
-    "deadletter": "message",
     "logs": "agent",
-    "reload": "status",
-    "restore": "database",
-    "session": "status",
-    "start": "status",
-    "stop": "status",
-    "version": "status",
+    "deadletter": "message",
+    **dict.fromkeys(("backup", "restore"), "database"),
+    **dict.fromkeys(("reload", "session", "start", "stop", "version"), "status"),
 }
 
 _OPTIONS = (
@@ -107,6 +100,7 @@ _OPTIONS = (
     Option("TEXT", "the message; - or nothing reads it from stdin"),
     Option("NAME", "name of the secret, e.g. anthropic"),
     Option("ID", "id of a message or key of a delivery, or its beginning", complete="letters"),
+    Option("LETTER", "the same; may be repeated", repeat=True, complete="letters"),
     Option("FILE", "the backup", complete="files"),
     Option("SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
     Option("--json", "print one JSON document; an error is one too, on stderr"),
@@ -200,8 +194,8 @@ COMMANDS = (
     Command("message show", "ID --json", "show all that is known of a message, and its deliveries"),
     Command("deadletter list", "--json", "list messages and deliveries that were given up"),
     Command("deadletter show", "ID --json", "show all that is known of a dead letter"),
-    Command("deadletter retry", "[ID...] --all --json", "try dead letters again"),
-    Command("deadletter drop", "[ID...] --all --json", "have done with dead letters: list them no more"),
+    Command("deadletter retry", "[LETTER] --all --json", "try dead letters again"),
+    Command("deadletter drop", "[LETTER] --all --json", "have done with dead letters: list them no more"),
     Command("backup", "FILE --json", "write a copy of the database to a new file, while everything runs"),
     Command("restore", "FILE --json", "put a backup in the place of a database that was lost"),
     Command("image build", "--base --base-directory --image --json", "build the agent image"),

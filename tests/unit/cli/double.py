@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd import idl, paths
-from nanoclawd.errors import NanoclawError, NotFound, Refused
+from nanoclawd.errors import NanoclawError, Refused
+from nanoclawd.ids import no_agent
 from nanoclawd.server import Call, Method, Server, Service
 from nanoclawd.wire import Json
 
@@ -242,7 +243,7 @@ class RouterDouble:
                     and name != "AddAgent"
                     and call.parameters["name"] not in self.agents
                 ):
-                    raise NotFound(f"no agent named '{call.parameters['name']}'")
+                    raise no_agent(call.parameters["name"], self.agents)
                 reply = await handler(call) if handler is not None else {}
                 return interface.check_reply(name, reply)
             finally:
@@ -323,7 +324,7 @@ class RouterDouble:
     async def _Deliver(self, call: Call) -> Json:
         agent, event = call.parameters["agent"], call.parameters["event"]
         if agent not in self.agents:
-            raise NotFound(f"no agent named '{agent}'", hint="'nanoclawctl agent list' shows all")
+            raise no_agent(agent, self.agents)
         # The real one commits to disk first; who attached just before is there when it goes on.
         for _ in range(10):
             await asyncio.sleep(0)

@@ -27,20 +27,24 @@ def test_messages_are_listed_in_a_line_each(router: RouterDouble, run: Run) -> N
 
 
 def test_a_message_is_shown_with_its_text_its_deliveries_and_its_journal(
-    router: RouterDouble, run: Run
+    router: RouterDouble, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = run("message", "show", "m0123").stdout
+    monkeypatch.setenv("TZ", "UTC")
+    shown = run("message", "show", "m0123")
 
     assert calls(router, "ShowMessage") == [{"id": "m0123"}]
-    fields = {line.partition(":")[0]: line.partition(":")[2].strip() for line in shown.splitlines()}
-    assert fields["Message"] == "m0123456789abcdef"
-    assert fields["Attempts"] == "1"  # the delivery's, which comes last
-    assert "4, 2 more that do not count" in shown
-    assert "dead: it broke" in shown
-    assert "What is␛ new?\n" in shown
-    assert fields["Delivery"] == "m0123456789abcdef.notice"
-    assert fields["Journal"] == "journalctl --user NANOCLAWD_MESSAGE=m0123456789abcdef"
-    assert "Receipt" not in fields
+    message, _, delivery = shown.stdout.partition("\n\nKey: ")
+    for line in (
+        *("Id:               m0123456789abcdef", "State:            dead", "Reason:           it broke"),
+        *("Attempts:         4", "Deferrals:        2", "Ended at:         1970-01-01 00:00:02"),
+        "What is␛ new?",
+    ):
+        assert line in message.splitlines()
+    assert "m0123456789abcdef.notice" in delivery
+    assert not {"Receipt", "Dropped", "Lease"} & {
+        line.partition(":")[0] for line in shown.stdout.splitlines()
+    }
+    assert "journalctl --user NANOCLAWD_MESSAGE=m0123456789abcdef" in shown.stderr
 
 
 def test_a_message_as_json_has_all_fields_of_the_interface(router: RouterDouble, run: Run) -> None:

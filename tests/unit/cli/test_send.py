@@ -135,13 +135,6 @@ def test_time_out_says_where_the_reply_will_be(router: RouterDouble, run: Run) -
     assert "nanoclawctl chat berta --chat 'my work'" in done.stderr
 
 
-def test_time_out_tells_of_an_agent_that_is_stopped(router: RouterDouble, run: Run) -> None:
-    router.answer = lambda _: []
-    router.agents["berta"] |= {"state": "held", "problem": "'berta' is stopped; 'nanoclawctl start --all'"}
-
-    assert "nanoclawctl start --all" in run("send", "berta", "x", "--wait", "--timeout", "1").stderr
-
-
 def test_broken_connection_is_tried_again_and_stored_once(router: RouterDouble, run: Run) -> None:
     router.hang_up_after_storing = True
 
