@@ -22,7 +22,7 @@ from nanoclawd.queue import Delivery, session_row
 from nanoclawd.registry import Agent, Registry, config_file
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
-from nanoclawd.session import SessionState
+from nanoclawd.session import SessionState, explain_wait
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
 from nanoclawd.systemd import Systemd
@@ -285,9 +285,13 @@ class ControlService:
         return await call.send_all(({"session": session} async for session in sessions), {"session": None})
 
     async def _describe_sessions(self, agent: str | None) -> AsyncIterator[Json]:
+        heads = {row["id"]: row for row in await self._db.read("find_work")}
         for row in await self._db.read("list_sessions", agent=agent):
             session = session_row(row)
             live = self._sessions.find(session)
+            state, detail = live.state if live else SessionState.IDLE, ""
+            if head := heads.get(session.id):
+                detail = self._sessions.explain_hold(session.agent) or explain_wait(head, state)
             yield {
                 "agent": session.agent,
                 "session": session.name,
@@ -295,7 +299,8 @@ class ControlService:
                 "channel": session.channel,
                 "chat": session.chat,
                 "thread": session.thread,
-                "state": live.state if live else SessionState.IDLE,
+                "state": state,
+                "detail": detail,
                 "queued": row["queued"],
                 "message": row["message"],
             }

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from nanoclawd import limits
+from nanoclawd import limits, queue
+from nanoclawd.db import Row, now_ms
 from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import TurnId, unit_name
 from nanoclawd.queue import Message, SessionRow, Turn
 from nanoclawd.rates import Rate
+from nanoclawd.states import MessageState
 from nanoclawd.wire import Json
 
 
@@ -136,6 +138,22 @@ class Session:
             case "" | "success":
                 return "its container ended"
         return f"its container failed ({self.result})"
+
+
+def explain_wait(head: Row, state: SessionState) -> str:
+    """Say in one line why the oldest message of a session is not answered yet: a row of find_work."""
+    tries, now = head["attempts"] + head["deferrals"], now_ms()
+    after = f": {queue.one_line(head['reason'])}" if head["reason"] else ""
+    if head["state"] == MessageState.LEASED:
+        silent_s = limits.LEASE_S - (head["lease_expires_at"] - now) / 1000
+        if silent_s > 2 * limits.HEARTBEAT_S:
+            return (
+                f"its runner says nothing since {silent_s:.0f} s, and is stopped at {limits.LEASE_S:.0f} s"
+            )
+        return f"attempt {tries}{after}" if tries > 1 else ""
+    if head["not_before"] > now:
+        return f"attempt {tries + 1} in {(head['not_before'] - now) / 1000:.0f} s{after}"
+    return "waits for a container of others to end" if state is SessionState.QUEUED else ""
 
 
 def describe_messages(messages: Iterable[Message]) -> list[Json]:

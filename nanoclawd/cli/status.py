@@ -20,8 +20,7 @@ _UNITS: output.Fields = {
     "MEMORY": lambda unit: output.size(unit["memoryBytes"]),
 }
 _SESSIONS: output.Fields = {
-    name.upper(): name
-    for name in ("agent", "session", "state", "queued", "channel", "chat", "thread", "message")
+    name.upper(): name for name in ("agent", "session", "state", "queued", "chat", "message", "detail")
 }
 
 

@@ -31,7 +31,7 @@ VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :bo
 
 -- find_work --
 -- Sessions with something to do: their oldest open message, and when it may be tried.
-SELECT session.*, inbox.seq AS seq, inbox.not_before AS not_before, inbox.state AS state
+SELECT session.*, seq, not_before, state, attempts, deferrals, lease_expires_at, reason
   FROM session JOIN inbox ON inbox.seq =
        (SELECT min(seq) FROM inbox WHERE session = session.id AND state IN ('queued', 'leased'))
  ORDER BY inbox.seq;

@@ -47,6 +47,7 @@ SESSION: Json = {
     "chat": "berta",
     "thread": "",
     "state": "ready",
+    "detail": "",
     "queued": 0,
     "message": None,
 }

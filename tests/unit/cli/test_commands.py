@@ -13,7 +13,7 @@ import pytest
 
 from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
 from tests.unit.cli.conftest import COMMAND, Run, fake_program
-from tests.unit.cli.double import RouterDouble
+from tests.unit.cli.double import SESSION, RouterDouble
 
 
 def test_version_is_printed(run: Run) -> None:
@@ -147,6 +147,12 @@ def test_status_shows_what_counts(router: RouterDouble, run: Run) -> None:
     for words in ("nanoclaw.service", "active (running)", "4.0M", "1 waiting", "s1", "anthropic"):
         assert words in shown
     assert "5 messages, 8 deliveries: see 'nanoclawctl deadletter list'" in shown
+
+
+def test_status_says_why_a_session_does_not_get_on(router: RouterDouble, run: Run) -> None:
+    router.status["sessions"] = [SESSION | {"state": "queued", "detail": "attempt 2 in 8 s: it broke"}]
+
+    assert run("status").stdout.splitlines()[-1].endswith("attempt 2 in 8 s: it broke")
 
 
 def test_status_says_first_that_all_agents_are_stopped(router: RouterDouble, run: Run) -> None:

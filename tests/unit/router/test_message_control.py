@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -17,7 +18,7 @@ from nanoclawd.server import Server
 from nanoclawd.sockets import bind_listener
 from nanoclawd.systemd import Systemd
 from nanoclawd.wire import Json, VarlinkError
-from tests.support.router import Container, Place, Router
+from tests.support.router import Container, Place, Router, killed
 from tests.support.varlink_peer import Peer
 
 CONTROL = "io.nanoclaw.Control"
@@ -233,6 +234,49 @@ def test_all_agents_are_stopped_at_once_and_their_messages_wait(place: Place) ->
             assert await adapter.reply() == "echo: hello"
             await place.systemd.end_all()
             assert not (await operator.call("Status"))["held"]
+
+    place.run(run)
+
+
+def test_a_session_says_why_its_message_is_not_answered(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(container: Container) -> None:
+        await container.begin()
+        await container.take()
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        for name in ("carla", "doris", "emil"):
+            place.registry.add(name)
+        place.registry.held.add("emil")
+        place.systemd.programs = [killed, hangs]
+        async with place.router(slots=1) as router, operating(place, router) as operator:
+
+            async def details() -> dict[str, tuple[str, str]]:
+                sessions = [reply["session"] for reply in await operator.stream("ListSessions")]
+                return {session["agent"]: (session["state"], session["detail"]) for session in sessions}
+
+            for agent in ("berta", "carla", "doris", "emil"):
+                await router.deliver("hello", agent=agent)
+                begun = {"berta": "attempts", "carla": "first_turn"}.get(agent)
+                while begun and not (await router.inbox())[-1][begun]:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+
+            shown = await details()
+            assert shown["berta"][0] == "queued"
+            assert re.fullmatch(r"attempt 2 in \d s: its container failed.*", shown["berta"][1])
+            assert shown["carla"] == ("working", "")
+            assert shown["doris"] == ("queued", "waits for a container of others to end")
+            assert shown["emil"] == (
+                "idle",
+                "'emil' is stopped; 'nanoclawctl agent start emil' lets it go on",
+            )
+
+            monkeypatch.setattr(limits, "HEARTBEAT_S", -1.0)
+            assert "its runner says nothing since 0 s" in (await details())["carla"][1]
+            await operator.call("StopAll")
+            assert all("nanoclawctl start --all" in detail for _, detail in (await details()).values())
 
     place.run(run)
 
