@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd import limits
-from nanoclawd.wire import Json, WireError
+from nanoclawd.wire import Json, WireError, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def read_interface(path: Path) -> Interface:
     return parse_interface(path.read_text(encoding="utf-8"))
 
 
-_TOKEN = re.compile(r"(?:\s|#[^\n]*)*(->|\[string\]|\[\]|[?:,()]|[A-Za-z][A-Za-z0-9._-]*|\Z)")
+_TOKEN = re.compile(r"(?:\s|#[^\n]*+)*+(->|\[string\]|\[\]|[?:,()]|[A-Za-z][A-Za-z0-9._-]*|\Z)")
 
 
 class _Parser:
@@ -145,7 +145,7 @@ def _struct(interface: Interface, expected: Type, value: Any, path: str) -> Json
     fields = expected.fields or {}
     for name in value:
         if name not in fields:
-            raise WireError(_join(path, str(name)[:64]), "is not a known field")
+            raise WireError(_join(path, name), "is not a known field")
     return {
         name: _check(interface, field, value.get(name), _join(path, name)) for name, field in fields.items()
     }
@@ -220,6 +220,7 @@ def _inner(expected: Type) -> Type:
 
 
 def _join(path: str, name: str) -> str:
+    name = printable(name[:64])
     return f"{path}.{name}" if path else name
 
 

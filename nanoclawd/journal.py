@@ -13,6 +13,8 @@ from typing import Any
 
 from systemd import journal as sd_journal
 
+from nanoclawd.wire import printable
+
 ERR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # man 3 syslog
 _to_journal = "JOURNAL_STREAM" in os.environ
 
@@ -38,9 +40,10 @@ def debug(event: str, text: str = "", **fields: Any) -> None:
 
 def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
     unit = fields.pop("unit", None)
-    text = _visible(text)
+    # What an agent said must look like no line of ours, nor move the cursor.
+    text = printable(text)
     values = {
-        name: [_visible(str(one)) for one in (value if isinstance(value, list) else [value])]
+        name: [printable(str(one)) for one in (value if isinstance(value, list) else [value])]
         for name, value in fields.items()
         if value is not None
     }
@@ -62,8 +65,3 @@ def _send(priority: int, event: str, text: str, fields: dict[str, Any]) -> None:
         *([f"USER_UNIT={unit}"] if unit is not None else []),
         *(f"NANOCLAWD_{name.upper()}={one}" for name, several in values.items() for one in several),
     )
-
-
-def _visible(text: str) -> str:
-    """Return `text` on one line: what an agent said must look like no line of ours, nor move the cursor."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

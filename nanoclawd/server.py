@@ -18,7 +18,7 @@ from nanoclawd.idl import Interface, parse_interface
 from nanoclawd.rates import Rate
 from nanoclawd.varlink import Connection
 from nanoclawd.version import VERSION
-from nanoclawd.wire import Json, VarlinkError
+from nanoclawd.wire import Json, VarlinkError, printable
 
 SERVICE = "org.varlink.service"
 SERVICE_INTERFACE = parse_interface(
@@ -126,10 +126,12 @@ class Service:
         if interface_name == SERVICE:
             return self._answer_service(name, call.parameters)
         if interface_name != self.interface.name:
-            raise VarlinkError(f"{SERVICE}.InterfaceNotFound", {"interface": interface_name[:256]})
+            raise VarlinkError(
+                f"{SERVICE}.InterfaceNotFound", {"interface": printable(interface_name[:256])}
+            )
         method = self.methods.get(name)
         if method is None:
-            raise VarlinkError(f"{SERVICE}.MethodNotFound", {"method": call.method[:256]})
+            raise VarlinkError(f"{SERVICE}.MethodNotFound", {"method": printable(call.method[:256])})
         if method.more and not call.more:
             raise VarlinkError(f"{SERVICE}.ExpectedMore")
         call.parameters = _checked(self.interface, name, call.parameters)
@@ -143,7 +145,7 @@ class Service:
 
     def _answer_service(self, name: str, parameters: Json) -> Json:
         if name not in SERVICE_INTERFACE.methods:
-            raise VarlinkError(f"{SERVICE}.MethodNotFound", {"method": f"{SERVICE}.{name}"[:256]})
+            raise VarlinkError(f"{SERVICE}.MethodNotFound", {"method": printable(f"{SERVICE}.{name}"[:256])})
         parameters = _checked(SERVICE_INTERFACE, name, parameters)
         interfaces = {i.name: i for i in (SERVICE_INTERFACE, self.interface)}
         if name == "GetInfo":
@@ -156,7 +158,7 @@ class Service:
             }
         wanted = parameters["interface"]
         if wanted not in interfaces:
-            raise VarlinkError(f"{SERVICE}.InterfaceNotFound", {"interface": wanted[:256]})
+            raise VarlinkError(f"{SERVICE}.InterfaceNotFound", {"interface": printable(wanted[:256])})
         return {"description": interfaces[wanted].text}
 
 

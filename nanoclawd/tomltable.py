@@ -17,6 +17,11 @@ T = TypeVar("T")
 Rows = Mapping[str, Callable[[Any], Any]]  #: for each key what makes its value, or raises BadValue
 _HEAD = re.compile(r"\s*(\[\[?)([^]]+)\]")
 _ASSIGNMENT = re.compile(r"\s*([^=#[]+)=")
+KEY_PARTS = 32
+#: A dotted key with more parts. No file of ours needs two, and tomllib takes 20 s for 30,000.
+_LONG_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{KEY_PARTS}}}"""
+)
 
 
 class BadValue(Exception):
@@ -38,13 +43,16 @@ class _BadKey(Exception):
 
 def parse(text: str, rows: Rows, name: str) -> dict[str, Any]:
     """Return what `rows` make of TOML text, by key. Raises ConfigError with file, line and key."""
+    hint = "the format is TOML: key = value"
+    if long := _LONG_KEY.search(text):
+        where = f"{name}:{text.count(chr(10), 0, long.start()) + 1}"
+        raise ConfigError(f"{where}: a key has more than {KEY_PARTS} parts", hint=hint)
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         reason, _, place = str(exc).rpartition(" (at ")
         line = re.match(r"line ([0-9]+)", place)
         where = f"{name}:{line[1] if line else text.count(chr(10)) + 1}"
-        hint = "the format is TOML: key = value"
         raise ConfigError(f"{where}: is not TOML: {reason or exc}", hint=hint) from None
     except (RecursionError, ValueError) as exc:  # nested too deeply; a number of 5,000 digits
         raise ConfigError(f"{name}: is not TOML that can be read: {exc}", hint="remove that line") from None
@@ -126,7 +134,10 @@ def _shown(value: Any) -> str:
         case str() if value.isprintable():
             text = f"'{value}'"
         case _:
-            text = repr(value)
+            try:
+                text = repr(value)
+            except RecursionError:
+                text = "something nested too deeply"
     return text if len(text) <= 80 else text[:79] + "…"
 
 

@@ -41,11 +41,14 @@ class Connection:
         Raises wire.WireError: what came is no message, and the connection cannot be used any further if the
         error's path is 'size' or 'descriptor'.
         """
-        while (end := self._buffer.find(b"\0", self._scanned)) < 0:
-            self._scanned = len(self._buffer)
+        while True:
+            end = self._buffer.find(b"\0", self._scanned)
+            self._scanned = len(self._buffer) if end < 0 else end
             if self._scanned > limits.MESSAGE_BYTES:
                 self._buffer.clear()
                 raise wire.WireError("size", f"a message is longer than {limits.MESSAGE_BYTES} bytes")
+            if end >= 0:
+                break
             data = await self._receive()
             if not data:
                 return None

@@ -64,6 +64,11 @@ def encode(value: Json) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
+def printable(text: str) -> str:
+    """Return `text` with escapes for what is not printable: a name from outside that is quoted."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
