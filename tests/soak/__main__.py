@@ -266,6 +266,7 @@ async def soak(minutes: float, seed: int) -> int:
         chats = [Chat(name, f"{name}-{number}") for name in names for number in range(CHATS)]
         person = Person(chats)
         background = [tasks.create_task(person.run()), tasks.create_task(watch(samples, files))]
+        before = await waiting()  # of chats that are none of ours
         begun = time.monotonic()
         until = begun + minutes * 60
         people = [talk(chat, random.Random(dice.random()), until) for chat in chats]
@@ -274,10 +275,16 @@ async def soak(minutes: float, seed: int) -> int:
             async with asyncio.timeout(SETTLE_S):
                 await asyncio.gather(*(settle(chat) for chat in chats))
         await asyncio.sleep(1.0)  # for what might come twice
-        status = await control("Status")
+        left = await waiting() - before
         for task in background:
             task.cancel()
-    return report(minutes, seed, chats, person, samples, files, done, status["queue"])
+    return report(minutes, seed, chats, person, samples, files, done, left)
+
+
+async def waiting() -> int:
+    """Return how many messages and deliveries have not ended."""
+    queue = (await control("Status"))["queue"]
+    return int(queue["queued"] + queue["leased"] + queue["deliveriesPending"])
 
 
 def report(
@@ -288,11 +295,11 @@ def report(
     samples: dict[tuple[str, int], list[Sample]],
     files: list[tuple[float, int, int]],
     done: Counter[str],
-    queue: dict[str, int],
+    left: int,
 ) -> int:
     """Print the table; return the exit status."""
     faults = judge(chats)
-    faults["left in the queue"] = queue["queued"] + queue["leased"] + queue["deliveriesPending"]
+    faults["left in the queue"] = left
     count = sum(len(chat.sent) for chat in chats)
     kinds = Counter(kind for chat in chats for kind in chat.kinds.values())
     print(f"seed {seed}, {minutes:g} minutes, {len(chats)} chats of {AGENTS} agents, {count} messages:")
