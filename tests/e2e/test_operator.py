@@ -63,6 +63,7 @@ def test_the_journal_tells_the_whole_story_by_one_id(product: Product, machine: 
     sending = product.send_later(agent, "/sleep 3\n/send on its way\nhello")
     product.wait_state(agent, "working")
     machine.run("kill", "-KILL", str(product.runner_pid(agent)), user="root")
+    machine.wait_for(lambda: "attempt 2 in" in product.session(agent)["detail"])  # it waits for 2 s
     assert wait_reply(sending) == "on its way\nhello"
 
     (shown,) = product.ask("message", "list", agent)["messages"]
