@@ -44,6 +44,7 @@ from nanoclawd.systemd import Systemd, connect
 from nanoclawd.version import VERSION
 
 DATABASE = "nanoclaw.db"
+GATEWAY = "nanoclaw-gateway.service"
 _EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd shows it by name, and does not restart
 
 
@@ -179,7 +180,8 @@ async def _route(
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             await control_service.start_waiting()
             tasks.create_task(outlets.run(), name="outlets")
-            tasks.create_task(gateway.run(), name="gateway")
+            gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
+            tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
             tasks.create_task(Server(control_service.service, control).run(), name="control")
             tasks.create_task(Server(channel_service.service, channel).run(), name="channel")
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")

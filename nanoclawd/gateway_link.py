@@ -36,13 +36,18 @@ class GatewayLink:
         self._wanted.pop((agent, session), None)
         self._changed.set()
 
-    async def run(self) -> None:
-        """Connect when there is something to hand over; when the gateway goes away, do it again."""
+    async def run(self, *, left: bool = False) -> None:
+        """Connect when there is something to hand over; when the gateway goes away, do it again.
+
+        `left`: a gateway that runs may have sessions of the router before us, which have ended.
+        """
         while True:
-            await self._changed.wait()
-            if not self._wanted:
+            if not left:
+                await self._changed.wait()
+            if not self._wanted and not left:
                 self._changed.clear()
                 continue
+            left = False
             try:
                 connection = await varlink.connect(paths.gateway_socket())
                 try:
@@ -56,7 +61,7 @@ class GatewayLink:
 
     async def _keep_supplied(self, connection: varlink.Connection) -> None:
         """Make the gateway's set equal to ours, until it hangs up."""
-        has: dict[Key, socket.socket] = {}
+        has: dict[Key, socket.socket | None] = dict.fromkeys(await _ask_sessions(connection))
         while True:
             self._changed.clear()
             for key in has.keys() - self._wanted.keys():
@@ -91,6 +96,17 @@ class GatewayLink:
             raise Unavailable(f"the gateway does not answer: {exc}") from exc
         finally:
             connection.close()
+
+
+async def _ask_sessions(connection: varlink.Connection) -> list[Key]:
+    """Return the sessions that the gateway has. Raises VarlinkError, Unavailable."""
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            status = await varlink.call(connection, "io.nanoclaw.Gateway.Status", {})
+    except TimeoutError:
+        raise Unavailable(f"the gateway did not answer within {_ANSWER_S:.0f} s") from None
+    names = [name.partition("/") for name in status["sessions"]]
+    return [(AgentName(agent), SessionName(session)) for agent, _, session in names]
 
 
 async def _ask(

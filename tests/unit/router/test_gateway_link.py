@@ -32,8 +32,8 @@ class GatewayDouble:
         self.hang = asyncio.Event()
         self.hang.set()
         interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
-        handlers = {"Attach": self._attach, "Detach": self._detach}
-        methods = {name: Method(handler=handlers.get(name, self._other)) for name in interface.methods}
+        handlers = {"Attach": self._attach, "Detach": self._detach, "Status": self._status}
+        methods = {name: Method(handler=handler) for name, handler in handlers.items()}
         self.service = Service(interface=interface, methods=methods)
 
     async def _attach(self, call: Call) -> Json:
@@ -48,8 +48,9 @@ class GatewayDouble:
         del self.has[call.parameters["session"]]
         return {}
 
-    async def _other(self, call: Call) -> Json:
-        raise AssertionError
+    async def _status(self, call: Call) -> Json:
+        sessions = [f"berta/{name}" for name in self.has]
+        return {"version": "", "sessions": sessions, "routes": [], "sandbox": []}
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
@@ -70,8 +71,8 @@ class GatewayDouble:
 
 
 @asynccontextmanager
-async def running(link: GatewayLink) -> AsyncIterator[None]:
-    task = asyncio.create_task(link.run())
+async def running(link: GatewayLink, *, left: bool = False) -> AsyncIterator[None]:
+    task = asyncio.create_task(link.run(left=left))
     try:
         yield
         assert not task.done(), task.exception()
@@ -106,6 +107,25 @@ def test_gateway_has_what_lives_also_after_its_restart() -> None:
                     link.attach(BERTA, SessionName("0"), listeners["3"])  # the session's next life
                     inodes["0"] = os.fstat(listeners["3"].fileno()).st_ino
                     await eventually(lambda: gateway.has == inodes)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("adopted", [[], ["1"]])
+def test_gateway_keeps_nothing_that_ended_without_a_router(adopted: list[str]) -> None:
+    async def run() -> None:
+        gateway, link, next_link = GatewayDouble(), GatewayLink(), GatewayLink()
+        with contextlib.ExitStack() as stack:
+            listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(3)}
+            async with gateway.served():
+                async with running(link):
+                    for name, listener in listeners.items():
+                        link.attach(BERTA, SessionName(name), listener)
+                    await eventually(lambda: sorted(gateway.has) == [*listeners])
+                for name in adopted:
+                    next_link.attach(BERTA, SessionName(name), listeners[name])
+                async with running(next_link, left=True):
+                    await eventually(lambda: [*gateway.has] == adopted)
 
     asyncio.run(run())
 
