@@ -420,6 +420,8 @@ def test_ctrl_c_is_130_without_a_traceback(router: RouterDouble, home: Path) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=home,
+        # Whoever runs the tests in the background of a script has SIGINT ignored, and so would all below.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     router.wait(lambda: router.messages)
 
