@@ -170,8 +170,10 @@ class Conversation:
         """Report that a delivery was shown. If that fails it comes again, and is then only reported."""
         if key not in self._shown.lines:
             self._shown.add(key)
-        with contextlib.suppress(NanoclawError):
-            self._call("ReportSent", {"channel": CHANNEL, "key": key, "receipt": key})
+        for _ in range(2):  # the first connection may be to a router that is gone; one of now sent this
+            with contextlib.suppress(NanoclawError):
+                self._call("ReportSent", {"channel": CHANNEL, "key": key, "receipt": key})
+                return
 
     def stop_turn(self) -> bool:
         """Stop what the agent does for this chat; False if there was nothing. Raises NanoclawError."""

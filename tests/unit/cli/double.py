@@ -14,6 +14,7 @@ from nanoclawd import idl, paths
 from nanoclawd.errors import NanoclawError, Refused
 from nanoclawd.ids import no_agent
 from nanoclawd.server import Call, Method, Server, Service
+from nanoclawd.varlink import Connection
 from nanoclawd.wire import Json
 
 WITHIN_S = 10.0
@@ -161,6 +162,7 @@ class RouterDouble:
         self.hang_up_after_storing = False  #: once
         self._changed = threading.Condition()
         self._streams: list[tuple[Call, asyncio.Queue[Json]]] = []
+        self._connections: list[Connection] = []
         self._loop = asyncio.new_event_loop()
         self._listeners = [_listen(paths.control_socket()), _listen(paths.channel_socket())]
         self._stop = asyncio.Event()
@@ -182,9 +184,10 @@ class RouterDouble:
         """Close all connections, as a router that restarts; systemd keeps the listeners."""
 
         def close() -> None:
-            for call, _ in list(self._streams):
-                with contextlib.suppress(OSError):
-                    call.connection.sock.shutdown(socket.SHUT_RDWR)
+            for connection in self._connections:
+                with contextlib.suppress(OSError):  # closed already
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+            self._connections.clear()
 
         self._loop.call_soon_threadsafe(close)
 
@@ -236,6 +239,7 @@ class RouterDouble:
         async def answer(call: Call) -> Json:
             with self._changed:
                 self.calls.append((name, call.parameters))
+            self._connections.append(call.connection)
             try:
                 if name in self.fail:
                     raise self.fail[name]

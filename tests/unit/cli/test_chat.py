@@ -225,6 +225,7 @@ def test_restart_of_the_router_while_the_agent_works(router: RouterDouble, chat:
 
     terminal.wait("after all\r\n")
     terminal.wait("you> ")
+    router.wait(lambda: len(router.reports) == 1)
 
 
 def test_restart_of_the_router_while_a_message_is_sent_stores_it_once(
