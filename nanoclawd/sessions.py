@@ -186,8 +186,15 @@ class Sessions:
         try:
             while adopted or await self._has_work(session):
                 if adopted:
-                    # It has its slot already, even if the limit was lowered meanwhile.
-                    await self._run_container(session, adopted=True)
+                    # It runs also if there is no slot for it any more, since the limit was lowered.
+                    has_slot = not self._slots.locked()
+                    if has_slot:
+                        await self._slots.acquire()
+                    try:
+                        await self._run_container(session, adopted=True)
+                    finally:
+                        if has_slot:
+                            self._slots.release()
                 else:
                     self._outlets.report_activity(session.row, "queued", events=session.waiting_events)
                     await self._take_slot()
