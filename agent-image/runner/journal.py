@@ -1,4 +1,4 @@
-"""What systemd hears from us: log lines with a priority (man 3 sd-daemon), readiness (man 3 sd_notify)."""
+"""What systemd hears from us: log lines, readiness (man 3 sd_notify)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 from functools import partial
 
 
-def _log(priority: int, event: str, /, **fields: object) -> None:
-    text = " ".join([event, *(f"{name}={_shown(value)}" for name, value in fields.items())])
-    print(f"<{priority}>{text}", file=sys.stderr, flush=True)
+def _log(level: str, event: str, /, **fields: object) -> None:
+    # No "<3>" before it: to the journal, all that an agent says is of the same priority.
+    text = " ".join([f"{level}: {event}", *(f"{name}={_shown(value)}" for name, value in fields.items())])
+    print(text, file=sys.stderr, flush=True)
 
 
 def _shown(value: object) -> str:
@@ -19,7 +20,7 @@ def _shown(value: object) -> str:
     return repr(text) if " " in text else text
 
 
-error, warning, info, debug = (partial(_log, priority) for priority in (3, 4, 6, 7))
+error, warning, info, debug = (partial(_log, level) for level in ("error", "warning", "info", "debug"))
 
 
 def notify(*lines: str) -> None:

@@ -343,12 +343,12 @@ def no_reading() -> Seen:
     take_turn()
     call = {"method": "org.varlink.service.GetInterfaceDescription", "parameters": {"interface": AGENT}}
     data = (json.dumps(call) + "\0").encode() * 100
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
 
     def ask() -> None:
         with suppress(OSError):
             while time.monotonic() < until:
-                line = Line()
+                line = Line(timeout_s=60)
                 with suppress(ConnectionError):
                     while True:
                         line.send(data)
@@ -534,6 +534,8 @@ def ugly_failure() -> Seen:
 def bad_files() -> Seen:
     """Fills its workspace and its session's directory with what must not be opened."""
     for place in ("/workspace", "/session"):
+        if os.path.lexists(f"{place}/fifo"):  # it was here before
+            continue
         os.mkfifo(f"{place}/fifo")
         os.symlink("/etc/passwd", f"{place}/link")
         os.symlink("/", f"{place}/root")
@@ -551,6 +553,14 @@ def bad_files() -> Seen:
             os.mknod(f"{place}/device", 0o020666, os.makedev(1, 5))
     turn = take_turn()
     return {"answers": [Line().call("FinishTurn", turn=turn["id"], outcome="answered", replies=["done"])]}
+
+
+def noise() -> Seen:
+    """Fills the journal with errors of its own making, and then breaks the protocol."""
+    take_turn()
+    for _ in range(100):
+        os.write(2, b"<3>noise\n" * 100)
+    return until_cut_off(lambda line: line.call("Nothing"))
 
 
 # --- the program ----------------------------------------------------------------------------------------

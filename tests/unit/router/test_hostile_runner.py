@@ -433,6 +433,6 @@ def test_failure_in_ugly_words_is_one_clean_line(place: Place, lines: Lines) -> 
 
 def test_each_kind_of_hostility_is_tested() -> None:
     elsewhere = {"acknowledge_twice", "foreign_turn", "goodbyes", "leaves", "never_works", "ugly_failure"}
-    in_a_container = {"bad_files"}
+    in_a_container = {"bad_files", "noise"}
 
     assert {*CUT_OFF, *SLOWED, *HELD, *elsewhere, *in_a_container} == set(hostile_runner.kinds())
