@@ -31,6 +31,7 @@ from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import Treatment, fail_turn, leased_turn, put_back, session_row
@@ -49,11 +50,11 @@ _EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd shows it by name, and does
 
 
 class _Stop(Exception):
-    """SIGTERM came."""
+    """SIGTERM came, or there is nothing to do."""
 
 
 def main() -> None:
-    """Run until SIGTERM."""
+    """Run until SIGTERM, or until there is nothing to do."""
     parser = argparse.ArgumentParser(prog="nanoclawd", description="Router of NanoClaw; started by systemd.")
     parser.add_argument("--version", action="version", version=f"nanoclawd {VERSION}")
     tasks = parser.add_mutually_exclusive_group()
@@ -181,11 +182,18 @@ async def _route(
             tasks.create_task(outlets.run(), name="outlets")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
-            tasks.create_task(Server(control_service.service, control).run(), name="control")
-            tasks.create_task(Server(channel_service.service, channel).run(), name="channel")
+            idle = IdleExit(db=db, sessions=sessions, seconds=lambda: registry.settings.idle_exit)
+            sessions.on_end = control_service.on_reload = idle.touch
+            idle.servers = (
+                Server(control_service.service, control, on_close=idle.touch),
+                Server(channel_service.service, channel, on_close=idle.touch),
+            )
+            for server in idle.servers:
+                tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
             tasks.create_task(retention.run(db, lambda: registry.settings.retention_days), name="retention")
             _handle_signals(tasks, lambda: _reload(registry, control_service))
+            tasks.create_task(_leave_when_idle(idle), name="idle exit")
             await control_service.start_waiting()
             # What was made while starting lives for ever: the collector need not look at it again.
             gc.collect()
@@ -276,6 +284,13 @@ def _handle_signals(tasks: asyncio.TaskGroup, reload: Callable[[], object]) -> N
     loop.add_signal_handler(signal.SIGTERM, lambda: tasks.create_task(stop(), name="stop"))
     loop.add_signal_handler(signal.SIGINT, lambda: tasks.create_task(stop(), name="stop"))
     loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload(), name="reload"))  # type: ignore[arg-type]
+
+
+async def _leave_when_idle(idle: IdleExit) -> None:
+    await idle.wait()
+    daemon.notify("STOPPING=1\nSTATUS=nothing to do; the next call starts it again")
+    journal.info("idle-exit")
+    raise _Stop
 
 
 async def _reload(registry: Registry, control: ControlService) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class ControlService:
         self._outlets = outlets
         self._gateway = gateway
         self._sandbox = sandbox
+        self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
@@ -168,6 +169,7 @@ class ControlService:
         """Read all configuration again; returns what is wrong with agents. Raises ConfigError."""
         self._registry.settings = read_settings()
         self._sessions.resize(self._registry.settings.max_sessions)
+        self.on_reload()
         problems = await self._registry.load()
         await self.start_waiting()
         return problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from systemd import daemon
@@ -67,6 +67,7 @@ class Sessions:
             tasks=tasks,
             offer_due=self.turns.offer_due,
         )
+        self.on_end: Callable[[], None] = lambda: None  #: a session has nothing to do any more
         systemd.on_unit_change = self._unit_changed
 
     def live(self) -> Iterable[Session]:
@@ -202,6 +203,7 @@ class Sessions:
         finally:
             session.cancel_timers()
             del self._live[session.row.id], self._by_unit[session.unit]
+            self.on_end()
 
     async def _take_slot(self, session: Session) -> bool:
         """Wait for a slot; who only waits for more work makes room. Returns whether it is still needed."""

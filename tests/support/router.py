@@ -366,6 +366,7 @@ class Router:
         self.peers: list[Peer] = []
         self.db: Database
         self.sessions: Sessions
+        self.channel: Server
         self.outlets: Outlets
         self._slots = slots
 
@@ -401,7 +402,8 @@ class Router:
                 await nanoclawd._recover(db, systemd, self.sessions, listeners, attempts=attempts)
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
-                tasks.create_task(Server(channel, place.listener).run(), name="channel")
+                self.channel = Server(channel, place.listener)
+                tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
             await db.close()
