@@ -31,6 +31,7 @@ from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import Treatment, fail_turn, leased_turn, put_back, session_row
@@ -49,11 +50,11 @@ _EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd shows it by name, and does
 
 
 class _Stop(Exception):
-    """SIGTERM came."""
+    """SIGTERM came, or there is nothing to do."""
 
 
 def main() -> None:
-    """Run until SIGTERM."""
+    """Run until SIGTERM, or until there is nothing to do."""
     parser = argparse.ArgumentParser(prog="nanoclawd", description="Router of NanoClaw; started by systemd.")
     parser.add_argument("--version", action="version", version=f"nanoclawd {VERSION}")
     tasks = parser.add_mutually_exclusive_group()
@@ -164,7 +165,7 @@ async def _route(
                 slots=settings.max_sessions,
             )
             agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
-            sessions.service = agent_service.service
+            sessions.containers.service = agent_service.service
             checks = sandbox.run_checks(sandbox.ROUTER)
             control_service = ControlService(
                 db=db,
@@ -178,15 +179,22 @@ async def _route(
             channel_service = ChannelService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             await registry.load()
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
-            await control_service.start_waiting()
             tasks.create_task(outlets.run(), name="outlets")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
-            tasks.create_task(Server(control_service.service, control).run(), name="control")
-            tasks.create_task(Server(channel_service.service, channel).run(), name="channel")
+            idle = IdleExit(db=db, sessions=sessions, seconds=lambda: registry.settings.idle_exit)
+            sessions.on_end = control_service.on_reload = idle.touch
+            idle.servers = (
+                Server(control_service.service, control, on_close=idle.touch),
+                Server(channel_service.service, channel, on_close=idle.touch),
+            )
+            for server in idle.servers:
+                tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
             tasks.create_task(retention.run(db, lambda: registry.settings.retention_days), name="retention")
             _handle_signals(tasks, lambda: _reload(registry, control_service))
+            tasks.create_task(_leave_when_idle(idle), name="idle exit")
+            await control_service.start_waiting()
             # What was made while starting lives for ever: the collector need not look at it again.
             gc.collect()
             gc.freeze()
@@ -208,12 +216,13 @@ async def _recover(
     """Take up what the previous router left: containers that run keep their turns, others lose them."""
     await sessions.switch.settle()
     running = {
-        unit.name
+        unit.name: unit.active_state != "deactivating"
         for unit in await systemd.list_units(["nanoclaw-*@*.service"])
-        if unit.active_state in ("active", "activating", "reloading")
+        if unit.active_state not in ("inactive", "failed")
         and not unit.name.startswith(tuple(f"nanoclaw-{name}@" for name in RESERVED))
     }
     adopted: list[Session] = []
+    orphans: list[Session] = []
 
     def recover(tx: Transaction) -> list[Row]:
         tx.all("release_deliveries")
@@ -226,11 +235,13 @@ async def _recover(
             agent, name = session.row.agent, session.row.name
             host = listeners.get(f"host.{agent}.{name}")
             gateway = listeners.get(f"gateway.{agent}.{name}")
-            if session.unit in running and host is not None and gateway is not None:
+            if running.get(session.unit) and host is not None and gateway is not None:
                 session.host, session.gateway = host, gateway
                 session.turn = leased_turn(tx, session.row)
                 adopted.append(session)
                 continue
+            if session.unit in running:
+                orphans.append(session)
             # One of its messages may be what ended them.
             reason = "the router and the agent's container ended together"
             if sessions.held:  # the person has ended them
@@ -245,19 +256,16 @@ async def _recover(
         if name not in kept:
             forget_listener(name)
             listener.close()
-    # Nobody can reach an orphan's listeners any more, so it cannot work; its message goes to a new one.
-    orphans = running - {session.unit for session in adopted}
-    for outcome in await asyncio.gather(*map(systemd.stop_unit, orphans), return_exceptions=True):
-        if isinstance(outcome, NanoclawError):
-            journal.warning("orphan-container", f"{outcome}, leaving it to systemd")
-        elif outcome is not None:
-            raise outcome
     for session in adopted:
         journal.info(
             "session-adopted", unit=session.unit, message=session.turn.message if session.turn else None
         )
         sessions.adopt(session)
-    sessions.begin()
+    for session in orphans:
+        sessions.replace(session)
+    # Of sessions that the database does not know, e.g. since it is a backup.
+    strangers = running.keys() - {session.unit for session in (*adopted, *orphans)}
+    sessions.begin(strangers)
 
 
 def _listener_names(session: Session) -> tuple[str, str]:
@@ -276,6 +284,13 @@ def _handle_signals(tasks: asyncio.TaskGroup, reload: Callable[[], object]) -> N
     loop.add_signal_handler(signal.SIGTERM, lambda: tasks.create_task(stop(), name="stop"))
     loop.add_signal_handler(signal.SIGINT, lambda: tasks.create_task(stop(), name="stop"))
     loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload(), name="reload"))  # type: ignore[arg-type]
+
+
+async def _leave_when_idle(idle: IdleExit) -> None:
+    await idle.wait()
+    daemon.notify("STOPPING=1\nSTATUS=nothing to do; the next call starts it again")
+    journal.info("idle-exit")
+    raise _Stop
 
 
 async def _reload(registry: Registry, control: ControlService) -> None:

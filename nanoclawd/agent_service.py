@@ -39,7 +39,7 @@ class AgentService:
     def __init__(self, *, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets) -> None:
         self._db = db
         self._registry = registry
-        self._sessions = sessions
+        self._containers = sessions.containers
         self._turns = sessions.turns
         self._outlets = outlets
         self.service = Service(
@@ -60,7 +60,7 @@ class AgentService:
     async def _hello(self, call: Call) -> Json:
         session = cast(Session, call.caller.identity)
         if call.parameters["protocol"] != PROTOCOL:
-            self._sessions.refuse(session, self._mismatch(session))
+            self._containers.refuse(session, self._mismatch(session))
             journal.error(
                 "protocol-mismatch",
                 str(session.refused),
@@ -101,7 +101,7 @@ class AgentService:
         finally:
             if session.stream is stream:
                 session.stream = None
-                self._sessions.expect_work(session)
+                self._containers.expect_work(session)
         raise VarlinkError(f"{INTERFACE}.OutOfOrder", {"reason": "a newer Work() call has taken over"})
 
     async def _renew(self, call: Call) -> Json:
@@ -207,7 +207,7 @@ class AgentService:
         if due or session.turn is not None or session.taking:
             await self._turns.offer(session)  # unless one is on its way already
             return {"stay": True}
-        self._sessions.leave(session)
+        self._containers.leave(session)
         return {"stay": False}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from nanoclawd.queue import Delivery, session_row
 from nanoclawd.registry import Agent, Registry, config_file
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
-from nanoclawd.session import SessionState, explain_wait
+from nanoclawd.session import SessionState
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
 from nanoclawd.systemd import Systemd
@@ -68,6 +68,7 @@ class ControlService:
         self._outlets = outlets
         self._gateway = gateway
         self._sandbox = sandbox
+        self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
@@ -167,6 +168,8 @@ class ControlService:
     async def reload(self) -> list[str]:
         """Read all configuration again; returns what is wrong with agents. Raises ConfigError."""
         self._registry.settings = read_settings()
+        self._sessions.resize(self._registry.settings.max_sessions)
+        self.on_reload()
         problems = await self._registry.load()
         await self.start_waiting()
         return problems
@@ -289,9 +292,7 @@ class ControlService:
         for row in await self._db.read("list_sessions", agent=agent):
             session = session_row(row)
             live = self._sessions.find(session)
-            state, detail = live.state if live else SessionState.IDLE, ""
-            if head := heads.get(session.id):
-                detail = self._sessions.explain_hold(session.agent) or explain_wait(head, state)
+            head = heads.get(session.id)
             yield {
                 "agent": session.agent,
                 "session": session.name,
@@ -299,8 +300,8 @@ class ControlService:
                 "channel": session.channel,
                 "chat": session.chat,
                 "thread": session.thread,
-                "state": state,
-                "detail": detail,
+                "state": live.state if live else SessionState.IDLE,
+                "detail": self._sessions.explain(head) if head else "",
                 "queued": row["queued"],
                 "message": row["message"],
             }

@@ -69,5 +69,6 @@ BUILD_S = 3600.0
 HELLO_S = 60.0  #: until a runner has asked for work; TimeoutStartSec= of an agent unit is as long
 STORE_AGAIN_S = 5.0  #: until what must be stored is tried again, when the disk is full
 STOP_TURN_S = 10.0  #: a runner that does not stop its turn by then is stopped itself
+IDLE_EXIT_MAX_S = 86_400
 SESSIONS = 32  #: agent containers at once, unless nanoclaw.toml says otherwise
 FDSTORE = 512  # FileDescriptorStoreMax= of nanoclaw.service

@@ -16,7 +16,7 @@ from nanoclawd import journal, limits, wire
 from nanoclawd.errors import NanoclawError
 from nanoclawd.idl import Interface, parse_interface
 from nanoclawd.rates import Rate
-from nanoclawd.varlink import Connection
+from nanoclawd.varlink import Connection, readable
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json, VarlinkError, printable
 
@@ -175,7 +175,8 @@ class Server:
 
     identity: whom all connections stand for; may have a `unit`, for the journal. connections: open at once.
     calls: how fast all of them together may call; whoever is faster waits, and what it sends stays with the
-    kernel. on_offence: told in a few words of each call that breaks the contract. max_fds: see Connection.
+    kernel. on_offence: told in a few words of each call that breaks the contract. on_close: told when a
+    connection has ended. max_fds: see Connection.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class Server:
         connections: int = limits.CONNECTIONS_PER_LISTENER,
         calls: Rate | None = None,
         on_offence: Callable[[str], None] = lambda what: None,
+        on_close: Callable[[], None] = lambda: None,
         max_fds: int = 0,
     ) -> None:
         self.service = service
@@ -194,8 +196,10 @@ class Server:
         self.identity = identity
         self.slots = asyncio.Semaphore(connections)
         self.active = 0  #: open connections
+        self.accepting = True  #: once False, no further connection is accepted
         self._calls = calls
         self._on_offence = on_offence
+        self._on_close = on_close
         self._max_fds = max_fds
         self._unit = getattr(identity, "unit", None)
         self._slowed = False
@@ -203,13 +207,16 @@ class Server:
     async def run(self) -> None:
         """Accept and answer. Closes the connections, but not the listener, when cancelled."""
         self.listener.setblocking(False)
-        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await self.slots.acquire()
+                # Not loop.sock_accept(): a connection that it has accepted is lost if we are cancelled then.
+                await readable(self.listener)
+                if not self.accepting:
+                    return
                 try:
-                    sock, _ = await loop.sock_accept(self.listener)
-                except ConnectionError:  # gone before we came
+                    sock, _ = self.listener.accept()
+                except (BlockingIOError, ConnectionError):  # gone before we came
                     self.slots.release()
                     continue
                 except OSError as exc:  # man 2 accept: out of descriptors or memory passes
@@ -217,10 +224,10 @@ class Server:
                     journal.warning("accept-failed", f"{exc.strerror}, retrying in 1 s")
                     await asyncio.sleep(1)
                     continue
+                self.active += 1
                 tasks.create_task(self._serve(sock), name="connection")
 
     async def _serve(self, sock: socket.socket) -> None:
-        self.active += 1
         connection = Connection(sock, max_fds=self._max_fds)
         caller = Caller(identity=self.identity)
         try:
@@ -236,6 +243,7 @@ class Server:
             connection.close()
             self.active -= 1
             self.slots.release()
+            self._on_close()
 
     async def _answer_all(self, connection: Connection, caller: Caller) -> None:
         while True:

@@ -14,6 +14,7 @@ from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import TurnId, unit_name
 from nanoclawd.queue import Message, SessionRow, Turn
 from nanoclawd.rates import Rate
+from nanoclawd.slots import Claim
 from nanoclawd.states import MessageState
 from nanoclawd.wire import Json
 
@@ -41,11 +42,14 @@ class Session:
     gateway: socket.socket | None = None  #: listener of the gateway, which has a copy
     stream: asyncio.Queue[Json | None] | None = None  #: to the runner's Work() call; None ends it
     turn: Turn | None = None
-    waiting_events: Sequence[str] = ()  #: of the oldest message, while it waits for a container
+    slot: Claim | None = None  #: what allows it a container, or is waited for
+    seq: int = 0  #: of the oldest message, while it waits for a container
+    waiting_events: Sequence[str] = ()  #: of the same
     taking: bool = False  #: a write is under way that may lease a turn
     hello: bool = False  #: the runner of this life has introduced itself
     worked: bool = False  #: this life has taken a turn
-    left: bool = False  #: the runner said good-bye
+    left: bool = False  #: the runner said good-bye, or has been sent away
+    ending: str = ""  #: why the container of this life is being stopped
     stopped_by_person: bool = False
     idle_since: float | None = None  #: the loop's time when there was nothing for the runner to do
     alive: bool = False  #: systemd has said that the unit runs
@@ -109,7 +113,7 @@ class Session:
         """Forget the previous container."""
         self.state = SessionState.STARTING
         self.hello = self.worked = self.left = self.stopped_by_person = self.alive = False
-        self.result = ""
+        self.result = self.ending = ""
         self.exit_status = 0
         self.refused = None
         self.offences = _offences()
@@ -124,13 +128,15 @@ class Session:
 
     def describe_end(self) -> str:
         """Say in one line why the container is gone."""
+        if self.ending:
+            return self.ending
         match self.result:
             case "oom-kill":
                 return "its container used more memory than it may"
             case "timeout":
                 return "its runner did not say hello in time"
             case "start-limit-hit":
-                return "its container failed too often in a short time"
+                return "its container was started too often in a short time"
             case "protocol":
                 return "its runner left without a word"
             case "exit-code":
@@ -140,8 +146,8 @@ class Session:
         return f"its container failed ({self.result})"
 
 
-def explain_wait(head: Row, state: SessionState) -> str:
-    """Say in one line why the oldest message of a session is not answered yet: a row of find_work."""
+def explain_wait(head: Row) -> str:
+    """Say in one line what keeps the oldest message of a session, a row of find_work; "" if nothing does."""
     tries, now = head["attempts"] + head["deferrals"], now_ms()
     after = f": {queue.one_line(head['reason'])}" if head["reason"] else ""
     if head["state"] == MessageState.LEASED:
@@ -153,7 +159,7 @@ def explain_wait(head: Row, state: SessionState) -> str:
         return f"attempt {tries}{after}" if tries > 1 else ""
     if head["not_before"] > now:
         return f"attempt {tries + 1} in {(head['not_before'] - now) / 1000:.0f} s{after}"
-    return "waits for a container of others to end" if state is SessionState.QUEUED else ""
+    return ""
 
 
 def describe_messages(messages: Iterable[Message]) -> list[Json]:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 
 from systemd import daemon
 
-from nanoclawd import journal, limits, paths
-from nanoclawd.db import Database, now_ms
+from nanoclawd import journal, paths
+from nanoclawd.containers import Containers, remove_runtime
+from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.diagnosis import explain_start
-from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
+from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.killswitch import KillSwitch
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import SessionRow, session_row
-from nanoclawd.rates import Rate
 from nanoclawd.registry import Registry
-from nanoclawd.server import Server, Service
-from nanoclawd.session import Session, SessionState
-from nanoclawd.sockets import bind_listener, forget_listener, store_listener
+from nanoclawd.session import Session, SessionState, explain_wait
+from nanoclawd.slots import Slots
 from nanoclawd.systemd import Systemd, UnitChange
 from nanoclawd.turns import Turns
 
@@ -44,13 +40,10 @@ class Sessions:
         slots: int,
     ) -> None:
         self._db = db
-        self._systemd = systemd
         self._registry = registry
         self._outlets = outlets
-        self._gateway = gateway
         self._tasks = tasks
-        self._slots = asyncio.Semaphore(slots)  # first come, first served
-        self._waiting = 0  #: sessions that have work and no slot
+        self._slots = Slots(slots)
         self._live: dict[int, Session] = {}
         self._by_unit: dict[str, Session] = {}
         self.turns = Turns(
@@ -58,14 +51,23 @@ class Sessions:
             outlets=outlets,
             tasks=tasks,
             find=self.find,
-            stop=self._stop_soon,
+            stop=lambda session, why: self.containers.stop_soon(session, why),
             make_room=self._make_room,
+            must_leave=self._must_leave,
             attempts=lambda: registry.settings.attempts,
         )
-        self.service: Service | None = None  #: what runners are served; set once before anything starts
         self.switch = KillSwitch(
             db=db, systemd=systemd, on_throw=self._end_all, on_release=self._wake_all_soon
         )
+        self.containers = Containers(
+            systemd=systemd,
+            registry=registry,
+            gateway=gateway,
+            switch=self.switch,
+            tasks=tasks,
+            offer_due=self.turns.offer_due,
+        )
+        self.on_end: Callable[[], None] = lambda: None  #: a session has nothing to do any more
         systemd.on_unit_change = self._unit_changed
 
     def live(self) -> Iterable[Session]:
@@ -96,15 +98,28 @@ class Sessions:
         self._add(session)
         self._tasks.create_task(self._run_life(session, adopted=True), name=f"session {session.unit}")
 
-    def begin(self) -> None:
-        """All that outlived the previous router is adopted: what is left of others goes, and from now on the
-        kill switch can be released.
+    def replace(self, session: Session) -> None:
+        """The same for one whose container nobody can reach: it is stopped before another begins."""
+        session.state = SessionState.STOPPING
+        session.ending = "its container was cut off from the router"
+        self._add(session)
+        self._tasks.create_task(self._run_life(session, orphan=True), name=f"session {session.unit}")
+
+    def begin(self, strangers: Iterable[str]) -> None:
+        """All that outlived the previous router is taken over: what is left of others goes, the units of
+        `strangers` too, and from now on the kill switch can be released.
         """
+        for unit in strangers:
+            self._tasks.create_task(self.containers.stop_stranger(unit), name=f"stop of {unit}")
         live = {paths.session_runtime(s.row.agent, s.row.name) for s in self._live.values()}
         for runtime in paths.runtime().glob("agents/*/*"):
             if runtime not in live:
-                _remove(runtime)
+                remove_runtime(runtime)
         self._tasks.create_task(self.switch.run(), name="kill switch")
+
+    def resize(self, slots: int) -> None:
+        """From now on so many sessions may have a container; one too many stays until its slot is wanted."""
+        self._slots.resize(slots)
 
     @property
     def held(self) -> bool:
@@ -134,6 +149,19 @@ class Sessions:
             return "all agents are stopped; 'nanoclawctl start --all' lets them go on"
         return f"'{name}' is stopped; 'nanoclawctl agent start {name}' lets it go on" if agent.held else ""
 
+    def explain(self, head: Row) -> str:
+        """Say in one line why the oldest message of a session, a row of find_work, is not answered yet."""
+        session = self.find(session_row(head))
+        if hold := self.explain_hold(head["agent"]):
+            return hold
+        if session is not None and session.slot is not None and not session.slot.granted.is_set():
+            return f"waits for a slot, {self._slots.before(session.slot)} before it"
+        if session is not None and session.ending:
+            return session.ending
+        if session is not None and session.state is SessionState.READY and session.stream is None:
+            return "its runner has not asked for work yet"
+        return explain_wait(head)
+
     async def stop_containers(self, agent: AgentName) -> None:
         """Stop all containers of an agent because the person says so; their turns go back to the queue."""
         sessions = [s for s in self._live.values() if s.row.agent == agent]
@@ -142,38 +170,11 @@ class Sessions:
             session.wanted.set()
         running = [s for s in sessions if s.state not in (SessionState.QUEUED, SessionState.IDLE)]
         results = await asyncio.gather(
-            *(self._end_unit(session) for session in running), return_exceptions=True
+            *(self.containers.end(session) for session in running), return_exceptions=True
         )
         for failure in results:
             if isinstance(failure, BaseException):
                 raise failure
-
-    # --- what runners call (agent_service.py) ------------------------------------------------------
-
-    def refuse(self, session: Session, reason: NanoclawError) -> None:
-        """Nothing can come of this runner: stop it, and let its message have the reason."""
-        if session.refused is None:
-            session.refused = reason
-            self._stop_soon(session)
-
-    def expect_work(self, session: Session) -> None:
-        """From now on the runner has a while to ask for work: one that never does would block its chat."""
-        if session.silence is not None:
-            session.silence.cancel()
-        loop = asyncio.get_running_loop()
-        session.silence = loop.call_later(limits.HELLO_S, self._stop_silent, session)
-
-    def leave(self, session: Session) -> None:
-        """The runner has said good-bye: it takes nothing more, and must be gone soon."""
-        if session.left:  # saying it again gives no more time
-            return
-        session.left = True
-        session.state = SessionState.STOPPING
-        if session.stopping is not None:
-            session.stopping.cancel()
-        session.stopping = asyncio.get_running_loop().call_later(
-            limits.STOP_TURN_S, self._stop_straggler, session
-        )
 
     # --- the life of one session -------------------------------------------------------------------
 
@@ -181,47 +182,43 @@ class Sessions:
         self._live[session.row.id] = session
         self._by_unit[session.unit] = session
 
-    async def _run_life(self, session: Session, *, adopted: bool = False) -> None:
+    async def _run_life(self, session: Session, *, adopted: bool = False, orphan: bool = False) -> None:
         """Run containers for a session until there is nothing to do for it."""
         try:
+            if orphan:
+                await self.containers.stop(session)
+                session.state, session.ending = SessionState.QUEUED, ""
             while adopted or await self._has_work(session):
-                if adopted:
-                    # It runs also if there is no slot for it any more, since the limit was lowered.
-                    has_slot = not self._slots.locked()
-                    if has_slot:
-                        await self._slots.acquire()
-                    try:
+                try:
+                    if adopted:
+                        session.slot = self._slots.hold(session.row.agent)
                         await self._run_container(session, adopted=True)
-                    finally:
-                        if has_slot:
-                            self._slots.release()
-                else:
-                    self._outlets.report_activity(session.row, "queued", events=session.waiting_events)
-                    await self._take_slot()
-                    try:
-                        if self.may_run(session.row.agent):
-                            await self._run_container(session)
-                    finally:
-                        self._slots.release()
+                    elif await self._take_slot(session):
+                        await self._run_container(session)
+                finally:
+                    if session.slot is not None:
+                        self._slots.give_back(session.slot)
+                        session.slot = None
                 adopted = False
         finally:
             session.cancel_timers()
             del self._live[session.row.id], self._by_unit[session.unit]
+            self.on_end()
 
-    async def _take_slot(self) -> None:
-        """Wait for a slot; whoever only waits for more work makes room."""
-        self._waiting += 1
-        try:
-            self._make_room()
-            await self._slots.acquire()
-        finally:
-            self._waiting -= 1
+    async def _take_slot(self, session: Session) -> bool:
+        """Wait for a slot; who only waits for more work makes room. Returns whether it is still needed."""
+        self._outlets.report_activity(session.row, "queued", events=session.waiting_events)
+        session.slot = self._slots.ask(session.row.agent, session.seq)
+        if session.slot.granted.is_set():
+            return True
+        self._make_room()
+        await session.slot.granted.wait()
+        return await self._due_in(session) == 0
 
     def _make_room(self) -> None:
-        """If a session waits for a slot, end the container that has been idle for longest."""
-        # One that has left already, and waits again itself, leaves no slot.
-        leaving = sum(s.left and s.state is not SessionState.QUEUED for s in self._live.values())
-        if not self._slots.locked() or leaving >= self._waiting:
+        """If sessions wait for slots, end the containers that have been idle for longest."""
+        missing = self._slots.wanted - self._leaving()
+        if missing <= 0:
             return
         # One that has just come up is not idle: its message is about to be leased to it.
         idle = [
@@ -229,122 +226,55 @@ class Sessions:
             for s in self._live.values()
             if s.idle_since is not None and s.state is SessionState.READY and s.can_take()
         ]
-        if idle:
-            session = min(idle)[2]
+        for _, _, session in sorted(idle)[:missing]:
             session.left = True  # from now on it takes nothing
-            self._stop_soon(session)
+            self.containers.stop_soon(session, "it makes room for another session")
+
+    def _leaving(self) -> int:
+        # One that has left already, and waits again itself, leaves no slot.
+        return sum(s.left and s.state is not SessionState.QUEUED for s in self._live.values())
+
+    def _must_leave(self, tx: Transaction, session: Session) -> bool:
+        """Return whether a session that has done its turn must leave its slot to one that waits."""
+        if not self._slots.wanted or session.slot is None or not session.worked:
+            return False
+        oldest = tx.one("next_message", session=session.row.id)
+        return oldest is not None and self._slots.is_due_to_another(
+            session.slot, oldest["seq"], leaving=self._leaving()
+        )
 
     async def _has_work(self, session: Session) -> bool:
         """Wait until the oldest message is due; return False if there is none, or the agent must not run."""
         while True:
             session.wanted.clear()
-            rows = await self._db.read("next_message", session=session.row.id)
+            wait_s = await self._due_in(session)
             if session.wanted.is_set():
                 continue  # something changed while we looked
-            if not rows or not self.may_run(session.row.agent):
-                return False
-            wait_ms = rows[0]["not_before"] - now_ms()
-            if wait_ms <= 0:
-                session.waiting_events = [rows[0]["event"]]
-                return True
-            try:
-                async with asyncio.timeout(wait_ms / 1000):
+            if not wait_s:
+                return wait_s is not None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
                     await session.wanted.wait()
-            except TimeoutError:
-                pass
+
+    async def _due_in(self, session: Session) -> float | None:
+        """Return how long the oldest message must wait; None if there is none or the agent must not run."""
+        rows = await self._db.read("next_message", session=session.row.id)
+        if not rows or not self.may_run(session.row.agent):
+            return None
+        session.seq, session.waiting_events = rows[0]["seq"], [rows[0]["event"]]
+        wait_ms: int = rows[0]["not_before"] - now_ms()
+        return max(0, wait_ms) / 1000
 
     async def _run_container(self, session: Session, *, adopted: bool = False) -> None:
         if not adopted:
             session.begin_life()
             self._outlets.report_activity(session.row, "starting", events=session.waiting_events)
-        problem: NanoclawError | None = None
-        serving: asyncio.Task[None] | None = None
-        try:
-            self._prepare(session)
-            assert session.host is not None and session.gateway is not None and self.service is not None
-            server = Server(
-                self.service,
-                session.host,
-                identity=session,
-                connections=limits.CONNECTIONS_PER_SESSION,
-                calls=Rate(limits.CALLS_PER_S, limits.CALLS_BURST),
-                on_offence=partial(self._note_offence, session),
-            )
-            serving = self._tasks.create_task(server.run(), name=f"host.sock of {session.unit}")
-            session.serving = serving
-            self._gateway.attach(session.row.agent, session.row.name, session.gateway)
-            if not adopted:
-                await self._start(session)
-            await self._look(session)
-            if session.stream is None:
-                self.expect_work(session)
-            self._report_status()
-            await self._wait_gone(session)
-        except (ConfigError, Failed, NotFound, Refused, Unavailable) as exc:
-            problem = exc
-            if isinstance(exc, Unavailable):  # systemd did not say that it does not run
-                await self._stop_unit(session)
-        finally:
-            session.end_stream()
-            if serving is not None:
-                serving.cancel()
-                await asyncio.wait([serving])
-            session.cancel_timers()
-        await self._account(session, problem)
-        self._discard(session)
-        session.state = SessionState.QUEUED
         self._report_status()
-
-    def _prepare(self, session: Session) -> None:
-        """Make directories and listeners; those that came from the fd store stay."""
-        agent, name = session.row.agent, session.row.name
-        try:
-            runtime = paths.session_runtime(agent, name)
-            runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
-            runtime.chmod(0o711)  # whatever the umask; the directory above all, nanoclaw/, keeps others out
-            state = paths.session_state(agent, name)
-            state.mkdir(parents=True, exist_ok=True)
-            state.chmod(0o770)  # the agent's uid is foreign, its group is ours
-        except OSError as exc:
-            raise Unavailable(f"cannot make the session's directories: {exc}") from exc
-        if session.host is None:
-            session.host = bind_listener(runtime / "host.sock")
-            store_listener(f"host.{agent}.{name}", session.host)
-        if session.gateway is None:
-            session.gateway = bind_listener(runtime / "gateway.sock")
-            store_listener(f"gateway.{agent}.{name}", session.gateway)
-
-    async def _start(self, session: Session) -> None:
-        await self._registry.ensure_unit(session.row.agent)
-        if not await self.switch.start_unit(session.unit):
-            session.stopped_by_person = True
-            return
-        session.alive = True
-        if session.state is SessionState.STARTING:
-            session.state = SessionState.READY
-        journal.info("session-started", agent=session.row.agent, session=session.row.name, unit=session.unit)
-
-    async def _look(self, session: Session) -> None:
-        """See whether the unit ended before we got here, without a signal that we took for its end."""
-        active = await self._systemd.unit_property(session.unit, "Unit", "ActiveState")
-        if active in ("inactive", "failed"):
-            session.gone.set()
-
-    async def _wait_gone(self, session: Session) -> None:
-        """Return when the unit is gone; meanwhile offer the runner what comes due."""
-        gone = asyncio.ensure_future(session.gone.wait())
-        try:
-            while not session.gone.is_set():
-                wanted = asyncio.ensure_future(session.wanted.wait())
-                try:
-                    await asyncio.wait((gone, wanted), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    wanted.cancel()
-                if session.wanted.is_set():
-                    session.wanted.clear()
-                    await self.turns.offer_due(session)
-        finally:
-            gone.cancel()
+        problem = await self.containers.run(session, adopted=adopted)
+        await self._account(session, problem)
+        self.containers.discard(session)
+        session.state, session.ending = SessionState.QUEUED, ""
+        self._report_status()
 
     async def _account(self, session: Session, problem: NanoclawError | None) -> None:
         """The container is gone: say why, and have its turn or its message put back or buried."""
@@ -368,29 +298,12 @@ class Sessions:
         final = isinstance(problem, ConfigError | NotFound | Refused)
         await self.turns.put_back(session, reason, stopped=by_person, final=final)
         if problem is not None or session.result not in ("", "success"):
-            await self._forget_failure(session)
-
-    async def _forget_failure(self, session: Session) -> None:
-        try:
-            await self._systemd.reset_failed(session.unit)
-        except NanoclawError as exc:
-            journal.debug("reset-failed", str(exc), unit=session.unit)
+            await self.containers.forget_failure(session)
 
     def _report_status(self) -> None:
         """Say in `systemctl status` what goes on."""
         running = sum(s.state not in (SessionState.IDLE, SessionState.QUEUED) for s in self._live.values())
         daemon.notify(f"STATUS={self._registry.summary()}, {running} sessions running")
-
-    def _discard(self, session: Session) -> None:
-        """Close the listeners and remove the runtime directory of a session without a container."""
-        agent, name = session.row.agent, session.row.name
-        self._gateway.detach(agent, name)
-        for kind, listener in (("host", session.host), ("gateway", session.gateway)):
-            if listener is not None:
-                forget_listener(f"{kind}.{agent}.{name}")
-                listener.close()
-        session.host = session.gateway = None
-        _remove(paths.session_runtime(agent, name))
 
     # --- events ------------------------------------------------------------------------------------
 
@@ -410,61 +323,5 @@ class Sessions:
     def _unit_changed(self, change: UnitChange) -> None:
         self.switch.unit_changed(change)
         session = self._by_unit.get(change.unit)
-        if session is None:
-            return
-        if change.result is not None:
-            session.result = change.result
-        if change.exit_status is not None:
-            session.exit_status = change.exit_status
-        if change.active_state in ("active", "activating"):
-            session.alive = True
-        elif change.active_state == "deactivating":
-            session.state = SessionState.STOPPING
-        elif change.active_state in ("inactive", "failed") and session.alive:
-            # Not before it has run: what systemd says late of its previous life must not end this one.
-            session.gone.set()
-
-    def _stop_silent(self, session: Session) -> None:
-        if session.stream is not None or session.turn is not None:
-            return
-        reason = f"its runner did not ask for work within {limits.HELLO_S:.0f} s"
-        self._disown(session, "runner-silent", reason)
-
-    def _note_offence(self, session: Session, what: str) -> None:
-        """A call broke the contract. A runner that goes on like that is not heard any more, and stopped."""
-        if not session.offences.take() or session.refused is not None:
-            return
-        self._disown(session, "protocol-broken", "its runner broke the protocol too often", what)
-        if session.serving is not None:
-            session.serving.cancel()
-
-    def _disown(self, session: Session, event: str, reason: str, detail: str = "") -> None:
-        text = f"{reason}, at last with: {detail}" if detail else reason
-        journal.warning(event, f"{text}, stopping the container", unit=session.unit, agent=session.row.agent)
-        hint = f"'nanoclawctl agent logs {session.row.agent}' shows more"
-        self.refuse(session, Failed(reason, hint=hint))
-
-    def _stop_straggler(self, session: Session) -> None:
-        journal.warning("runner-stayed", "it said good-bye; stopping the container", unit=session.unit)
-        self._stop_soon(session)
-
-    def _stop_soon(self, session: Session) -> None:
-        self._tasks.create_task(self._stop_unit(session), name=f"stop of {session.unit}")
-
-    async def _stop_unit(self, session: Session) -> None:
-        try:
-            await self._end_unit(session)
-        except NanoclawError as exc:
-            journal.warning("stop-failed", f"{exc}, waiting for systemd", unit=session.unit)
-
-    async def _end_unit(self, session: Session) -> None:
-        gone = session.gone  # of this life
-        await self._systemd.stop_unit(session.unit)
-        gone.set()  # of a unit that was gone already, systemd says nothing more
-
-
-def _remove(runtime: Path) -> None:
-    # Ours alone: the container sees it read-only.
-    shutil.rmtree(runtime, ignore_errors=True)
-    with suppress(OSError):  # another session of the agent lives there
-        runtime.parent.rmdir()
+        if session is not None:
+            self.containers.unit_changed(session, change)

@@ -62,6 +62,7 @@ class Settings:
     """All of nanoclaw.toml."""
 
     max_sessions: int  #: agent containers at once
+    idle_exit: int  #: the router leaves after so many seconds without anything to do; 0: never
     attempts: int  #: that a message gets before it is a dead letter
     retention_days: int  #: of what has ended; 0 is for ever
     mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
@@ -99,6 +100,7 @@ def parse_settings(text: str, name: str = FILE) -> Settings:
     )
     return Settings(
         max_sessions=values["max_sessions"],
+        idle_exit=values["idle_exit"],
         attempts=values["attempts"],
         retention_days=values["retention_days"],
         mounts=values["mounts.allow"],
@@ -169,6 +171,12 @@ SETTINGS = (
         parse=whole_number(0, RETENTION_DAYS_MAX),
         default=limits.RETENTION_DAYS,
         example=f"retention_days = {limits.RETENTION_DAYS}",
+    ),
+    Setting(
+        key="idle_exit",
+        parse=whole_number(0, limits.IDLE_EXIT_MAX_S),
+        default=0,
+        example="idle_exit = 600",
     ),
     Setting(
         key="mounts.allow",

@@ -28,16 +28,18 @@ class Turns:
         outlets: Outlets,
         tasks: asyncio.TaskGroup,
         find: Callable[[SessionRow], Session | None],
-        stop: Callable[[Session], None],
+        stop: Callable[[Session, str], None],
         make_room: Callable[[], None],
+        must_leave: Callable[[Transaction, Session], bool],
         attempts: Callable[[], int],
     ) -> None:
         self._db = db
         self._outlets = outlets
         self._tasks = tasks
         self._find = find  #: the live session of a row
-        self._stop = stop  #: stops a session's container, soon
+        self._stop = stop  #: stops a session's container, soon; and says why
         self._make_room = make_room  #: called when a runner has nothing to do
+        self._must_leave = must_leave  #: whether a runner may not have the next turn; make_room() sees to it
         self._attempts = attempts  #: how many a message gets
 
     # --- leased ------------------------------------------------------------------------------------
@@ -56,6 +58,9 @@ class Turns:
             if session is None or not session.can_take():
                 return result, None
             session.taking, taker = True, session
+            if self._must_leave(tx, session):
+                session.wanted.set()  # if another has left in its place, it looks again
+                return result, None
             return result, queue.claim_turn(tx, session.row, attempts=self._attempts())
 
         try:
@@ -145,7 +150,7 @@ class Turns:
         journal.warning(
             "lease-expired", "stopping the container", unit=session.unit, message=turn.message, turn=turn.id
         )
-        self._stop(session)
+        self._stop(session, f"its runner was silent for {limits.LEASE_S:.0f} s")
 
     # --- ended -------------------------------------------------------------------------------------
 
@@ -306,7 +311,7 @@ class Turns:
         # the container the turn is put back.
         with suppress(NotFound, Unavailable):
             await self.finish_turn(session, turn, stopped=True)
-        self._stop(session)
+        self._stop(session, "its runner did not stop its turn")
 
 
 def _nothing(tx: Transaction) -> None:

@@ -97,7 +97,7 @@ class Connection:
                     socket.MSG_CMSG_CLOEXEC,
                 )
             except (BlockingIOError, InterruptedError):
-                await self._readable()
+                await readable(self.sock)
                 continue
             except OSError:
                 return b""
@@ -116,13 +116,16 @@ class Connection:
             else:
                 os.close(fd)
 
-    async def _readable(self) -> None:
-        ready: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(self.sock, _wake, ready)
-        try:
-            await ready
-        finally:
-            self._loop.remove_reader(self.sock)
+
+async def readable(sock: socket.socket) -> None:
+    """Return when there is something to read or to accept. No other task may wait for the same."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, _wake, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
 
 
 def _wake(ready: asyncio.Future[None]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import pytest
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import paths, sessions
+from nanoclawd import containers, paths
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.channel_service import ChannelService
@@ -120,8 +120,12 @@ async def echo(container: Container) -> None:
         await container.finish(turn, *(f"echo: {message['text']}" for message in turn["messages"]))
 
 
-class _Killed(Exception):
-    """The unit's processes were killed."""
+class Ends(Exception):
+    """A script raises it to end its unit with systemd's `result`."""
+
+    def __init__(self, result: str, status: int = 0) -> None:
+        super().__init__(result)
+        self.result, self.status = result, status
 
 
 class SystemdDouble:
@@ -174,7 +178,10 @@ class SystemdDouble:
                 result = "protocol"
         except asyncio.CancelledError:
             pass
-        except (_Killed, OSError, EOFError):
+        except Ends as exc:
+            result = exc.result
+            self.on_unit_change(UnitChange(unit=container.unit, exit_status=exc.status))
+        except (OSError, EOFError):
             result = "signal"
         except Exception as exc:  # what a script asserts
             self.failures.append(exc)
@@ -260,7 +267,7 @@ class SystemdDouble:
 
 async def killed(container: Container) -> None:
     """A program's end by signal."""
-    raise _Killed
+    raise Ends("signal")
 
 
 class RegistryDouble:
@@ -359,6 +366,7 @@ class Router:
         self.peers: list[Peer] = []
         self.db: Database
         self.sessions: Sessions
+        self.channel: Server
         self.outlets: Outlets
         self._slots = slots
 
@@ -386,7 +394,7 @@ class Router:
                     "sessions": self.sessions,
                     "outlets": outlets,
                 }
-                self.sessions.service = AgentService(**parts).service
+                self.sessions.containers.service = AgentService(**parts).service
                 channel = ChannelService(**parts).service
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
@@ -394,7 +402,8 @@ class Router:
                 await nanoclawd._recover(db, systemd, self.sessions, listeners, attempts=attempts)
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
-                tasks.create_task(Server(channel, place.listener).run(), name="channel")
+                self.channel = Server(channel, place.listener)
+                tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
             await db.close()
@@ -472,7 +481,7 @@ class Place:
         self.registry = RegistryDouble()
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
-        for module in (sessions, nanoclawd):
+        for module in (containers, nanoclawd):
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)

@@ -16,7 +16,8 @@ from nanoclawd.settings import SETTINGS, parse_settings, read_settings
 def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
     settings = read_settings(tmp_path / "nanoclaw.toml")
 
-    assert (settings.max_sessions, settings.attempts, settings.retention_days) == (32, 4, 30)
+    assert (settings.max_sessions, settings.idle_exit) == (32, 0)
+    assert (settings.attempts, settings.retention_days) == (4, 30)
     assert settings.mounts == ()
     assert str(settings.providers["anthropic"].endpoint) == "https://api.anthropic.com"
     assert settings.providers["anthropic"].credential == "anthropic"
@@ -28,6 +29,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = parse_settings(
         """
         max_sessions = 5
+        idle_exit = 60
         attempts = 1
         retention_days = 0
         [mounts]
@@ -38,7 +40,8 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         """
     )
 
-    assert (settings.max_sessions, settings.attempts, settings.retention_days) == (5, 1, 0)
+    assert (settings.max_sessions, settings.idle_exit) == (5, 60)
+    assert (settings.attempts, settings.retention_days) == (1, 0)
     assert settings.mounts == (
         AllowedMount(path=Path("/home/claw/src"), read_only=True),
         AllowedMount(path=Path("/srv/data"), read_only=False),

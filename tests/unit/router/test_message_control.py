@@ -267,7 +267,7 @@ def test_a_session_says_why_its_message_is_not_answered(
             assert shown["berta"][0] == "queued"
             assert re.fullmatch(r"attempt 2 in \d s: its container failed.*", shown["berta"][1])
             assert shown["carla"] == ("working", "")
-            assert shown["doris"] == ("queued", "waits for a container of others to end")
+            assert shown["doris"] == ("queued", "waits for a slot, 0 before it")
             assert shown["emil"] == (
                 "idle",
                 "'emil' is stopped; 'nanoclawctl agent start emil' lets it go on",

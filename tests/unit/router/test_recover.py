@@ -213,6 +213,41 @@ def test_container_without_listeners_is_stopped(place: Place) -> None:
     place.run(run)
 
 
+def test_container_that_takes_its_time_to_stop_keeps_nobody_waiting(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, stopping, go = place.systemd.stop_unit, asyncio.Event(), asyncio.Event()
+
+    async def slow(unit: str) -> None:
+        stopping.set()
+        await go.wait()
+        await stop(unit)
+
+    async def run() -> None:
+        runner = place.systemd.program = Steady(pause=asyncio.Event())
+        assert runner.pause is not None
+        async with place.router() as router:
+            for chat in ("cut off", "adopted"):
+                await router.deliver(chat, chat=chat)
+            await eventually(lambda: len(runner.turns) == 2)
+        for name in ("host.berta.test_1", "gateway.berta.test_1"):
+            place._forget(name)
+        monkeypatch.setattr(place.systemd, "stop_unit", slow)
+        async with place.router() as router:
+            adapter = await router.attach()
+            await stopping.wait()
+            runner.pause.set()
+
+            assert await adapter.reply() == "done adopted"
+            (cut_off,) = await router.db.read("find_work")
+            assert router.sessions.explain(cut_off) == "its container was cut off from the router"
+            assert place.systemd.starts.count(UNIT) == 1
+            go.set()
+            assert await adapter.reply() == "done cut off"
+
+    place.run(run)
+
+
 def test_listeners_that_belong_to_nobody_are_forgotten(place: Place) -> None:
     async def run() -> None:
         with socket.socket(socket.AF_UNIX) as stranger:
