@@ -37,7 +37,7 @@ class IdleExit:
             except TimeoutError:
                 if await self._is_idle():
                     for server in self.servers:
-                        server.accepting = False
+                        server.stop()
                     return
                 await self._touched.wait()
 

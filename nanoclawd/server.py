@@ -10,13 +10,15 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from nanoclawd import journal, limits, wire
 from nanoclawd.errors import NanoclawError
 from nanoclawd.idl import Interface, parse_interface
 from nanoclawd.rates import Rate
-from nanoclawd.varlink import Connection, readable
+from nanoclawd.sockets import accept
+from nanoclawd.varlink import Connection
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json, VarlinkError, printable
 
@@ -196,36 +198,30 @@ class Server:
         self.identity = identity
         self.slots = asyncio.Semaphore(connections)
         self.active = 0  #: open connections
-        self.accepting = True  #: once False, no further connection is accepted
         self._calls = calls
         self._on_offence = on_offence
         self._on_close = on_close
         self._max_fds = max_fds
         self._unit = getattr(identity, "unit", None)
         self._slowed = False
+        self._running: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Accept and answer. Closes the connections, but not the listener, when cancelled."""
-        self.listener.setblocking(False)
+        self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await self.slots.acquire()
-                # Not loop.sock_accept(): a connection that it has accepted is lost if we are cancelled then.
-                await readable(self.listener)
-                if not self.accepting:
-                    return
-                try:
-                    sock, _ = self.listener.accept()
-                except (BlockingIOError, ConnectionError):  # gone before we came
-                    self.slots.release()
-                    continue
-                except OSError as exc:  # man 2 accept: out of descriptors or memory passes
-                    self.slots.release()
-                    journal.warning("accept-failed", f"{exc.strerror}, retrying in 1 s")
-                    await asyncio.sleep(1)
-                    continue
+                sock = await accept(self.listener)
                 self.active += 1
-                tasks.create_task(self._serve(sock), name="connection")
+                serving = tasks.create_task(self._serve(sock), name="connection")
+                # Cancelled before its first step, it has not even begun to clean up.
+                serving.add_done_callback(partial(self._forget, sock))
+
+    def stop(self) -> None:
+        """Accept nothing from now on, and end run() soon."""
+        if self._running is not None:
+            self._running.cancel()
 
     async def _serve(self, sock: socket.socket) -> None:
         connection = Connection(sock, max_fds=self._max_fds)
@@ -241,9 +237,12 @@ class Server:
             for forget in caller.on_close:
                 forget()
             connection.close()
-            self.active -= 1
-            self.slots.release()
-            self._on_close()
+
+    def _forget(self, sock: socket.socket, _: asyncio.Task[None]) -> None:
+        sock.close()
+        self.active -= 1
+        self.slots.release()
+        self._on_close()
 
     async def _answer_all(self, connection: Connection, caller: Caller) -> None:
         while True:

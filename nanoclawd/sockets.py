@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -62,6 +63,36 @@ def bind_listener(path: Path) -> socket.socket:
             listener.close()
         raise Unavailable(f"cannot listen on '{path}': {exc.strerror}") from exc
     return listener
+
+
+async def readable(sock: socket.socket) -> None:
+    """Return when there is something to read or to accept. No other task may wait for the same."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, _wake, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+async def accept(listener: socket.socket) -> socket.socket:
+    """Return the next connection. Unlike loop.sock_accept(), it loses none if it is cancelled."""
+    listener.setblocking(False)
+    while True:
+        await readable(listener)
+        try:
+            return listener.accept()[0]
+        except (BlockingIOError, ConnectionError):  # gone before we came
+            pass
+        except OSError as exc:  # man 2 accept: out of descriptors or memory passes
+            journal.warning("accept-failed", f"{exc.strerror}, retrying in 1 s")
+            await asyncio.sleep(1)
 
 
 def turn_away(listener: socket.socket, interface: str, error: NanoclawError) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanoclawd import limits, wire
 from nanoclawd.errors import Unavailable
+from nanoclawd.sockets import readable
 from nanoclawd.wire import Json, unpack
 
 
@@ -115,22 +116,6 @@ class Connection:
                 self.fds.append(fd)
             else:
                 os.close(fd)
-
-
-async def readable(sock: socket.socket) -> None:
-    """Return when there is something to read or to accept. No other task may wait for the same."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock, _wake, ready)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(sock)
-
-
-def _wake(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
 
 
 async def connect(path: Path) -> Connection:

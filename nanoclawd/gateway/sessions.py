@@ -22,6 +22,7 @@ from nanoclawd.gateway.upstream import Pool
 from nanoclawd.ids import AgentName, SessionName, unit_name
 from nanoclawd.rates import Rate
 from nanoclawd.settings import Provider, Settings
+from nanoclawd.sockets import accept
 
 
 class Session:
@@ -37,8 +38,9 @@ class Session:
         self._rate = Rate(limits.REQUESTS_PER_S, limits.REQUESTS_BURST)
         self._quiet_until = 0.0
 
-    def forget(self, connection: AgentConnection, _: object) -> None:
+    def forget(self, connection: AgentConnection, sock: socket.socket, _: object) -> None:
         """Count a connection out that has ended."""
+        sock.close()
         del self.open[connection]
         self.slots.release()
 
@@ -91,7 +93,6 @@ class Gateway:
                 raise Refused(f"{limits.ATTACHED} sessions are attached", hint="stop some agents")
             session = self.sessions[agent, name] = Session(self, agent, name)
         session.stop_accepting()
-        listener.setblocking(False)
         session.accepting = self._tasks.create_task(self._accept(session, listener), name=f"{agent}/{name}")
         self.report_status()
 
@@ -128,24 +129,15 @@ class Gateway:
         self.pool.close()
 
     async def _accept(self, session: Session, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         with listener:
             while True:
                 await session.slots.acquire()
-                try:
-                    sock, _ = await loop.sock_accept(listener)
-                except BaseException as exc:
-                    session.slots.release()
-                    if not isinstance(exc, OSError):
-                        raise
-                    # man 2 accept: out of descriptors or memory passes
-                    journal.warning("accept-failed", f"{exc.strerror}, retrying in 1 s", agent=session.agent)
-                    await asyncio.sleep(1)
-                    continue
+                sock = await accept(listener)
                 connection = AgentConnection(session)
                 task = self._tasks.create_task(connection.serve(sock), name=f"{session.name} connection")
                 session.open[connection] = task
-                task.add_done_callback(partial(session.forget, connection))
+                # Cancelled before its first step, it has not even begun to clean up.
+                task.add_done_callback(partial(session.forget, connection, sock))
 
 
 def check_listener(descriptor: int) -> socket.socket:

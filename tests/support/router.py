@@ -367,6 +367,7 @@ class Router:
         self.db: Database
         self.sessions: Sessions
         self.channel: Server
+        self.channel_task: asyncio.Task[None]
         self.outlets: Outlets
         self._slots = slots
 
@@ -403,7 +404,7 @@ class Router:
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 self.channel = Server(channel, place.listener)
-                tasks.create_task(self.channel.run(), name="channel")
+                self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
             await db.close()

@@ -44,7 +44,7 @@ def test_router_leaves_when_nothing_is_to_be_done(place: Place) -> None:
             assert await watched.stays(), "there is a container"
             await place.systemd.end_all()
             await watched.left
-            assert not router.channel.accepting
+            await eventually(lambda: router.channel_task.done())
 
     place.run(run)
 
@@ -107,12 +107,14 @@ def test_whoever_comes_while_the_router_leaves_is_answered_by_the_next(tmp_path:
             closed = asyncio.Event()
             server = Server(service, listener, on_close=closed.set)
             running = asyncio.ensure_future(server.run())
-            while server.accepting:
+            try:
                 await closed.wait()
-                closed.clear()
-                server.accepting = server.active > 0
-            running.cancel()
-            await asyncio.wait([running])
+                while server.active:
+                    closed.clear()
+                    await closed.wait()
+            finally:
+                server.stop()
+                await asyncio.wait([running])
 
     async def run() -> list[str]:
         with socket.socket(socket.AF_UNIX) as listener:
