@@ -26,7 +26,8 @@ class Table:
     def add(self, kinds: list[str], faults: Iterable[Fault]) -> None:
         """Add one conversation: what died in it, and what was wrong at its end, counted for the last."""
         self._points.update(kinds)
-        self._faults[kinds[-1] if kinds else "nothing died"].update(faults)
+        for fault in faults:
+            self._faults[kinds[-1] if kinds else "nothing died"][fault] += 1
 
     def render(self) -> str:
         rows = [["what died", "points", *Fault]]

@@ -1,0 +1,27 @@
+"""The router dies at every kind of point, and nothing is lost, repeated, out of order or left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.crash.points import Kind
+
+POINTS = 280
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_router_that_dies_anywhere_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")  # kill -9 takes nothing from a file, wherever that is
+    env = {**os.environ, "TMPDIR": str(memory if memory.is_dir() else tmp_path)}
+    command = [sys.executable, "-m", "tests.crash", "--points", str(POINTS), "--seed", "1"]
+
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    for kind in Kind:
+        assert re.search(rf"(?m)^{kind} +[1-9]", done.stdout), f"nothing died {kind}"
