@@ -187,6 +187,7 @@ class Sessions:
         try:
             if orphan:
                 await self.containers.stop(session)
+                self.containers.discard(session)
                 session.state, session.ending = SessionState.QUEUED, ""
             while adopted or await self._has_work(session):
                 try:

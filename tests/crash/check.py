@@ -16,24 +16,32 @@ from tests.crash.script import Message
 Found = tuple[Fault, str]
 ENDS = ("answered", "stopped", "dead")
 
+FAILURES_OF_SCRIPT = 2  #: of one message that is answered in the end
+
 #: What our runners say: r(eply) or s(ent in mid-turn), marker of the message, number.
 WORDS = re.compile(r"([rs]):([a-z]+\d+-(\d+)):(\d+)")
 
 
-def check(record: Record, database: Path) -> list[Found]:
-    """Return all that is wrong at the end of a conversation."""
+def check(record: Record, database: Path, *, deaths: int) -> list[Found]:
+    """Return all that is wrong at the end of a conversation in which the router died `deaths` times."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         connection.row_factory = sqlite3.Row
         inbox = {row["event"]: row for row in rows_of(connection, "inbox", record)}
         outbox = {row["key"]: row for row in rows_of(connection, "outbox", record)}
         checks = [[*connection.execute(f"PRAGMA {name}_check")] for name in ("integrity", "foreign_key")]
-    found = [*_check_inbox(record, inbox), *_check_outbox(record, outbox), *_check_repeats(record)]
+    found = [*_check_inbox(record, inbox, deaths), *_check_outbox(record, outbox), *_check_repeats(record)]
     for chat in record.plan.chats:
         found += _check_order([shown for shown in record.shown.values() if shown.chat == chat.name])
     problems = [tuple(row) for rows in checks for row in rows]
     if problems != [("ok",)]:
         found.append((Fault.OTHER, f"the database is damaged: {problems}"))
     return found
+
+
+def answered_events(database: Path) -> set[str]:
+    """Return the events of the messages that count as answered."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return {event for (event,) in connection.execute("SELECT event FROM inbox WHERE state = 'answered'")}
 
 
 def rows_of(connection: sqlite3.Connection, table: str, record: Record) -> list[sqlite3.Row]:
@@ -43,8 +51,11 @@ def rows_of(connection: sqlite3.Connection, table: str, record: Record) -> list[
     return [row for row in rows if row["chat"] in chats]
 
 
-def _check_inbox(record: Record, inbox: dict[str, sqlite3.Row]) -> Iterator[Found]:
-    """Each message that was acknowledged is there, has ended as it must, and its end was told."""
+def _check_inbox(record: Record, inbox: dict[str, sqlite3.Row], deaths: int) -> Iterator[Found]:
+    """Each message that was acknowledged is there, has ended as it must, and its end was told.
+
+    One whose attempts were used up counts as poison if the script alone would not have used them up.
+    """
     told = {shown.text for shown in record.seen_or_refused()}
     for marker, message in record.messages.items():
         row = inbox.get(marker)
@@ -60,6 +71,12 @@ def _check_inbox(record: Record, inbox: dict[str, sqlite3.Row]) -> Iterator[Foun
             shown.is_end and marker in shown.events for shown in record.seen_or_refused()
         ):
             yield Fault.LOST, f"{marker} is {row['state']}, and nobody was told: {row['reason']}"
+        elif (
+            row["state"] == "dead"
+            and row["attempts"] >= limits.ATTEMPTS
+            and deaths >= limits.ATTEMPTS - FAILURES_OF_SCRIPT
+        ):
+            continue
         elif row["state"] != (end := _end_of(message, record)):
             yield Fault.LOST, f"{marker} is {row['state']} and not {end}: {row['reason']}"
         elif message.order == "poison" and row["state"] == "dead" and row["attempts"] < limits.ATTEMPTS:

@@ -198,7 +198,7 @@ class Round:
             line = ("--user", "--quiet", f"--since=@{began:.0f}", "--grep=Traceback", "--output=cat")
             self.record.fault(Fault.OTHER, await host.run("journalctl", *line))
         self._name_what_terminals_showed()
-        self.record.faults += check(self.record, DATABASE)
+        self.record.faults += check(self.record, DATABASE, deaths=len(self.deaths))
 
     async def _talk(self) -> None:
         async with asyncio.TaskGroup() as tasks:

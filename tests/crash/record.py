@@ -48,6 +48,9 @@ class Record:
     finished: set[str] = field(
         default_factory=set
     )  #: markers of what was answered, and the router took that
+    unsure: set[str] = field(
+        default_factory=set
+    )  #: the same, but the container was ended before it heard whether the router took it
     told_to_stop: set[str] = field(
         default_factory=set
     )  #: markers; the person said stop, and the router took it

@@ -140,10 +140,12 @@ class _Turn:
     async def _answer(self, replies: list[tuple[str, str]]) -> None:
         answers = [message for message, _ in replies] if self._record.plan.answers_each else None
         texts = [text for _, text in replies]
+        self._record.unsure |= self._markers
         with suppress(_Over):
             await self._call(
                 "FinishTurn", outcome="answered", replies=texts, answers=answers, last=self._last
             )
+        self._record.unsure -= self._markers
         self._record.finished |= self._markers
         self._record.note()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd.errors import NanoclawError
-from tests.crash.check import check
+from tests.crash.check import answered_events, check
 from tests.crash.life import MESSAGE_BYTES, Orders, send
 from tests.crash.people import Adapter, Person
 from tests.crash.points import Kind
@@ -29,6 +29,7 @@ from tests.support.router import SystemdDouble
 
 SETTLE_S = 15.0  #: a conversation takes a tenth of a second; only one that fails reaches this
 POLL_S = 0.001
+UNSURE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ async def converse(plan: Plan, fork_server: socket.socket, base: Path) -> Outcom
     try:
         world = World(plan, root, fork_server)
         await world.run()
-        faults = world.record.faults + check(world.record, root / "STATE_HOME/nanoclaw/nanoclaw.db")
+        faults = world.record.faults + check(world.record, world.database, deaths=len(world.deaths))
         log = (root / "log").read_text(errors="replace")
         if "Traceback" in log:
             faults.append((Fault.OTHER, "the router's log has a traceback"))
@@ -88,6 +89,7 @@ class World:
         for variable in ("RUNTIME_DIR", "STATE_HOME", "CONFIG_HOME"):
             (root / variable).mkdir()
             os.environ[f"XDG_{variable}"] = str(root / variable)
+        self.database = root / "STATE_HOME/nanoclaw/nanoclaw.db"
         self._channel = root / "channel.sock"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self._channel))
@@ -108,7 +110,9 @@ class World:
             async with asyncio.timeout(SETTLE_S), asyncio.TaskGroup() as tasks:
                 adapting = tasks.create_task(adapter.run(), name="adapter")
                 tasks.create_task(self._live(), name="lives")
+                making_sure = tasks.create_task(self._make_sure(), name="making sure")
                 await self._talk()
+                making_sure.cancel()
                 adapting.cancel()
                 await self._stop()
         except* TimeoutError:
@@ -128,6 +132,14 @@ class World:
                 person = Person(chat, self.record, self._channel)
                 tasks.create_task(person.talk(), name=chat.name)
         await self.record.until(self.record.all_ended)
+
+    async def _make_sure(self) -> None:
+        """Look up what the router took of runners that were ended before they heard of it."""
+        while True:
+            await asyncio.sleep(UNSURE_S)
+            for marker in self.record.unsure & answered_events(self.database):
+                self.record.finished.add(marker)
+                self.record.note()
 
     async def _stop(self) -> None:
         """Have the runners leave, and end the router when nothing of a session is left."""
