@@ -137,8 +137,8 @@ class World:
         """Look up what the router took of runners that were ended before they heard of it."""
         while True:
             await asyncio.sleep(UNSURE_S)
-            for marker in self.record.unsure & answered_events(self.database):
-                self.record.finished.add(marker)
+            if self.record.unsure:
+                self.record.finished |= self.record.unsure & answered_events(self.database)
                 self.record.note()
 
     async def _stop(self) -> None:
