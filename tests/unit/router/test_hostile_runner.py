@@ -28,7 +28,7 @@ from tests.support.varlink_peer import WAIT_S, eventually
 
 HAS_PASSRIGHTS = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 16)  # see bind_listener()
 #: The largest message as bytes, as text and as objects, and what a session's four connections may hold.
-GROWTH_KIB = 32 << 10  #: some of the largest messages at once, as objects; what is sent is many times more
+GROWTH_KIB = 32 << 10
 JOURNAL_LINES = 60  #: of one life of a container: an offence each, and a few more
 
 #: What breaks the contract, and what the journal says of it. The runner is stopped, its message tried again,
