@@ -187,6 +187,7 @@ class Outlets:
     async def _catch_up(self, outlet: Outlet) -> None:
         """Queue what is pending, as much as fits; the rest when that has been read."""
         room = (limits.STREAM_QUEUE - outlet.queue.qsize()) // 2
+        began = now_ms()  # what comes due while we claim is found by one of the two queries
 
         def claim(tx: Transaction) -> list[Delivery]:
             found = queue.claim_deliveries(
@@ -203,7 +204,7 @@ class Outlets:
             return
         for delivery in deliveries:
             self._put(outlet, delivery)
-        (waiting,) = await self._db.read("next_retry", channel=outlet.channel, now=now_ms())
+        (waiting,) = await self._db.read("next_retry", channel=outlet.channel, now=began)
         if waiting["not_before"] is not None:
             self.retry_at(outlet.channel, waiting["not_before"])
 

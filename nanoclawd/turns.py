@@ -50,16 +50,16 @@ class Turns:
         One commit for both: a message that finds its runner waiting is on disk and on its way together.
         """
         taker: Session | None = None
+        passed = False  #: the runner did not get what is due, since others wait for its slot
 
         def write(tx: Transaction) -> tuple[T, Turn | None]:
-            nonlocal taker
+            nonlocal taker, passed
             result = operation(tx)
             session = self._find(row) if row is not None else None
             if session is None or not session.can_take():
                 return result, None
             session.taking, taker = True, session
-            if self._must_leave(tx, session):
-                session.wanted.set()  # if another has left in its place, it looks again
+            if passed := self._must_leave(tx, session):
                 return result, None
             return result, queue.claim_turn(tx, session.row, attempts=self._attempts())
 
@@ -71,6 +71,8 @@ class Turns:
             raise
         if taker is not None:
             self._take(taker, turn)
+            if passed:  # and looks again, should another have left in its place
+                taker.wanted.set()
         return result
 
     async def resume(self, session: Session) -> None:

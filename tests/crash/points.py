@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sqlite3
+import threading
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -34,13 +35,17 @@ class Points:
 
     def __init__(self, kill_at: int | None, last_words: Callable[[int, Kind, str], None]) -> None:
         self.count = 0
+        self._counting = threading.Lock()
         self._kill_at = kill_at
         self._last_words = last_words  #: tells the driver; no part of the life that ends
 
-    def reach(self, kind: Kind, what: str) -> None:
-        """Die here if this is the point."""
-        self.count += 1
-        if self.count == self._kill_at:
+    def reach(self, kind: Kind, what: str, *, dying: Callable[[], object] = lambda: None) -> None:
+        """Die here if this is the point, and do `dying` before."""
+        with self._counting:  # the database has a thread of its own
+            self.count += 1
+            last = self.count == self._kill_at
+        if last:
+            dying()
             self._last_words(self.count, kind, what)
             os.kill(os.getpid(), signal.SIGKILL)
             signal.pause()  # in another thread than the one that the signal was given to
@@ -54,9 +59,7 @@ class Points:
     def send(self, what: str, data: Any, send: Callable[[Any], T]) -> T:
         """Send `data`; if this process dies in the middle, half of it is on its way."""
         self.reach(Kind.BEFORE_SEND, what)
-        if self.count + 1 == self._kill_at:
-            send(memoryview(data)[: len(data) // 2])
-        self.reach(Kind.IN_SEND, what)
+        self.reach(Kind.IN_SEND, what, dying=lambda: send(memoryview(data)[: len(data) // 2]))
         result = send(data)
         self.reach(Kind.AFTER_SEND, what)
         return result
