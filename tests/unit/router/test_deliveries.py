@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from types import SimpleNamespace
 
 import pytest
 
 from nanoclawd import limits
+from nanoclawd.db import now_ms
 from nanoclawd.wire import VarlinkError
 from tests.support.router import CHANNEL, Container, Place
 from tests.support.varlink_peer import eventually
@@ -152,6 +154,29 @@ def test_failed_delivery_is_tried_again_and_then_dead(place: Place, monkeypatch:
             await router.deliver("refused")
             await adapter.failed(await adapter.delivery(), retryable=False)
             assert [row["state"] for row in await router.outbox()] == ["dead", "dead"]
+
+    place.run(run)
+
+
+def test_delivery_that_comes_due_while_another_is_claimed_is_handed_over_too(place: Place) -> None:
+    async def run() -> None:
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("first")
+            await adapter.failed(await adapter.delivery(), retryable=True, after_s=0.1)
+            await router.deliver("second", chat="other")
+            await adapter.failed(await adapter.delivery(), retryable=True, after_s=0.2)
+            write = router.db.write
+            last_due = max(row["not_before"] for row in await router.outbox())
+
+            async def slow(operation):  # type: ignore[no-untyped-def]
+                result = await write(operation)
+                await asyncio.sleep(max(0, last_due - now_ms()) / 1000 + 0.01)
+                return result
+
+            router.outlets._db = SimpleNamespace(write=slow, read=router.db.read)  # type: ignore[assignment]
+            assert await adapter.reply() == "echo: first"
+            assert await adapter.reply() == "echo: second"
 
     place.run(run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -10,7 +11,7 @@ from nanoclawd import limits
 from nanoclawd.wire import VarlinkError
 from tests.support.commits import HeldCommits
 from tests.support.router import AGENT, CHANNEL, Container, Place, echo, killed
-from tests.support.varlink_peer import eventually
+from tests.support.varlink_peer import WAIT_S, eventually
 
 UNIT = "nanoclaw-berta@test_1.service"
 
@@ -812,6 +813,40 @@ def test_session_that_made_room_gets_room_in_its_turn(place: Place, monkeypatch:
                 await router.deliver("hello", chat=chat)
             await router.settled()
             assert await router.states() == ["answered", "answered"]
+
+    place.run(run)
+
+
+def test_two_turns_that_end_in_one_commit_leave_one_slot_to_who_waits(place: Place) -> None:
+    async def run() -> None:
+        finish = {text: asyncio.Event() for text in ("one", "two")}
+        gate = threading.Event()
+
+        async def waits(container: Container) -> None:
+            await container.begin()
+            while True:
+                turn = await container.take()
+                if (text := turn["messages"][0]["text"]) in finish:
+                    await finish[text].wait()
+                await container.finish(turn, "done")
+
+        place.systemd.program = waits
+        async with place.router(slots=2) as router:
+            for chat in ("one", "two", "three"):
+                await router.deliver(chat, chat=chat)
+            await eventually(lambda: sum(len(c.turns) for c in place.systemd.containers.values()) == 2)
+            await router.deliver("again", chat="two")
+            router.db._committer.submit(gate.wait, WAIT_S)
+            before = asyncio.ensure_future(router.db.write(lambda tx: None))  # the next commit takes long
+            await eventually(router.db._waiting.empty)
+            finish["one"].set()
+            await eventually(lambda: router.db._waiting.qsize() == 1)
+            finish["two"].set()
+            await eventually(lambda: router.db._waiting.qsize() == 2)
+            gate.set()
+
+            await before
+            await router.settled()
 
     place.run(run)
 
