@@ -91,10 +91,16 @@ class _Write:
 
 
 def _take_up(tx: Transaction) -> None:
-    """While no router ran the clock may have been set back: nothing waits for long because of that."""
-    latest = now_ms() + int(limits.BACKOFF_MAX_S * 1000)
-    tx.all("hasten_messages", latest=latest)
-    tx.all("hasten_deliveries", latest=latest)
+    """While no router ran the clock may have been set back: what waits longer than anything may, waits for
+    an ordinary pause instead.
+    """
+    now = now_ms()
+    times = {
+        "latest": now + int(limits.RETRY_AFTER_MAX_S * 1000),
+        "soon": now + int(limits.BACKOFF_MAX_S * 1000),
+    }
+    tx.all("hasten_messages", **times)
+    tx.all("hasten_deliveries", **times)
 
 
 class Database:

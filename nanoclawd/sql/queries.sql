@@ -208,10 +208,10 @@ UPDATE inbox SET not_before = not_before + :by WHERE state = 'queued' AND not_be
 UPDATE outbox SET not_before = not_before + :by WHERE state = 'pending' AND not_before > 0;
 
 -- hasten_messages --
-UPDATE inbox SET not_before = :latest WHERE state = 'queued' AND not_before > :latest;
+UPDATE inbox SET not_before = :soon WHERE state = 'queued' AND not_before > :latest;
 
 -- hasten_deliveries --
-UPDATE outbox SET not_before = :latest WHERE state = 'pending' AND not_before > :latest;
+UPDATE outbox SET not_before = :soon WHERE state = 'pending' AND not_before > :latest;
 
 -- count_states --
 -- Named as in io.nanoclaw.Control.

@@ -647,17 +647,26 @@ def test_the_schedule_follows_a_clock_that_is_set(
     asyncio.run(run())
 
 
-def test_a_clock_set_back_while_no_router_runs_stalls_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("wait_s", "jump_s", "waits_then_s"),
+    [
+        (100, -86_400, limits.BACKOFF_MAX_S),
+        (100, -3600, 3700),
+        (limits.RETRY_AFTER_MAX_S, 0, limits.RETRY_AFTER_MAX_S),
+        (limits.RETRY_AFTER_MAX_S, -3600, limits.BACKOFF_MAX_S),
+    ],
+)
+def test_a_restart_keeps_each_wait_unless_the_clock_made_it_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float, jump_s: float, waits_then_s: float
 ) -> None:
     clock = Clock(monkeypatch)
 
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
-            await db.write(lambda tx: add_waiting(tx, wait_s=100))
-        clock.ahead_s = -86_400
+            await db.write(lambda tx: add_waiting(tx, wait_s=wait_s))
+        clock.ahead_s = jump_s
         async with opened(tmp_path / "db") as db:
-            assert await waits_s(db) == pytest.approx([limits.BACKOFF_MAX_S] * 2, abs=5)
+            assert await waits_s(db) == pytest.approx([waits_then_s] * 2, abs=5)
 
     asyncio.run(run())
 
