@@ -91,7 +91,7 @@ class Turn:
 
     id: TurnId
     first: TurnId  #: of the first attempt: all attempts that are shared have the same
-    attempt: int  #: tries of its first message, this one included
+    attempt: int  #: tries of its first message that count, this one included
     messages: list[Message]  #: oldest first; grows by those that join
     already_sent: Sequence[tuple[str, str]] = ()  #: key, text
     stopping: bool = False  #: the person has said stop
@@ -186,12 +186,7 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
         row = tx.one("add_session", prefix=prefix, now=now_ms(), **place)
     assert row is not None
     session = session_row(row)
-    (waiting,) = tx.all("count_queued", session=session.id)
-    if waiting["in_session"] >= limits.QUEUED_PER_SESSION or waiting["total"] >= limits.QUEUED_TOTAL:
-        raise Refused(
-            f"{waiting['in_session']} messages wait for this chat and {waiting['total']} in all",
-            hint="wait until the agent has caught up; 'nanoclawctl status' shows what it does",
-        )
+    _require_room(tx, session.id, 1)
     message = new_message_id()
     tx.all(
         "enqueue", id=message, session=session.id, sender=event.sender, body=event.text, now=now_ms(), **key
@@ -199,6 +194,16 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session
+
+
+def _require_room(tx: Transaction, session: int, messages: int) -> None:
+    (waiting,) = tx.all("count_queued", session=session)
+    in_session, total = waiting["in_session"], waiting["total"]
+    if in_session + messages > limits.QUEUED_PER_SESSION or total + messages > limits.QUEUED_TOTAL:
+        raise Refused(
+            f"{in_session} messages wait for this chat and {total} in all",
+            hint="wait until the agent has caught up; 'nanoclawctl status' shows what it does",
+        )
 
 
 def claim_turn(tx: Transaction, session: SessionRow, *, attempts: int) -> Turn | None:
@@ -227,7 +232,7 @@ def join_turn(tx: Transaction, session: SessionRow, turn: Turn) -> list[Message]
 
     The caller adds it to the turn once that is on disk.
     """
-    joining = _join(tx, session, turn, None) if turn.attempt == 1 else []
+    joining = _join(tx, session, turn, None) if turn.first == turn.id else []
     for message in joining:
         _tell(tx, "message-leased", session, message.id, turn.id, attempt=turn.attempt)
     return joining
@@ -395,13 +400,11 @@ def _backoff_ms(row: Row, how: Treatment) -> int:
     return backoff_ms(row["deferrals"] + 1 if how is Treatment.DEFER else max(1, row["attempts"]))
 
 
-def put_back(tx: Transaction, session: SessionRow) -> list[Row]:
-    """Put what the session has leased back into the queue: we broke its turn off. Returns it."""
+def put_back(tx: Transaction, session: SessionRow) -> None:
+    """Put what the session has leased back into the queue: we broke its turn off."""
     _end(tx, session, "end_stopping")
-    rows = tx.all("put_back", session=session.id)
-    for row in rows:
+    for row in tx.all("put_back", session=session.id):
         _tell(tx, "message-put-back", session, row["id"], row["turn"])
-    return rows
 
 
 def fail_start(
@@ -547,8 +550,14 @@ def find_delivery(tx: Transaction, channel: str, key: str) -> Row:
 
 
 def retry_dead_letter(tx: Transaction, id: str) -> bool:
-    """Put a dead message or delivery back, as if never tried; False if it is not dead, or dropped."""
-    return bool(tx.all("retry_message", id=id) or tx.all("retry_delivery", key=id))
+    """Put a dead message or delivery back, as if never tried; False if it is not dead, or dropped.
+
+    Raises Refused if too many messages wait already.
+    """
+    if (row := tx.one("retry_message", id=id)) is not None:
+        _require_room(tx, row["session"], 0)  # it is counted already
+        return True
+    return bool(tx.all("retry_delivery", key=id))
 
 
 def drop_dead_letter(tx: Transaction, id: str) -> bool:

@@ -97,9 +97,9 @@ UPDATE inbox SET attempts = max(attempts, :attempts) WHERE id = :id;
 UPDATE inbox SET attempts = attempts + 1, not_before = :not_before, reason = :reason WHERE id = :id;
 
 -- put_back --
--- The turn was broken off by us and not by its messages.
+-- The turn was broken off by us and not by its messages: it is no attempt.
 UPDATE inbox SET state = 'queued', lease_expires_at = NULL, not_before = 0, reason = NULL,
-       attempts = max(0, attempts - 1), deferrals = deferrals + 1
+       attempts = attempts - 1
  WHERE session = :session AND state = 'leased' RETURNING *;
 
 -- open_messages --
@@ -263,7 +263,7 @@ UNION ALL SELECT 'delivery', key, seq FROM outbox WHERE state = 'dead' AND NOT d
 -- retry_message --
 UPDATE inbox SET state = 'queued', attempts = 0, deferrals = 0, not_before = 0, ended_at = NULL, reason = NULL,
                  revived = revived + 1
- WHERE id = :id AND state = 'dead' AND NOT dropped RETURNING id;
+ WHERE id = :id AND state = 'dead' AND NOT dropped RETURNING session;
 
 -- retry_delivery --
 UPDATE outbox SET state = 'pending', attempts = 0, not_before = 0, ended_at = NULL, reason = NULL
@@ -292,6 +292,17 @@ SELECT id FROM inbox
 
 -- delete_deliveries --
 DELETE FROM outbox WHERE message = :message;
+
+-- delete_old_deliveries --
+-- The same for deliveries without a message, e.g. since it could not be read when the database was salvaged.
+DELETE FROM outbox WHERE seq IN
+       (SELECT seq FROM outbox
+         WHERE message IS NULL AND ended_at < :before AND (state != 'dead' OR dropped)
+           AND (kind != 'message' OR turn IS NULL OR turn NOT IN
+                (SELECT first_turn FROM inbox WHERE first_turn IS NOT NULL
+                    AND (state IN ('queued', 'leased') OR (state = 'dead' AND NOT dropped))))
+         ORDER BY ended_at LIMIT :limit)
+RETURNING seq;
 
 -- delete_message --
 DELETE FROM inbox WHERE id = :id;
