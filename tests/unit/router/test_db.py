@@ -590,6 +590,74 @@ def test_a_start_beside_a_lock_of_another_program_is_told(tmp_path: Path) -> Non
     asyncio.run(make(path))
 
 
+def make_damaged(path: Path) -> bytes:
+    """Make a database that was closed in good order, with damage that no ordinary statement meets.
+
+    A row of an agent is there, but its index does not know it. Returns the file's bytes.
+    """
+
+    async def prepare() -> None:
+        async with opened(path) as db:
+            await db.write(lambda tx: add(tx, "berta"))
+            await db.check()
+
+    asyncio.run(prepare())
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"berta", 0, data.rindex(b"berta"))  # the one of two that has the lower page
+    data[at : at + 5] = b"bertb"
+    path.write_bytes(data)
+    return bytes(data)
+
+
+def test_damage_is_told_after_the_start_before_anything_is_written_into_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    damaged = make_damaged(path)
+
+    async def run() -> None:
+        async with opened(path) as db:
+            await db.write(lambda tx: add(tx, "emil"))
+
+            with pytest.raises(ConfigError, match="is damaged") as caught:
+                await db.check()
+
+            assert "--salvage-database" in caught.value.hint
+            await db.write(lambda tx: add(tx, "fritz"))  # the end of the program takes a moment
+
+    asyncio.run(run())
+    assert path.read_bytes() == damaged
+
+    with pytest.raises(ConfigError, match="is damaged"):  # before anything: there was no clean end
+        asyncio.run(make(path))
+    assert path.read_bytes() == damaged
+    recovery.salvage(path, path)
+
+    async def look() -> None:
+        async with opened(path) as db:
+            await db.check()
+            assert {"emil", "fritz"} < {*await names(db)}
+
+    asyncio.run(look())
+
+
+def test_a_check_ends_with_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = "WITH RECURSIVE n AS (SELECT 1 AS x UNION ALL SELECT x FROM n) SELECT x FROM n WHERE x = 2"
+    path = tmp_path / "db"
+    asyncio.run(make(path))
+
+    async def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(db_module, "INTEGRITY", endless)
+            async with opened(path) as db:
+                check = asyncio.create_task(db.check())
+                await db.write(lambda tx: add(tx, "berta"))
+                assert not check.done()
+                check.cancel()
+        async with opened(path) as db:
+            assert await names(db) == ["berta"]
+
+    asyncio.run(run())
+
+
 # --- a clock that is set ----------------------------------------------------------------------------
 
 

@@ -91,6 +91,7 @@ def start(path: Path) -> None:
         db = await Database.open(path)
         running = asyncio.create_task(db.run())
         try:
+            await db.check()
             for table in TABLES:
                 await db._reader.execute_fetchall(f"SELECT * FROM {table}")
         finally:
