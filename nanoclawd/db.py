@@ -34,6 +34,7 @@ from nanoclawd.dbfile import (
     migrate,
     missing,
     opened_whole,
+    release_lock,
     require_sound,
     take_lock,
 )
@@ -127,29 +128,30 @@ class Database:
         self._queries = queries
         self._waiting: asyncio.Queue[_Write] = asyncio.Queue(maxsize=4 * limits.WRITES_PER_COMMIT)
         self._stopped = False
+        self._damaged = False
         self._clock_ms = _clock_ms()
         self.commits = 0  #: for benchmarks
 
     @classmethod
     async def open(cls, path: Path, *, create: bool = False) -> Database:
-        """Open the database, migrate it if it is older. All of it is checked after a crash; else by check().
+        """Open the database, migrate it if it is older. After a bad end all of it is read; else check() does.
 
         Raises ConfigError if it is missing beside an existing installation, damaged or too new; Refused if
         another process has it.
         """
         with explained(f"the database '{path}' cannot be opened"):
             async with AsyncExitStack() as undo:
-                lock_fd = take_lock(path)
+                lock_fd, ended_well = take_lock(path)
                 undo.callback(os.close, lock_fd)
-                crashed = not Log(path).is_empty()
-                writer = undo.enter_context(closing(open_writer(path, create=create)))
+                whole = not (ended_well and Log(path).is_empty())
+                writer = undo.enter_context(closing(open_writer(path, create=create, whole=whole)))
                 queries = read_queries((paths.SQL / "queries.sql").read_text())
                 _take_up(Transaction(writer, queries))
                 # What a crash broke off must be gone from the log when the next one comes: see
                 # Log.is_damaged().
                 writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 reader, checker = await _connect_reader(path, undo), None
-                if not crashed:
+                if not whole:
                     checker = await _connect_reader(path, undo)
                     await checker.execute_fetchall("BEGIN")
                     await checker.execute_fetchall("SELECT 1 FROM sqlite_schema")  # from now on
@@ -160,6 +162,8 @@ class Database:
         """Close all connections; what waits is not written."""
         with ExitStack() as last:
             last.callback(os.close, self._lock_fd)
+            if self._checker is None and not self._damaged:
+                last.callback(release_lock, self._lock_fd)
             if self._checker is not None:
                 last.enter_context(log_kept(self._path))
                 await self._checker.interrupt()
@@ -256,6 +260,9 @@ class Database:
                 while len(batch) < limits.WRITES_PER_COMMIT and not self._waiting.empty():
                     batch.append(self._waiting.get_nowait())
                 await self._commit(batch)
+        except ConfigError:
+            self._damaged = True
+            raise
         finally:
             self._stopped = True
             while not self._waiting.empty():
@@ -340,15 +347,17 @@ class Database:
         return clock_ms
 
 
-def open_writer(path: Path, *, create: bool) -> sqlite3.Connection:
+def open_writer(path: Path, *, create: bool, whole: bool) -> sqlite3.Connection:
     """Open the database, which this process has locked, and migrate it if it is older.
+
+    `whole`: first read all of it.
 
     Raises ConfigError if it is missing beside an existing installation, damaged or too new; Unavailable.
     """
     beside_agents = not create and any(path.parent.glob("agents/*"))
     if beside_agents and not path.exists():
         raise missing(path)
-    if path.exists() and not Log(path).is_empty():  # after a crash
+    if whole and path.exists():
         with opened_whole(path):
             pass
     # We say BEGIN ourselves; loop and committer take turns.

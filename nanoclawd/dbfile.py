@@ -25,8 +25,11 @@ DAMAGED_HINT = (
 )
 
 
-def take_lock(path: Path) -> int:
-    """Take the lock beside the database, for as long as the descriptor is open."""
+def take_lock(path: Path) -> tuple[int, bool]:
+    """Take the lock beside the database, for as long as the descriptor is open.
+
+    Returns that, and whether the one who had it last called release_lock(), or there was none.
+    """
     lock = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -35,10 +38,10 @@ def take_lock(path: Path) -> int:
         raise Unavailable(
             f"{lock}: cannot be opened: {exc.strerror}", hint=f"see 'df -h ~' and 'namei -l {lock}'"
         ) from None
+    owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
         os.close(fd)
         raise Refused(
             f"another nanoclawd (pid {owner}) has the database '{path}'",
@@ -47,7 +50,13 @@ def take_lock(path: Path) -> int:
     with suppress(OSError):  # a full disk; the pid is for people, the lock holds without it
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
+    return fd, not owner
+
+
+def release_lock(fd: int) -> None:
+    """Say that the database was closed in good order. The lock itself goes with the descriptor."""
+    with suppress(OSError):
+        os.ftruncate(fd, 0)
 
 
 def missing(path: Path) -> ConfigError:
@@ -114,7 +123,7 @@ def opened_whole(path: Path) -> Iterator[sqlite3.Connection]:
     if Log(path).is_damaged():
         raise ConfigError(f"the log of the database '{path}' is damaged", hint=DAMAGED_HINT)
     with (
-        explained(f"the database '{path}' cannot be read"),
+        explained(f"the database '{path}' cannot be opened"),
         log_kept(path),
         closing(sqlite3.connect(path)) as opened,
     ):

@@ -24,7 +24,7 @@ UNKNOWN_AGENT = "?"  #: no agent has this name, so its chats are told that it is
 def create(path: Path) -> str:
     """Make an empty database where one is missing, whatever is beside it. Raises as Database.open() does."""
     with _locked(path):
-        open_writer(path, create=True).close()
+        open_writer(path, create=True, whole=True).close()
         return f"created: '{path}'"
 
 
@@ -72,7 +72,7 @@ def salvage(file: Path, path: Path) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     try:
-        fd = take_lock(path)
+        fd, _ = take_lock(path)
     except Refused as exc:
         raise Refused(exc.message, hint="stop it first: 'systemctl --user stop nanoclaw.service'") from None
     try:

@@ -117,10 +117,6 @@ UPDATE inbox SET stopping = 1 WHERE session = :session AND state = 'leased' RETU
 UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = :reason
  WHERE session = :session AND stopping AND state IN ('queued', 'leased') RETURNING *;
 
--- open_messages_of_agent --
-SELECT inbox.* FROM inbox JOIN session ON session.id = inbox.session
- WHERE session.agent = :agent AND state IN ('queued', 'leased') ORDER BY seq;
-
 -- extend_leases --
 -- After a restart of the router: its runners get a full lease to come back in.
 UPDATE inbox SET lease_expires_at = :expires WHERE state = 'leased';
