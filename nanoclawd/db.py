@@ -134,7 +134,7 @@ class Database:
 
     @classmethod
     async def open(cls, path: Path, *, create: bool = False) -> Database:
-        """Open the database, migrate it if it is older. After a bad end all of it is read; else check() does.
+        """Open the database, migrate it if it is older. Reads all of it after a bad end; else check() does.
 
         Raises ConfigError if it is missing beside an existing installation, damaged or too new; Refused if
         another process has it.
