@@ -200,6 +200,7 @@ async def _route(
             gc.freeze()
             started.set()
             daemon.notify(f"READY=1\nSTATUS={registry.summary()}")
+            tasks.create_task(db.check(), name="database check")  # it may take long
             journal.info("started", version=VERSION, agents=len(registry.names()))
     finally:
         await db.close()

@@ -13,8 +13,9 @@ from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.idl import read_interface
 from nanoclawd.images import build_command
+from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import Delivery, Turn
+from nanoclawd.queue import Turn
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.session import Session, describe_messages

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from nanoclawd import journal, limits, paths, queue
+from nanoclawd import journal, limits, outbox, paths, queue
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Refused
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, MessageId
+from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlet, Outlets
-from nanoclawd.queue import Delivery, Event, SessionRow, session_row
+from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
@@ -105,7 +106,7 @@ class ChannelService:
 
         def report(tx: Transaction) -> None:
             if not tx.all("report_part", channel=channel, key=key, parts=parts, receipt=receipt):
-                queue.find_delivery(tx, channel, key)
+                outbox.find(tx, channel, key)
 
         await self._db.write(report)
         self._outlets.reported(key, ended=False)
@@ -118,7 +119,7 @@ class ChannelService:
 
         def release(tx: Transaction) -> int | None:
             """Put it back, if it is worth another attempt; returns when that is due."""
-            row = queue.find_delivery(tx, channel, key)
+            row = outbox.find(tx, channel, key)
             if not parameters["retryable"] or row["attempts"] >= limits.DELIVERY_ATTEMPTS:
                 return None
             after_s = max(0.0, min(parameters["retryAfterSeconds"] or 0.0, limits.RETRY_AFTER_MAX_S))
@@ -127,7 +128,7 @@ class ChannelService:
             if not tx.all("release_delivery", key=key, not_before=not_before, reason=reason):
                 return 0  # it is nobody's any more
             text = f"{reason}, retrying in {wait_ms / 1000:.0f} s"
-            queue.tell_delivery(tx, journal.warning, "delivery-failed", row, text)
+            outbox.tell(tx, journal.warning, "delivery-failed", row, text)
             return not_before
 
         not_before = await self._db.write(release)
@@ -151,7 +152,7 @@ class ChannelService:
         """End a delivery, unless it had ended before, and hand over the next of its chat."""
 
         def end(tx: Transaction) -> list[Delivery]:
-            row = queue.end_delivery(tx, channel, key, state=state, receipt=receipt, reason=reason)
+            row = outbox.end(tx, channel, key, state=state, receipt=receipt, reason=reason)
             return [] if row is None else self._outlets.claim(tx, (channel, row["chat"], row["thread"]))
 
         deliveries = await self._db.write(end)

@@ -17,8 +17,9 @@ from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
+from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import Delivery, session_row
+from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry, config_file
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service

@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +23,19 @@ import aiosqlite
 
 from nanoclawd import journal, limits, paths, states
 from nanoclawd.dbfile import (
-    DAMAGED_HINT,
+    INTEGRITY,
     code_of,
     copy,
     decode,
     explain,
     explained,
     is_of_file,
+    log_kept,
     migrate,
     missing,
+    opened_whole,
+    release_lock,
+    require_sound,
     take_lock,
 )
 from nanoclawd.errors import ConfigError, Unavailable
@@ -91,10 +95,16 @@ class _Write:
 
 
 def _take_up(tx: Transaction) -> None:
-    """While no router ran the clock may have been set back: nothing waits for long because of that."""
-    latest = now_ms() + int(limits.BACKOFF_MAX_S * 1000)
-    tx.all("hasten_messages", latest=latest)
-    tx.all("hasten_deliveries", latest=latest)
+    """While no router ran the clock may have been set back: what waits longer than anything may, waits for
+    an ordinary pause instead.
+    """
+    now = now_ms()
+    times = {
+        "latest": now + int(limits.RETRY_AFTER_MAX_S * 1000),
+        "soon": now + int(limits.BACKOFF_MAX_S * 1000),
+    }
+    tx.all("hasten_messages", **times)
+    tx.all("hasten_deliveries", **times)
 
 
 class Database:
@@ -105,47 +115,77 @@ class Database:
         path: Path,
         writer: sqlite3.Connection,
         reader: aiosqlite.Connection,
+        checker: aiosqlite.Connection | None,
         lock_fd: int,
         queries: dict[str, str],
     ) -> None:
         self._path = path
         self._writer = writer
         self._reader = reader
+        self._checker = checker  #: sees the file as it was opened, until that is known to be sound
         self._lock_fd = lock_fd
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._queries = queries
         self._waiting: asyncio.Queue[_Write] = asyncio.Queue(maxsize=4 * limits.WRITES_PER_COMMIT)
         self._stopped = False
+        self._damaged = False
         self._clock_ms = _clock_ms()
         self.commits = 0  #: for benchmarks
 
     @classmethod
     async def open(cls, path: Path, *, create: bool = False) -> Database:
-        """Open the database, migrate it if it is older.
+        """Open the database, migrate it if it is older. Reads all of it after a bad end; else check() does.
 
         Raises ConfigError if it is missing beside an existing installation, damaged or too new; Refused if
         another process has it.
         """
-        with ExitStack() as undo, explained(f"the database '{path}' cannot be opened"):
-            lock_fd = take_lock(path)
-            undo.callback(os.close, lock_fd)
-            writer = undo.enter_context(closing(open_writer(path, create=create)))
-            queries = read_queries((paths.SQL / "queries.sql").read_text())
-            _take_up(Transaction(writer, queries))
-            # What a crash broke off must be gone from the log when the next one comes: see Log.is_damaged().
-            writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            reader = await aiosqlite.connect(path, isolation_level=None)
-            reader.row_factory, reader.text_factory = Row, decode
-            await reader.execute_fetchall("PRAGMA query_only = ON")
-            undo.pop_all()
-            return cls(path, writer, reader, lock_fd, queries)
+        with explained(f"the database '{path}' cannot be opened"):
+            async with AsyncExitStack() as undo:
+                lock_fd, ended_well = take_lock(path)
+                undo.callback(os.close, lock_fd)
+                whole = not (ended_well and Log(path).is_empty())
+                writer = undo.enter_context(closing(open_writer(path, create=create, whole=whole)))
+                queries = read_queries((paths.SQL / "queries.sql").read_text())
+                _take_up(Transaction(writer, queries))
+                # What a crash broke off must be gone from the log when the next one comes: see
+                # Log.is_damaged().
+                writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                reader, checker = await _connect_reader(path, undo), None
+                if not whole:
+                    checker = await _connect_reader(path, undo)
+                    await checker.execute_fetchall("BEGIN")
+                    await checker.execute_fetchall("SELECT 1 FROM sqlite_schema")  # from now on
+                undo.pop_all()
+                return cls(path, writer, reader, checker, lock_fd, queries)
 
     async def close(self) -> None:
-        """Close both connections; what waits is not written."""
-        await self._reader.close()
-        self._committer.shutdown()  # waits for a commit that is under way
-        self._writer.close()
-        os.close(self._lock_fd)
+        """Close all connections; what waits is not written."""
+        with ExitStack() as last:
+            last.callback(os.close, self._lock_fd)
+            if self._checker is None and not self._damaged:
+                last.callback(release_lock, self._lock_fd)
+            if self._checker is not None:
+                last.enter_context(log_kept(self._path))
+                await self._checker.interrupt()
+                await self._checker.close()
+            await self._reader.close()
+            self._committer.shutdown()  # waits for a commit that is under way
+            self._writer.close()
+
+    async def check(self) -> None:
+        """Read all of the file, as it was when it was opened, unless that has been done.
+
+        As long as this has not ended well nothing is written into the file: what is new is in the log only,
+        since SQLite moves nothing of it while somebody sees the file without. Raises ConfigError if it is
+        damaged. 5 to 10 ms for each MB, in a thread.
+        """
+        if self._checker is None:
+            return
+        with explained(f"the database '{self._path}' cannot be read"):
+            ((found,),) = await self._checker.execute_fetchall(INTEGRITY)
+        require_sound(found, self._path)
+        checker, self._checker = self._checker, None
+        await checker.close()
 
     async def read(self, query: str, **parameters: Any) -> list[Row]:
         """Run a statement of queries.sql that changes nothing; it sees all that was committed."""
@@ -220,6 +260,9 @@ class Database:
                 while len(batch) < limits.WRITES_PER_COMMIT and not self._waiting.empty():
                     batch.append(self._waiting.get_nowait())
                 await self._commit(batch)
+        except ConfigError:
+            self._damaged = True
+            raise
         finally:
             self._stopped = True
             while not self._waiting.empty():
@@ -304,16 +347,19 @@ class Database:
         return clock_ms
 
 
-def open_writer(path: Path, *, create: bool) -> sqlite3.Connection:
+def open_writer(path: Path, *, create: bool, whole: bool) -> sqlite3.Connection:
     """Open the database, which this process has locked, and migrate it if it is older.
+
+    `whole`: first read all of it.
 
     Raises ConfigError if it is missing beside an existing installation, damaged or too new; Unavailable.
     """
     beside_agents = not create and any(path.parent.glob("agents/*"))
     if beside_agents and not path.exists():
         raise missing(path)
-    if Log(path).is_damaged():
-        raise ConfigError(f"the log of the database '{path}' is damaged", hint=DAMAGED_HINT)
+    if whole and path.exists():
+        with opened_whole(path):
+            pass
     # We say BEGIN ourselves; loop and committer take turns.
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
@@ -324,6 +370,13 @@ def open_writer(path: Path, *, create: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+async def _connect_reader(path: Path, undo: AsyncExitStack) -> aiosqlite.Connection:
+    reader = await undo.enter_async_context(aiosqlite.connect(path, isolation_level=None))
+    reader.row_factory, reader.text_factory = Row, decode
+    await reader.execute_fetchall("PRAGMA query_only = ON")
+    return reader
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:

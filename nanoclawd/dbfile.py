@@ -6,25 +6,30 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from nanoclawd import files, journal, paths
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, Refused, Unavailable
+from nanoclawd.sqlitefile import Log
 
 APPLICATION_ID = 0x4E434C57  # "NCLW", in the file's header: sqlite.org/pragma.html#pragma_application_id
 # Result codes: sqlite.org/rescode.html
 _DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM)
 _ACCESS = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+INTEGRITY = "PRAGMA integrity_check(1)"
 DAMAGED_HINT = (
     "'nanoclawd --salvage-database' takes what can be read of it,"
     " 'nanoclawd --restore-database FILE' a backup in its place"
 )
 
 
-def take_lock(path: Path) -> int:
-    """Take the lock beside the database, for as long as the descriptor is open."""
+def take_lock(path: Path) -> tuple[int, bool]:
+    """Take the lock beside the database, for as long as the descriptor is open.
+
+    Returns that, and whether the one who had it last called release_lock(), or there was none.
+    """
     lock = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -33,10 +38,10 @@ def take_lock(path: Path) -> int:
         raise Unavailable(
             f"{lock}: cannot be opened: {exc.strerror}", hint=f"see 'df -h ~' and 'namei -l {lock}'"
         ) from None
+    owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
         os.close(fd)
         raise Refused(
             f"another nanoclawd (pid {owner}) has the database '{path}'",
@@ -45,7 +50,13 @@ def take_lock(path: Path) -> int:
     with suppress(OSError):  # a full disk; the pid is for people, the lock holds without it
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
+    return fd, not owner
+
+
+def release_lock(fd: int) -> None:
+    """Say that the database was closed in good order. The lock itself goes with the descriptor."""
+    with suppress(OSError):
+        os.ftruncate(fd, 0)
 
 
 def missing(path: Path) -> ConfigError:
@@ -62,10 +73,10 @@ def migrations() -> list[Path]:
     return sorted((paths.SQL / "migrations").glob("[0-9]*.sql"))
 
 
-def check(connection: sqlite3.Connection, path: Path) -> int:
+def identify(connection: sqlite3.Connection, path: Path) -> int:
     """Return the version of the database's schema, 0 if it is empty.
 
-    Raises ConfigError if it is not ours, too new or damaged. Reads all of it: 10 ms for each MB.
+    Raises ConfigError if it is not ours or too new.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -79,18 +90,54 @@ def check(connection: sqlite3.Connection, path: Path) -> int:
             hint=f"install the newer nanoclawd again, or move the database away and run"
             f" 'nanoclawd --restore-database {path}.backup-{newest}'",
         )
-    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    if found != "ok":
-        raise ConfigError(f"the database '{path}' is damaged: {' '.join(found.split())}", hint=DAMAGED_HINT)
     return int(version)
 
 
+def check(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise ConfigError if the database is not a sound one of ours. Reads all of it: 5 to 10 ms a MB."""
+    identify(connection, path)
+    (found,) = connection.execute(INTEGRITY).fetchone()
+    require_sound(found, path)
+
+
+def require_sound(found: str, path: Path) -> None:
+    """Raise ConfigError unless `found`, what INTEGRITY says, is that nothing is wrong."""
+    if found != "ok":
+        raise ConfigError(f"the database '{path}' is damaged: {' '.join(found.split())}", hint=DAMAGED_HINT)
+
+
+@contextmanager
+def log_kept(path: Path) -> Iterator[None]:
+    """Leave the log of the database as it is, also if all who write close their connections in the block.
+
+    SQLite's last connection moves the log into the file; one that may not write is not able to.
+    """
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as last:
+        last.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        yield
+
+
+@contextmanager
+def opened_whole(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a database and read all of it, log included; nothing is written. Raises as check() does."""
+    if Log(path).is_damaged():
+        raise ConfigError(f"the log of the database '{path}' is damaged", hint=DAMAGED_HINT)
+    with (
+        explained(f"the database '{path}' cannot be opened"),
+        log_kept(path),
+        closing(sqlite3.connect(path)) as opened,
+    ):
+        check(opened, path)
+        yield opened
+
+
 def migrate(connection: sqlite3.Connection, path: Path, *, beside_agents: bool) -> None:
-    """Bring the schema to the newest version, after a backup."""
-    version = check(connection, path)
+    """Bring the schema to the newest version, after a check and a backup."""
+    version = identify(connection, path)
     if version == 0 and beside_agents:  # an empty file is no better than none
         raise missing(path)
     if 0 < version < len(migrations()):
+        check(connection, path)
         backup = path.with_name(f"{path.name}.backup-{version}")
         copy(connection, backup, replace=True)
         journal.info("database-backed-up", file=str(backup))

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from nanoclawd import journal, limits, queue
+from nanoclawd import journal, limits, outbox
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
-from nanoclawd.queue import Delivery, SessionRow
+from nanoclawd.outbox import Delivery
+from nanoclawd.queue import SessionRow
 from nanoclawd.wire import Json
 
 
@@ -110,11 +111,11 @@ class Outlets:
         claimed = []
         for outlet in takers:
             if outlet.event is not None:
-                claimed += queue.claim_deliveries(
+                claimed += outbox.claim_due(
                     tx, outlet.channel, chat=place[1], event=outlet.event, limit=limits.STREAM_QUEUE // 2
                 )
         if any(outlet.event is None for outlet in takers):
-            claimed += queue.claim_next_delivery(tx, *place)
+            claimed += outbox.claim_next(tx, *place)
         return claimed
 
     def publish(self, deliveries: Iterable[Delivery]) -> None:
@@ -190,9 +191,7 @@ class Outlets:
         began = now_ms()  # what comes due while we claim is found by one of the two queries
 
         def claim(tx: Transaction) -> list[Delivery]:
-            found = queue.claim_deliveries(
-                tx, outlet.channel, chat=outlet.chat, event=outlet.event, limit=room
-            )
+            found = outbox.claim_due(tx, outlet.channel, chat=outlet.chat, event=outlet.event, limit=room)
             # Writes are in order: what is published after one that found nothing more is handed over by
             # itself.
             outlet.live = len(found) < room

@@ -1,6 +1,7 @@
-"""Messages and deliveries: what may happen to them, each as one operation on the database.
+"""Messages: what may happen to them, each as one operation on the database.
 
-Their states are in states.py. Each function here is one step, to be run by Database.write().
+Their states are in states.py. Each function here is one step, to be run by Database.write(). What becomes of
+the deliveries that these steps cause is in outbox.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from nanoclawd import journal, limits, wire
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.ids import AgentName, MessageId, SessionName, TurnId, new_message_id, new_turn_id, unit_name
-from nanoclawd.states import DeliveryState, MessageState
+from nanoclawd.outbox import Delivery as Delivery  # for who has it from here
+from nanoclawd.states import MessageState
 
 
 class DeliveryKind(StrEnum):
@@ -91,7 +93,7 @@ class Turn:
 
     id: TurnId
     first: TurnId  #: of the first attempt: all attempts that are shared have the same
-    attempt: int  #: tries of its first message, this one included
+    attempt: int  #: tries of its first message that count, this one included
     messages: list[Message]  #: oldest first; grows by those that join
     already_sent: Sequence[tuple[str, str]] = ()  #: key, text
     stopping: bool = False  #: the person has said stop
@@ -111,23 +113,6 @@ class Turn:
         if last not in ids:
             raise Refused("last: the turn has no such message")
         return self.messages[ids.index(MessageId(last)) + 1 :]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delivery:
-    """Something for a chat, leased for an adapter."""
-
-    key: str
-    message: str | None
-    channel: str
-    chat: str
-    thread: str
-    agent: str
-    kind: str
-    text: str
-    in_reply_to: str | None
-    events: frozenset[str]  #: all that it answers
-    parts_sent: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,12 +171,7 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
         row = tx.one("add_session", prefix=prefix, now=now_ms(), **place)
     assert row is not None
     session = session_row(row)
-    (waiting,) = tx.all("count_queued", session=session.id)
-    if waiting["in_session"] >= limits.QUEUED_PER_SESSION or waiting["total"] >= limits.QUEUED_TOTAL:
-        raise Refused(
-            f"{waiting['in_session']} messages wait for this chat and {waiting['total']} in all",
-            hint="wait until the agent has caught up; 'nanoclawctl status' shows what it does",
-        )
+    _require_room(tx, session.id, 1)
     message = new_message_id()
     tx.all(
         "enqueue", id=message, session=session.id, sender=event.sender, body=event.text, now=now_ms(), **key
@@ -199,6 +179,16 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session
+
+
+def _require_room(tx: Transaction, session: int, messages: int) -> None:
+    (waiting,) = tx.all("count_queued", session=session)
+    in_session, total = waiting["in_session"], waiting["total"]
+    if in_session + messages > limits.QUEUED_PER_SESSION or total + messages > limits.QUEUED_TOTAL:
+        raise Refused(
+            f"{in_session} messages wait for this chat and {total} in all",
+            hint="wait until the agent has caught up; 'nanoclawctl status' shows what it does",
+        )
 
 
 def claim_turn(tx: Transaction, session: SessionRow, *, attempts: int) -> Turn | None:
@@ -227,7 +217,7 @@ def join_turn(tx: Transaction, session: SessionRow, turn: Turn) -> list[Message]
 
     The caller adds it to the turn once that is on disk.
     """
-    joining = _join(tx, session, turn, None) if turn.attempt == 1 else []
+    joining = _join(tx, session, turn, None) if turn.first == turn.id else []
     for message in joining:
         _tell(tx, "message-leased", session, message.id, turn.id, attempt=turn.attempt)
     return joining
@@ -395,13 +385,11 @@ def _backoff_ms(row: Row, how: Treatment) -> int:
     return backoff_ms(row["deferrals"] + 1 if how is Treatment.DEFER else max(1, row["attempts"]))
 
 
-def put_back(tx: Transaction, session: SessionRow) -> list[Row]:
-    """Put what the session has leased back into the queue: we broke its turn off. Returns it."""
+def put_back(tx: Transaction, session: SessionRow) -> None:
+    """Put what the session has leased back into the queue: we broke its turn off."""
     _end(tx, session, "end_stopping")
-    rows = tx.all("put_back", session=session.id)
-    for row in rows:
+    for row in tx.all("put_back", session=session.id):
         _tell(tx, "message-put-back", session, row["id"], row["turn"])
-    return rows
 
 
 def fail_start(
@@ -478,77 +466,15 @@ def _end(tx: Transaction, session: SessionRow, query: str) -> list[str]:
     return [row["event"] for row in stopped]
 
 
-def claim_next_delivery(tx: Transaction, channel: str, chat: str, thread: str) -> list[Delivery]:
-    """Lease the oldest delivery of a chat for its adapter, if it is due and none is leased."""
-    row = tx.one("next_delivery", channel=channel, chat=chat, thread=thread, now=now_ms())
-    return [] if row is None else [_claim_delivery(tx, row)]
-
-
-def claim_deliveries(
-    tx: Transaction, channel: str, *, chat: str | None = None, event: str | None = None, limit: int
-) -> list[Delivery]:
-    """The same for each chat of an adapter's, oldest first; with `event`, all that answers it and is due."""
-    place = {"channel": channel, "chat": chat, "now": now_ms(), "limit": limit}
-    if event is None:
-        rows = tx.all("due_deliveries", **place)
-    else:
-        rows = tx.all("deliveries_of_event", event=event, **place)
-    return [_claim_delivery(tx, row) for row in rows]
-
-
-def _claim_delivery(tx: Transaction, row: Row) -> Delivery:
-    tx.all("claim_delivery", seq=row["seq"])
-    tell_delivery(tx, journal.info, "delivery-leased", row)
-    events = [] if row["in_reply_to"] is None else [row["in_reply_to"]]
-    if row["turn"] is not None:
-        events += [message["event"] for message in tx.all("messages_of_turn", turn=row["turn"])]
-    return Delivery(
-        key=row["key"],
-        message=row["message"],
-        channel=row["channel"],
-        chat=row["chat"],
-        thread=row["thread"],
-        agent=row["agent"],
-        kind=row["kind"],
-        text=row["body"],
-        in_reply_to=row["in_reply_to"],
-        events=frozenset(events),
-        parts_sent=row["parts_sent"],
-    )
-
-
-def end_delivery(
-    tx: Transaction,
-    channel: str,
-    key: str,
-    *,
-    state: DeliveryState,
-    receipt: str | None = None,
-    reason: str | None = None,
-) -> Row | None:
-    """Note that a delivery was sent, or is dead; None if that was known. Raises NotFound."""
-    row = tx.one(
-        "end_delivery", channel=channel, key=key, state=state, now=now_ms(), receipt=receipt, reason=reason
-    )
-    if row is None:
-        find_delivery(tx, channel, key)
-    else:
-        level = journal.info if state is DeliveryState.SENT else journal.error
-        tell_delivery(tx, level, f"delivery-{state}", row, reason or "")
-    return row
-
-
-def find_delivery(tx: Transaction, channel: str, key: str) -> Row:
-    """Return one delivery. Raises NotFound."""
-    row = tx.one("find_delivery", channel=channel, key=key)
-    if row is None:
-        raise NotFound(f"no delivery {key[:80]!r} on channel '{channel}'")
-    return row
-
-
 def retry_dead_letter(tx: Transaction, id: str) -> bool:
-    """Put a dead message or delivery back, as if never tried; False if it is not dead, or dropped."""
-    return bool(tx.all("retry_message", id=id) or tx.all("retry_delivery", key=id))
+    """Put a dead message or delivery back, as if never tried; False if it is not dead, or dropped.
+
+    Raises Refused if too many messages wait already.
+    """
+    if (row := tx.one("retry_message", id=id)) is not None:
+        _require_room(tx, row["session"], 0)  # it is counted already
+        return True
+    return bool(tx.all("retry_delivery", key=id))
 
 
 def drop_dead_letter(tx: Transaction, id: str) -> bool:
@@ -575,18 +501,6 @@ def _tell_retry(tx: Transaction, session: SessionRow, row: Row, reason: str, wai
     counts = {name: row[name] for name in ("attempts", "deferrals")}
     text = f"{reason}, retrying in {wait_ms / 1000:.0f} s"
     _tell(tx, "message-failed", session, row["id"], row["turn"], text, journal.warning, **counts)
-
-
-def tell_delivery(tx: Transaction, level: Callable[..., None], event: str, row: Row, text: str = "") -> None:
-    """Tell the journal of a delivery, with the ids of all messages that it answers."""
-    messages = {row["message"]} if row["message"] is not None else set()
-    if row["turn"] is not None:
-        messages |= {message["id"] for message in tx.all("messages_of_turn", turn=row["turn"])}
-    names = ("key", "turn", "agent", "channel", "attempts")
-    size = len(row["body"].encode())
-    tx.tell(
-        level, event, text, message=sorted(messages), **{name: row[name] for name in names}, size_bytes=size
-    )
 
 
 def _lease_end() -> int:

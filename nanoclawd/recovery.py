@@ -11,10 +11,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from nanoclawd.db import open_writer
-from nanoclawd.dbfile import DAMAGED_HINT, check, copy, explained, migrations, take_lock, upgrade
+from nanoclawd.dbfile import check, copy, migrations, opened_whole, take_lock, upgrade
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import sync_directory
-from nanoclawd.sqlitefile import Log, Value, read_pages, read_rows
+from nanoclawd.sqlitefile import Value, read_pages, read_rows
 
 LOGS = ("-wal", "-shm", "-journal")  #: what SQLite keeps beside a database
 USER_VERSION = slice(60, 64)  #: in page 1: sqlite.org/fileformat2.html
@@ -24,7 +24,7 @@ UNKNOWN_AGENT = "?"  #: no agent has this name, so its chats are told that it is
 def create(path: Path) -> str:
     """Make an empty database where one is missing, whatever is beside it. Raises as Database.open() does."""
     with _locked(path):
-        open_writer(path, create=True).close()
+        open_writer(path, create=True, whole=True).close()
         return f"created: '{path}'"
 
 
@@ -38,8 +38,7 @@ def restore(file: Path, path: Path) -> str:
         _require_vacant(path)
         _require_file(file)
         try:
-            # Read-only, as it may lie on such a disk; but then SQLite evaluates no CHECK, see _staged().
-            with _opened(f"{file.resolve().as_uri()}?mode=ro", file) as backup:
+            with opened_whole(file) as backup:
                 words = _describe(backup)
                 with _staged(backup, path, file):
                     pass
@@ -73,7 +72,7 @@ def salvage(file: Path, path: Path) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     try:
-        fd = take_lock(path)
+        fd, _ = take_lock(path)
     except Refused as exc:
         raise Refused(exc.message, hint="stop it first: 'systemctl --user stop nanoclaw.service'") from None
     try:
@@ -98,24 +97,11 @@ def _require_vacant(path: Path) -> None:
 
 def _require_damaged(file: Path) -> None:
     try:
-        with _opened(file.resolve().as_uri(), file):
+        with opened_whole(file):
             pass
     except ConfigError:
         return
     raise Refused(f"nothing is wrong with the database '{file}'", hint="it stays as it is")
-
-
-@contextmanager
-def _opened(uri: str, file: Path) -> Iterator[sqlite3.Connection]:
-    """Open a database. Raises ConfigError if it is not a sound one of ours."""
-    if Log(file).is_damaged():
-        raise ConfigError(f"the log of the database '{file}' is damaged", hint=DAMAGED_HINT)
-    with (
-        explained(f"the database '{file}' cannot be read"),
-        closing(sqlite3.connect(uri, uri=True)) as opened,
-    ):
-        check(opened, file)
-        yield opened
 
 
 @contextmanager

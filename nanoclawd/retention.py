@@ -35,9 +35,12 @@ async def prune(db: Database, *, before: int) -> None:
         ids = [row["id"] for row in rows]
         await db.write(partial(_delete, ids=ids))
         pruned += len(ids)
-    if pruned:
+    deliveries, old = 0, partial(Transaction.all, query="delete_old_deliveries", before=before)
+    while rows := await db.write(partial(old, limit=limits.PRUNED_AT_ONCE)):
+        deliveries += len(rows)
+    if pruned or deliveries:
         await db.write(_remove_sessions)
-        journal.info("pruned", messages=pruned)
+        journal.info("pruned", messages=pruned, deliveries_alone=deliveries)
 
 
 def _delete(tx: Transaction, ids: Sequence[str]) -> None:

@@ -53,6 +53,10 @@ class Log:
         self._header = header
         self._sound = header[:3] == b"\x37\x7f\x06" and self._sum(bytes(8), header[:24]) == header[24:]
 
+    def is_empty(self) -> bool:
+        """Say whether it holds nothing, as after a router that ended in good order."""
+        return not self._header
+
     def _sum(self, before: bytes, data: bytes) -> bytes:
         a, b = struct.unpack(">2I", before)
         words = struct.unpack(f"{self._order}{len(data) // 4}I", data)

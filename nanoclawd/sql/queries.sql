@@ -97,9 +97,9 @@ UPDATE inbox SET attempts = max(attempts, :attempts) WHERE id = :id;
 UPDATE inbox SET attempts = attempts + 1, not_before = :not_before, reason = :reason WHERE id = :id;
 
 -- put_back --
--- The turn was broken off by us and not by its messages.
+-- The turn was broken off by us and not by its messages: it is no attempt.
 UPDATE inbox SET state = 'queued', lease_expires_at = NULL, not_before = 0, reason = NULL,
-       attempts = max(0, attempts - 1), deferrals = deferrals + 1
+       attempts = attempts - 1
  WHERE session = :session AND state = 'leased' RETURNING *;
 
 -- open_messages --
@@ -116,10 +116,6 @@ UPDATE inbox SET stopping = 1 WHERE session = :session AND state = 'leased' RETU
 -- end_stopping --
 UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = :reason
  WHERE session = :session AND stopping AND state IN ('queued', 'leased') RETURNING *;
-
--- open_messages_of_agent --
-SELECT inbox.* FROM inbox JOIN session ON session.id = inbox.session
- WHERE session.agent = :agent AND state IN ('queued', 'leased') ORDER BY seq;
 
 -- extend_leases --
 -- After a restart of the router: its runners get a full lease to come back in.
@@ -208,10 +204,10 @@ UPDATE inbox SET not_before = not_before + :by WHERE state = 'queued' AND not_be
 UPDATE outbox SET not_before = not_before + :by WHERE state = 'pending' AND not_before > 0;
 
 -- hasten_messages --
-UPDATE inbox SET not_before = :latest WHERE state = 'queued' AND not_before > :latest;
+UPDATE inbox SET not_before = :soon WHERE state = 'queued' AND not_before > :latest;
 
 -- hasten_deliveries --
-UPDATE outbox SET not_before = :latest WHERE state = 'pending' AND not_before > :latest;
+UPDATE outbox SET not_before = :soon WHERE state = 'pending' AND not_before > :latest;
 
 -- count_states --
 -- Named as in io.nanoclaw.Control.
@@ -263,7 +259,7 @@ UNION ALL SELECT 'delivery', key, seq FROM outbox WHERE state = 'dead' AND NOT d
 -- retry_message --
 UPDATE inbox SET state = 'queued', attempts = 0, deferrals = 0, not_before = 0, ended_at = NULL, reason = NULL,
                  revived = revived + 1
- WHERE id = :id AND state = 'dead' AND NOT dropped RETURNING id;
+ WHERE id = :id AND state = 'dead' AND NOT dropped RETURNING session;
 
 -- retry_delivery --
 UPDATE outbox SET state = 'pending', attempts = 0, not_before = 0, ended_at = NULL, reason = NULL
@@ -292,6 +288,17 @@ SELECT id FROM inbox
 
 -- delete_deliveries --
 DELETE FROM outbox WHERE message = :message;
+
+-- delete_old_deliveries --
+-- The same for deliveries without a message, e.g. since it could not be read when the database was salvaged.
+DELETE FROM outbox WHERE seq IN
+       (SELECT seq FROM outbox
+         WHERE message IS NULL AND ended_at < :before AND (state != 'dead' OR dropped)
+           AND (kind != 'message' OR turn IS NULL OR turn NOT IN
+                (SELECT first_turn FROM inbox WHERE first_turn IS NOT NULL
+                    AND (state IN ('queued', 'leased') OR (state = 'dead' AND NOT dropped))))
+         ORDER BY ended_at LIMIT :limit)
+RETURNING seq;
 
 -- delete_message --
 DELETE FROM inbox WHERE id = :id;

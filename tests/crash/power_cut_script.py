@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-from nanoclawd import paths, quadlet_check, queue
+from nanoclawd import outbox, paths, quadlet_check, queue
 from nanoclawd.db import Database, Transaction
 from nanoclawd.dbfile import upgrade
 from nanoclawd.errors import NanoclawError
@@ -136,12 +136,10 @@ class Script:
 
             await db.write(finish)
             self.ack(answered=[message.id for message in turn.messages])
-        deliveries = await db.write(lambda tx: queue.claim_deliveries(tx, "c", limit=64))
+        deliveries = await db.write(lambda tx: outbox.claim_due(tx, "c", limit=64))
         for delivery in deliveries:
             await db.write(
-                lambda tx, key=delivery.key: queue.end_delivery(
-                    tx, "c", key, state=DeliveryState.SENT, receipt="r"
-                )  # type: ignore[misc]
+                lambda tx, key=delivery.key: outbox.end(tx, "c", key, state=DeliveryState.SENT, receipt="r")  # type: ignore[misc]
             )
             self.ack(delivered=delivery.key)
 

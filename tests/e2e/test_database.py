@@ -159,7 +159,7 @@ def test_a_damaged_database_is_told_and_salvaged_by_what_the_hint_says(
 
     told = product.ctl("status", check=False)
     assert_given_up(host)
-    assert "is damaged: " in told.stderr
+    assert "malformed" in told.stderr
     command = re.findall("'nanoclawd (--salvage-database)'", told.stderr)
     salvaged = nanoclawd(host, *command)
 
@@ -173,6 +173,24 @@ def test_a_damaged_database_is_told_and_salvaged_by_what_the_hint_says(
     assert product.send(other, "as before") == "as before"
     (dead,) = product.events("message-dead", message=whose)
     assert "there is no agent '?' any more" in dead["MESSAGE"]
+
+
+def test_damage_that_nobody_meets_is_found_after_the_start(product: Product, host: NestedMachine) -> None:
+    agent = product.add()
+    product.send(agent, "hello")
+    host.systemctl("stop", "nanoclaw.service")
+    host.run("python3", "-c", ZERO, DATABASE, "inbox_first_turn", "1")
+    host.expect_journal("nanoclaw.service <[34]> ")
+
+    host.systemctl("start", "nanoclaw.service", check=False)
+
+    assert_given_up(host)
+    told = product.ctl("status", check=False)
+    assert "is damaged: " in told.stderr and "--salvage-database" in told.stderr
+    assert_given_up(host)
+    nanoclawd(host, "--salvage-database")
+    host.systemctl("start", "nanoclaw.service")
+    assert product.send(agent, "as before") == "as before"
 
 
 def test_damage_that_shows_while_running_stops_the_router_for_good(

@@ -47,7 +47,7 @@ class Conversation:
 
     def run(self, turn: Turn, chat: Chat) -> list[Reply]:
         ids = [message["id"] for message in turn["messages"]]
-        if turn["attempt"] > 1 and (replies := self._transcript.answered(ids)) is not None:
+        if (replies := self._transcript.answered(ids)) is not None:
             # Only the word of it was lost: nobody has to think, or to pay, again.
             return [Reply(reply) for reply in replies]
         try:
@@ -78,7 +78,7 @@ class Conversation:
 
     def _begin(self, turn: Turn, ids: list[str]) -> None:
         begun = bool(self._transcript.messages)
-        resumed = begun and turn["attempt"] > 1 and self._transcript.is_of(ids)
+        resumed = begun and self._transcript.is_of(ids)
         last_end = self._transcript.last_end if begun else "answered"
         text = render_input(turn, resumed=resumed, last_end=last_end)
         self._transcript.begin(ids, {"role": "user", "content": [{"type": "text", "text": text}]})

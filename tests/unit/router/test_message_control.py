@@ -203,6 +203,30 @@ def test_a_dead_message_that_is_retried_is_answered(place: Place) -> None:
     place.run(run)
 
 
+@pytest.mark.parametrize("limit", ["QUEUED_PER_SESSION", "QUEUED_TOTAL"])
+def test_no_more_dead_messages_are_retried_than_may_wait(
+    place: Place, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    async def run() -> None:
+        place.systemd.programs = [breaks] * 3
+        async with place.router() as router, operating(place, router) as operator:
+            for text in ("one", "two", "three"):
+                await router.deliver(text)
+                await router.settled()
+            await operator.call("StopAll")
+            monkeypatch.setattr(limits, limit, 2)
+            *fitting, last = await operator.dead()
+            for message in fitting:
+                await operator.call("RetryDeadLetter", id=message)
+
+            refused = await operator.refused("RetryDeadLetter", "Refused", id=last)
+
+            assert " wait for this chat and " in refused["message"]
+            assert await operator.dead() == [last]
+
+    place.run(run)
+
+
 def test_a_message_of_an_agent_that_is_gone_cannot_be_retried(place: Place) -> None:
     async def run() -> None:
         place.systemd.program = breaks

@@ -141,7 +141,7 @@ class Queue(RuleBasedStateMachine):
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         turn = self.turns[chat]
         room = limits.TURN_MESSAGES - len(turn.messages)
-        joining = self.joining(chat, len(turn.messages), room, None) if turn.attempt == 1 else []
+        joining = self.joining(chat, len(turn.messages), room, None) if turn.first == turn.id else []
         joined = self.write(lambda tx: queue.join_turn(tx, self.sessions[chat], turn))
         assert [message.id for message in joined] == joining
         turn.messages += joined
@@ -209,7 +209,6 @@ class Queue(RuleBasedStateMachine):
         self.write(lambda tx: queue.put_back(tx, self.sessions[chat]))
         for id in self.end_stopping(chat, turn):
             self.attempts[id] -= 1
-            self.deferrals[id] += 1
             self.not_before[id] = 0
 
     def end_stopping(self, chat: str, turn: Turn) -> list[str]:
@@ -283,9 +282,7 @@ class Queue(RuleBasedStateMachine):
                 expected = MessageState.LEASED if leased else MessageState.QUEUED
             tries = (row["attempts"], row["deferrals"])
             assert (row["state"], *tries) == (expected, self.attempts[id], self.deferrals[id])
-            assert (
-                row["attempts"] <= limits.ATTEMPTS and row["deferrals"] <= limits.DEFERRALS + limits.ATTEMPTS
-            )
+            assert row["attempts"] <= limits.ATTEMPTS and row["deferrals"] <= limits.DEFERRALS
         deliveries = self.rows("outbox")
         assert sum(row["kind"] == "reply" for row in deliveries) == self.replies
         notices = [row for row in deliveries if row["kind"] == "notice" and ".delay" not in row["key"]]

@@ -91,6 +91,7 @@ def start(path: Path) -> None:
         db = await Database.open(path)
         running = asyncio.create_task(db.run())
         try:
+            await db.check()
             for table in TABLES:
                 await db._reader.execute_fetchall(f"SELECT * FROM {table}")
         finally:
@@ -175,7 +176,7 @@ def break_owner(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_header, "cannot be read: file is not a database"),
+        (break_header, "cannot be opened: file is not a database"),
         (break_page, "is damaged"),
         (break_version, "has version 999"),
         (break_owner, "another program"),
@@ -197,7 +198,7 @@ def test_nothing_is_done_beside_a_router(path: Path) -> None:
         lambda: recovery.salvage(path, path),
         lambda: recovery.create(path),
     ]
-    with open(take_lock(path)):
+    with open(take_lock(path)[0]):
         for task in tasks:
             with pytest.raises(Refused, match="another nanoclawd") as caught:
                 task()

@@ -60,7 +60,7 @@ class Store:
             content["ended_at"] = then
         self._insert("inbox", {**place, **content, **more})
 
-    def delivery(self, message: str, state: str, days: int, **more: Any) -> None:
+    def delivery(self, message: str | None, state: str, days: int, **more: Any) -> None:
         then = now_ms() - days * DAY_MS
         place = {"agent": "berta", "channel": "c", "chat": "chat", "thread": ""}
         content = {"key": f"{message}.{next(self._numbers)}", "message": message, "state": state}
@@ -143,6 +143,30 @@ def test_what_a_message_must_be_told_when_it_is_tried_again_is_kept(
         await store.prune()
 
         assert ("first" in store.ids()) == kept
+
+    run(store, body)
+
+
+def test_deliveries_whose_message_is_gone_go_by_themselves(store: Store) -> None:
+    async def body() -> None:
+        store.message("open", "queued", OLD, first_turn="t1")
+        kept = (
+            ("pending", OLD, {}),
+            ("dead", OLD, {}),
+            ("sent", NEW, {}),
+            ("sent", OLD, {"kind": "message", "turn": "t1"}),
+        )
+        for state, days, more in kept:
+            store.delivery(None, state, days, **more)
+        before = store.sql("SELECT seq FROM outbox")
+        for _ in range(limits.PRUNED_AT_ONCE + 1):
+            store.delivery(None, "sent", OLD)
+        store.delivery(None, "sent", OLD, kind="message", turn="t2")
+        store.delivery(None, "dead", OLD, dropped=1)
+
+        await store.prune()
+
+        assert store.sql("SELECT seq FROM outbox") == before
 
     run(store, body)
 

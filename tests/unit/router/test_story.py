@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from nanoclawd import journal, queue
+from nanoclawd import journal, outbox
 from nanoclawd.db import Transaction
 from nanoclawd.errors import NotFound
 from tests.support.router import Container, Place
@@ -108,7 +108,7 @@ def test_what_is_rolled_back_was_never_told(place: Place, capfd: pytest.CaptureF
 
             def operation(tx: Transaction) -> None:
                 tx.tell(journal.info, "message-queued", message="m1")
-                queue.find_delivery(tx, "test", "nothing")
+                outbox.find(tx, "test", "nothing")
 
             with pytest.raises(NotFound):
                 await router.db.write(operation)

@@ -332,13 +332,14 @@ def test_conversation_goes_on_after_a_restart(runner: Runner, api: MessagesApi) 
     assert "Who am I?" in str(third)
 
 
-def test_kill_in_a_tool_leaves_a_valid_transcript(runner: Runner, api: MessagesApi) -> None:
+@pytest.mark.parametrize("attempt", [2, 1])  # 1: a person stopped the agent meanwhile
+def test_kill_in_a_tool_leaves_a_valid_transcript(runner: Runner, api: MessagesApi, attempt: int) -> None:
     api.add({"tool_use": [{"name": "bash", "input": {"command": "touch runs; sleep 60"}}]}, {"text": "fine"})
     runner.router.give("wait")
     wait_for(lambda: (runner.workspace / "runs").exists())
     runner.kill()
 
-    runner.router.give("wait", attempt=2, sent={"k": "half way"})
+    runner.router.give("wait", attempt=attempt, sent={"k": "half way"})
     runner.start()
 
     assert runner.router.wait("FinishTurn")["replies"] == ["fine"]

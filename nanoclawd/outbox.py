@@ -1,0 +1,108 @@
+"""Deliveries: what may happen to them, each as one operation on the database, run by Database.write()."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanoclawd import journal
+from nanoclawd.db import Row, Transaction, now_ms
+from nanoclawd.errors import NotFound
+from nanoclawd.states import DeliveryState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """Something for a chat, leased for an adapter."""
+
+    key: str
+    message: str | None
+    channel: str
+    chat: str
+    thread: str
+    agent: str
+    kind: str
+    text: str
+    in_reply_to: str | None
+    events: frozenset[str]  #: all that it answers
+    parts_sent: int
+
+
+def claim_next(tx: Transaction, channel: str, chat: str, thread: str) -> list[Delivery]:
+    """Lease the oldest delivery of a chat for its adapter, if it is due and none is leased."""
+    row = tx.one("next_delivery", channel=channel, chat=chat, thread=thread, now=now_ms())
+    return [] if row is None else [_claim(tx, row)]
+
+
+def claim_due(
+    tx: Transaction, channel: str, *, chat: str | None = None, event: str | None = None, limit: int
+) -> list[Delivery]:
+    """The same for each chat of an adapter's, oldest first; with `event`, all that answers it and is due."""
+    place = {"channel": channel, "chat": chat, "now": now_ms(), "limit": limit}
+    if event is None:
+        rows = tx.all("due_deliveries", **place)
+    else:
+        rows = tx.all("deliveries_of_event", event=event, **place)
+    return [_claim(tx, row) for row in rows]
+
+
+def _claim(tx: Transaction, row: Row) -> Delivery:
+    tx.all("claim_delivery", seq=row["seq"])
+    tell(tx, journal.info, "delivery-leased", row)
+    events = [] if row["in_reply_to"] is None else [row["in_reply_to"]]
+    if row["turn"] is not None:
+        events += [message["event"] for message in tx.all("messages_of_turn", turn=row["turn"])]
+    return Delivery(
+        key=row["key"],
+        message=row["message"],
+        channel=row["channel"],
+        chat=row["chat"],
+        thread=row["thread"],
+        agent=row["agent"],
+        kind=row["kind"],
+        text=row["body"],
+        in_reply_to=row["in_reply_to"],
+        events=frozenset(events),
+        parts_sent=row["parts_sent"],
+    )
+
+
+def end(
+    tx: Transaction,
+    channel: str,
+    key: str,
+    *,
+    state: DeliveryState,
+    receipt: str | None = None,
+    reason: str | None = None,
+) -> Row | None:
+    """Note that a delivery was sent, or is dead; None if that was known. Raises NotFound."""
+    row = tx.one(
+        "end_delivery", channel=channel, key=key, state=state, now=now_ms(), receipt=receipt, reason=reason
+    )
+    if row is None:
+        find(tx, channel, key)
+    else:
+        level = journal.info if state is DeliveryState.SENT else journal.error
+        tell(tx, level, f"delivery-{state}", row, reason or "")
+    return row
+
+
+def find(tx: Transaction, channel: str, key: str) -> Row:
+    """Return one delivery. Raises NotFound."""
+    row = tx.one("find_delivery", channel=channel, key=key)
+    if row is None:
+        raise NotFound(f"no delivery {key[:80]!r} on channel '{channel}'")
+    return row
+
+
+def tell(tx: Transaction, level: Callable[..., None], event: str, row: Row, text: str = "") -> None:
+    """Tell the journal of a delivery, with the ids of all messages that it answers."""
+    messages = {row["message"]} if row["message"] is not None else set()
+    if row["turn"] is not None:
+        messages |= {message["id"] for message in tx.all("messages_of_turn", turn=row["turn"])}
+    names = ("key", "turn", "agent", "channel", "attempts")
+    size = len(row["body"].encode())
+    tx.tell(
+        level, event, text, message=sorted(messages), **{name: row[name] for name in names}, size_bytes=size
+    )
