@@ -277,6 +277,27 @@ def test_an_image_that_is_gone_ends_the_message_and_with_another_it_goes_on(
     machine.run("podman", "untag", base, image)
 
 
+def test_messages_wait_while_the_file_of_their_agent_is_broken(product: Product, machine: Machine) -> None:
+    agent = product.add()
+    file = f"{product.home}/.config/nanoclaw/agents/{agent}.toml"
+    mended = machine.read(file)
+    machine.expect_journal("agent-broken: ")
+    product.ctl("agent", "stop", agent)
+    waiting = product.send_later(agent, "hello")
+    product.wait_event("message-queued", agent=agent)
+    machine.write(file, "provider = \n")
+    product.ctl("reload", check=False)
+
+    shown(
+        product, agent, re.escape(f"{file}:1: is not TOML: Invalid value (the format is TOML: key = value)")
+    )
+    machine.write(file, mended)
+    product.ctl("reload")
+    shown(product, agent, f"'{agent}' is stopped; 'nanoclawctl agent start {agent}' lets it go on")
+    product.ctl("agent", "start", agent)
+    assert wait_reply(waiting) == "hello"
+
+
 def test_a_start_limit_that_is_hit_is_told_and_reset(product: Product, machine: Machine) -> None:
     agent = product.add("", "--idle-seconds", "0")
     machine.expect_journal(rf"nanoclaw-{agent}@|message-failed: .*retrying")
