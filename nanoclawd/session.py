@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from nanoclawd.rates import Rate
 from nanoclawd.slots import Claim
 from nanoclawd.states import MessageState
 from nanoclawd.wire import Json
+
+#: The exit status with which Podman and shells name the signal that ended a program.
+_SIGNALS = {128 + number: number.name for number in signal.Signals}
 
 
 class SessionState(StrEnum):
@@ -139,8 +143,12 @@ class Session:
                 return "its container was started too often in a short time"
             case "protocol":
                 return "its runner left without a word"
+            case "exit-code" if self.exit_status in _SIGNALS:
+                return f"its runner was ended by {_SIGNALS[self.exit_status]}"
             case "exit-code":
                 return f"its container failed with status {self.exit_status}"
+            case "" | "success" if self.exit_status == signal.SIGKILL:  # conmon's, see SuccessExitStatus=
+                return "its container was stopped from outside"
             case "" | "success":
                 return "its container ended"
         return f"its container failed ({self.result})"

@@ -86,7 +86,8 @@ class Slots:
     def _rank(self, held: Counter[AgentName]) -> Callable[[Claim], tuple[bool, int]]:
         """Return the order of those that wait: the smallest is next."""
         agents = {claim.agent for claim in (*self._held, *self._waiting)}
-        share = -(-self._count // max(1, len(agents)))  # rounded up
+        # Rounded down: what is left over goes to the oldest, and cannot leave the last agent without any.
+        share = max(1, self._count // max(1, len(agents)))
         return lambda claim: (held[claim.agent] >= share, claim.seq)
 
     def _grant(self) -> None:

@@ -273,7 +273,9 @@ class Systemd:
         if reply.header.message_type is MessageType.error:
             error = DBusErrorResponse(reply)
             text = str(error.data[0]) if error.data else error.name
-            if error.name in (f"{_NAME}.NoSuchUnit", f"{_NAME}.UnitMasked"):
+            if error.name == f"{_NAME}.UnitMasked":
+                raise NotFound(text.rstrip("."), hint="'systemctl --user unmask' lets it run again")
+            if error.name == f"{_NAME}.NoSuchUnit":
                 raise NotFound(text)
             raise Failed(f"systemd: {text}")
         return tuple(reply.body)

@@ -60,28 +60,6 @@ def test_an_agent_with_a_missing_image_is_not_added(product: Product) -> None:
     assert product.send(other, "still there") == "still there"
 
 
-def test_an_image_that_went_missing_is_told_at_once(product: Product, machine: Machine) -> None:
-    agent, other = product.add(), product.add("other")
-    machine.write(
-        f"{product.home}/.config/nanoclaw/agents/{agent}.toml", f'provider = "echo"\nimage = "{MISSING}"\n'
-    )
-    product.ctl("reload")
-
-    answer = ask(product, agent)
-    (dead,) = product.events("message-dead", agent=agent)
-
-    reason = f"its image '{MISSING}' is missing; run: nanoclawctl image build --image {MISSING}"
-    assert (answer.returncode, answer.stdout) == (1, f"Your message could not be answered: {reason}\n")
-    assert reason in dead["MESSAGE"]
-    assert len(product.events("session-ended", agent=agent)) == 1, "nobody waits for what cannot get better"
-    assert product.send(other, "still there") == "still there"
-    machine.run("podman", "tag", BASE, MISSING)
-    assert product.send(agent, "now it is there") == "now it is there"
-    machine.systemctl("stop", product.session(agent)["unit"])
-    machine.run("podman", "untag", BASE, MISSING)
-    machine.expect_journal(f"<3> message-dead|{agent}.* <[34]> ")
-
-
 def test_runners_that_do_not_come_to_work_end_in_one_line_each(
     product: Product, machine: Machine, images: None
 ) -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.support.machine import Machine, MachineError
-from tests.support.product import CHANNEL, SETTLE_S, Product, wait_reply
+from tests.support.product import CHANNEL, Product, wait_reply
 
 TURN_S = 3  #: how long a turn takes in whose middle something ends, also on a busy machine
 KILLED = r"code=killed, status=9/KILL|Failed with result 'signal'|code=exited, status=137|result 'exit-code'"
@@ -145,35 +145,6 @@ def test_a_burst_survives_kills_of_the_router_in_order_and_once(product: Product
 # --- the container -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", ["runner", "conmon", "unit"])
-def test_a_killed_container_is_replaced_and_the_turn_tried_again(
-    product: Product, machine: Machine, victim: str
-) -> None:
-    agent = product.add()
-    machine.expect_journal(rf"nanoclaw-{agent}@")
-    machine.expect_journal(r"message-failed: .*retrying")
-    product.send(agent, "hello")
-    runner, unit = product.runner_pid(agent), product.session(agent)["unit"]
-    conmon = machine.unit(unit, "MainPID")["MainPID"]
-    sending = product.send_later(agent, f"/send on its way\n/sleep {TURN_S}\n/sent")
-    machine.wait_for(lambda: len(product.events("delivery-sent", agent=agent)) == 2, within_s=SETTLE_S)
-
-    match victim:
-        case "runner":
-            machine.run("kill", "-KILL", str(runner), user="root")
-        case "conmon":
-            machine.run("kill", "-KILL", conmon)
-        case "unit":
-            machine.systemctl("kill", "--signal=KILL", unit)
-
-    assert wait_reply(sending) == "on its way\nattempt 2, already sent: 'on its way'"
-    assert product.runner_pid(agent) != runner
-    assert_answered_once(product, agent, attempt=2)
-    assert not machine.exists(f"/proc/{runner}")
-    names = machine.sh(f"podman ps --all --format '{{{{.Names}}}}' --filter name={agent}").splitlines()
-    assert names == [product.container(agent)]
-
-
 def test_a_person_may_stop_the_unit_and_the_turn_is_tried_again(product: Product, machine: Machine) -> None:
     agent = product.add()
     machine.expect_journal(r"message-failed: .*retrying")
@@ -202,20 +173,6 @@ def test_an_idle_container_leaves_and_the_next_message_brings_a_new_one(
     assert machine.unit(unit, "ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
     assert product.send(agent, "hello again") == "hello again"
     assert product.runner_pid(agent) != first
-
-
-def test_a_masked_unit_is_an_honest_notice(product: Product, machine: Machine) -> None:
-    agent = product.add()
-    template = f"nanoclaw-{agent}@.service"
-    machine.expect_journal(r"message-dead: ")
-    machine.systemctl("mask", template)
-
-    refused = product.ctl("send", agent, "hello", "--wait", "--timeout", "30", check=False)
-
-    assert refused.returncode == 1
-    assert "could not be answered" in refused.stdout and "masked" in refused.stdout
-    machine.systemctl("unmask", template)
-    assert product.send(agent, "hello") == "hello"
 
 
 def test_a_unit_that_cannot_start_is_tried_again_and_then_an_honest_notice(

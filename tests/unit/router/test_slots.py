@@ -31,7 +31,7 @@ class SlotsMachine(RuleBasedStateMachine):
         """Move what must have been granted, by the rules in the words of the specification."""
         while self.waiting and len(self.held) < self.count:
             wanting = {claim.agent for claim in (*self.waiting, *self.held)}
-            share = math.ceil(self.count / len(wanting))
+            share = max(1, math.floor(self.count / len(wanting)))
             has = Counter(claim.agent for claim in self.held)
             below = [claim for claim in self.waiting if has[claim.agent] < share]
             chosen = min(below or self.waiting, key=lambda claim: claim.seq)
@@ -125,6 +125,16 @@ def test_agent_with_many_sessions_leaves_room_for_others() -> None:
     late = slots.ask(AGENTS[1], 100)
     assert [claim.granted.is_set() for claim in busy] == [True] * 4 + [False] * 6
     assert [slots.before(claim) for claim in (late, busy[4], busy[9])] == [0, 1, 6]
+
+    slots.give_back(busy[0])
+
+    assert late.granted.is_set() and not busy[4].granted.is_set()
+
+
+def test_two_busy_agents_leave_room_for_a_third() -> None:
+    slots = Slots(4)
+    busy = [slots.ask(AGENTS[seq % 2], seq) for seq in range(10)]
+    late = slots.ask(AGENTS[2], 100)
 
     slots.give_back(busy[0])
 

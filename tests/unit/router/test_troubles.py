@@ -51,6 +51,8 @@ def ends(result: str, status: int = 0) -> Callable[[Container], Awaitable[None]]
     [
         ("signal", 9, "its container failed (signal)"),
         ("exit-code", 3, "its container failed with status 3"),
+        ("exit-code", 137, "its runner was ended by SIGKILL"),
+        ("success", 9, "its container was stopped from outside"),
         ("oom-kill", 0, "its container used more memory than it may"),
         ("success", 0, "its container ended"),
     ],
