@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd import images, journal, limits, paths, quadlet, queue
-from nanoclawd.agents import DEFAULT_IMAGE, AgentConfig, Mount, is_image
+from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
@@ -38,16 +39,7 @@ _COUNTS = (
     *("deliveriesPending", "deliveriesSent", "deliveriesDead"),
 )
 #: Parameters of AddAgent() and SetAgent() by the key of the agent's file.
-_KEYS = {
-    "description": "description",
-    "provider": "provider",
-    "model": "model",
-    "image": "image",
-    "idleSeconds": "idle_seconds",
-    "memoryMax": "memory_max",
-    "tasksMax": "tasks_max",
-    "cpuQuota": "cpu_quota",
-}
+_KEYS = {re.sub("_(.)", lambda found: found[1].upper(), key): key for key in KEYS if key != "mounts"}
 
 
 class ControlService:

@@ -13,7 +13,6 @@ import binascii
 import contextlib
 import os
 import stat
-import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from nanoclawd import paths
 from nanoclawd.client import Client
 from nanoclawd.errors import ConfigError, Failed, NotFound, Refused, Unavailable
-from nanoclawd.files import sync_directory
+from nanoclawd.files import remove_file, write_bytes
 from nanoclawd.ids import CREDENTIAL_NAME, CredentialName
 from nanoclawd.wire import VarlinkError
 
@@ -88,11 +87,8 @@ def write(name: CredentialName, value: bytes) -> Entry:
         target, other = encrypted, plain
     else:
         target, other = plain, encrypted
-    try:
-        _write_file(target, data)
-        other.unlink(missing_ok=True)
-    except OSError as exc:
-        raise Failed(f"cannot write '{target}': {exc.strerror}") from exc
+    write_bytes(target, data)
+    remove_file(other)
     return _entry(name, target)
 
 
@@ -140,10 +136,7 @@ def remove(name: CredentialName) -> None:
     """Delete it. Raises NotFound, Failed."""
     found = [path for path in _places(name) if os.path.lexists(path)]
     for path in found:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as exc:
-            raise Failed(f"cannot remove '{path}': {exc.strerror}") from exc
+        remove_file(path)
     if not found:
         raise NotFound(f"there is no credential '{name}'", hint="'nanoclawctl secret list' shows all")
 
@@ -205,19 +198,3 @@ def _read_file(path: Path, *, private: bool = False) -> bytes | None:
     if len(data) > BLOB_BYTES:
         raise ConfigError(f"{what} is longer than {BLOB_BYTES} bytes")
     return data
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Put `data` into place as a whole: before or after, never between, and on disk on return."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
-    sync_directory(path.parent)

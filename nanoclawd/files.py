@@ -42,7 +42,16 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
-    """Replace `path` (or what a symlink there points to) by `text`, durable when this returns.
+    """Replace `path` (or what a symlink there points to) by `text`, as write_bytes() does."""
+    try:
+        path = path.resolve()  # a dotfile manager's symlink stays one
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of symlinks, before Python 3.13
+        raise failed(path, "cannot be written", exc) from None
+    write_bytes(path, text.encode(), mode=mode)
+
+
+def write_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace `path` by `data`, durable when this returns.
 
     At any moment, also after a power loss, there is either the old file or the new one. A directory that is
     missing is made.
@@ -53,13 +62,12 @@ def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for parent in missing:
             sync_directory(parent.parent)
-        path = path.resolve()  # a dotfile manager's symlink stays one
         # In the same directory: rename(2) works neither across file systems nor across the bind mounts that
         # ReadWritePaths= makes. The name has no suffix that Quadlet or we would read.
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
         try:
-            with open(fd, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with open(fd, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fchmod(fd, mode)
                 os.fsync(fd)
@@ -69,7 +77,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
                 os.unlink(temporary)
             raise
         sync_directory(path.parent)
-    except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of symlinks, before Python 3.13
+    except OSError as exc:
         raise failed(path, "cannot be written", exc) from None
 
 

@@ -61,16 +61,19 @@ class GatewayLink:
 
     async def _keep_supplied(self, connection: varlink.Connection) -> None:
         """Make the gateway's set equal to ours, until it hangs up."""
-        has: dict[Key, socket.socket | None] = dict.fromkeys(await _ask_sessions(connection))
+        names = (name.partition("/") for name in (await _ask(connection, "Status", {}))["sessions"])
+        has: dict[Key, socket.socket | None] = {
+            (AgentName(agent), SessionName(session)): None for agent, _, session in names
+        }
         while True:
             self._changed.clear()
             for key in has.keys() - self._wanted.keys():
                 del has[key]
-                await _ask(connection, "Detach", key)
+                await _ask(connection, "Detach", {"agent": key[0], "session": key[1]})
             for key, listener in list(self._wanted.items()):
                 # Looked up again: meanwhile the session may have ended and closed it.
                 if self._wanted.get(key) is listener and has.get(key) is not listener:
-                    await _ask(connection, "Attach", key, listener)
+                    await _ask(connection, "Attach", {"agent": key[0], "session": key[1]}, listener)
                     has[key] = listener
             if not self._changed.is_set() and await self._gone_before_change(connection):
                 return
@@ -90,33 +93,20 @@ class GatewayLink:
         """Return what the gateway says of itself; starts it if need be. Raises Unavailable."""
         connection = await varlink.connect(paths.gateway_socket())
         try:
-            async with asyncio.timeout(5):
-                return await varlink.call(connection, "io.nanoclaw.Gateway.Status", {})
-        except (TimeoutError, VarlinkError) as exc:
+            return await _ask(connection, "Status", {})
+        except VarlinkError as exc:
             raise Unavailable(f"the gateway does not answer: {exc}") from exc
         finally:
             connection.close()
 
 
-async def _ask_sessions(connection: varlink.Connection) -> list[Key]:
-    """Return the sessions that the gateway has. Raises VarlinkError, Unavailable."""
-    try:
-        async with asyncio.timeout(_ANSWER_S):
-            status = await varlink.call(connection, "io.nanoclaw.Gateway.Status", {})
-    except TimeoutError:
-        raise Unavailable(f"the gateway did not answer within {_ANSWER_S:.0f} s") from None
-    names = [name.partition("/") for name in status["sessions"]]
-    return [(AgentName(agent), SessionName(session)) for agent, _, session in names]
-
-
 async def _ask(
-    connection: varlink.Connection, method: str, key: Key, listener: socket.socket | None = None
-) -> None:
+    connection: varlink.Connection, method: str, parameters: Json, listener: socket.socket | None = None
+) -> Json:
     """Call the gateway. Raises VarlinkError, Unavailable."""
-    names = {"agent": key[0], "session": key[1]}
     fd = None if listener is None else listener.fileno()
     try:
         async with asyncio.timeout(_ANSWER_S):
-            await varlink.call(connection, f"io.nanoclaw.Gateway.{method}", names, fd=fd)
+            return await varlink.call(connection, f"io.nanoclaw.Gateway.{method}", parameters, fd=fd)
     except TimeoutError:
         raise Unavailable(f"the gateway did not answer within {_ANSWER_S:.0f} s") from None

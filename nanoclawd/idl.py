@@ -56,6 +56,8 @@ def read_interface(path: Path) -> Interface:
     return parse_interface(path.read_text(encoding="utf-8"))
 
 
+_PREFIXES = {"?": "maybe", "[]": "array", "[string]": "map"}
+_BASE = ("bool", "int", "float", "string", "object", "any")
 _TOKEN = re.compile(r"(?:\s|#[^\n]*+)*+(->|\[string\]|\[\]|[?:,()]|[A-Za-z][A-Za-z0-9._-]*|\Z)")
 
 
@@ -81,21 +83,12 @@ class _Parser:
         self.advance()
 
     def type(self) -> Type:
-        if self.token == "?":
-            self.advance()
-            return Type("maybe", inner=self.type())
-        if self.token == "[]":
-            self.advance()
-            return Type("array", inner=self.type())
-        if self.token == "[string]":
-            self.advance()
-            return Type("map", inner=self.type())
+        if self.token in _PREFIXES:
+            return Type(_PREFIXES[self.advance()], inner=self.type())
         if self.token == "(":
             return self.struct_or_enum()
         name = self.advance()
-        if name in ("bool", "int", "float", "string", "object", "any"):
-            return Type(name)
-        return Type("name", name=name)
+        return Type(name) if name in _BASE else Type("name", name=name)
 
     def struct_or_enum(self) -> Type:
         self.expect("(")
@@ -140,8 +133,7 @@ def parse_interface(text: str) -> Interface:
 
 
 def _struct(interface: Interface, expected: Type, value: Any, path: str) -> Json:
-    if not isinstance(value, dict):
-        raise WireError(path, f"must be an object, not {_kind(value)}")
+    _require(isinstance(value, dict), path, "an object", value)
     fields = expected.fields or {}
     for name in value:
         if name not in fields:
@@ -160,14 +152,12 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
         case "struct":
             return _struct(interface, expected, value, path)
         case "array":
-            if not isinstance(value, list):
-                raise WireError(path, f"must be an array, not {_kind(value)}")
+            _require(isinstance(value, list), path, "an array", value)
             _check_size(value, path)
             inner = _inner(expected)
             return [_check(interface, inner, item, f"{path}[{i}]") for i, item in enumerate(value)]
         case "map":
-            if not isinstance(value, dict):
-                raise WireError(path, f"must be an object, not {_kind(value)}")
+            _require(isinstance(value, dict), path, "an object", value)
             _check_size(value, path)
             inner = _inner(expected)
             return {key: _check(interface, inner, item, _join(path, key)) for key, item in value.items()}
@@ -175,8 +165,7 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
             if value not in expected.values:
                 raise WireError(path, f"must be one of {', '.join(expected.values)}")
         case "string":
-            if not isinstance(value, str):
-                raise WireError(path, f"must be a string, not {_kind(value)}")
+            _require(isinstance(value, str), path, "a string", value)
             # JSON can spell what UTF-8 cannot hold and what no C program takes.
             try:
                 value.encode()
@@ -185,16 +174,15 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
             if "\0" in value:
                 raise WireError(path, "holds a NUL")
         case "bool":
-            if not isinstance(value, bool):
-                raise WireError(path, f"must be true or false, not {_kind(value)}")
+            _require(isinstance(value, bool), path, "true or false", value)
         case "int":
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise WireError(path, f"must be an integer, not {_kind(value)}")
+            _require(isinstance(value, int) and not isinstance(value, bool), path, "an integer", value)
             if not -(1 << 63) <= value < 1 << 63:
                 raise WireError(path, "does not fit into 64 bits")
         case "float":
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise WireError(path, f"must be a number, not {_kind(value)}")
+            _require(
+                isinstance(value, (int, float)) and not isinstance(value, bool), path, "a number", value
+            )
             try:
                 number = float(value)
             except OverflowError:
@@ -203,9 +191,13 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
                 raise WireError(path, "is too large")
             return number
         case "object":
-            if not isinstance(value, dict):
-                raise WireError(path, f"must be an object, not {_kind(value)}")
+            _require(isinstance(value, dict), path, "an object", value)
     return value
+
+
+def _require(is_it: bool, path: str, wanted: str, value: Any) -> None:
+    if not is_it:
+        raise WireError(path, f"must be {wanted}, not {_kind(value)}")
 
 
 def _check_size(items: Sized, path: str) -> None:

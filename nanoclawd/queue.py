@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -128,14 +128,7 @@ class Failure:
 
 
 def session_row(row: Row) -> SessionRow:
-    return SessionRow(
-        id=row["id"],
-        agent=AgentName(row["agent"]),
-        name=SessionName(row["name"]),
-        channel=row["channel"],
-        chat=row["chat"],
-        thread=row["thread"],
-    )
+    return SessionRow(**{field.name: row[field.name] for field in fields(SessionRow)})
 
 
 def backoff_ms(attempt: int) -> int:
@@ -155,13 +148,7 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
 
     Raises Refused if too many wait already.
     """
-    key = {
-        "channel": event.channel,
-        "chat": event.chat,
-        "thread": event.thread,
-        "event": event.event,
-        "revision": event.revision,
-    }
+    key = {name: getattr(event, name) for name in ("channel", "chat", "thread", "event", "revision")}
     if (known := tx.one("find_delivered", **key)) is not None:
         return MessageId(known["id"]), None
     place = {"agent": agent, "channel": event.channel, "chat": event.chat, "thread": event.thread}

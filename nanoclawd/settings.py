@@ -69,16 +69,6 @@ class Settings:
     providers: Mapping[str, Provider]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """One key of nanoclaw.toml."""
-
-    key: str  #: with its tables, e.g. "mounts.allow"
-    parse: Callable[[Any], Any]  #: from TOML's value; raises BadValue
-    default: Any  #: as TOML has it
-    example: str  #: a line that may be written there
-
-
 def read_settings(path: Path | None = None) -> Settings:
     """Return what the file `path` says, by default nanoclaw.toml. Raises ConfigError."""
     path = path or paths.config() / FILE
@@ -91,21 +81,15 @@ def read_settings(path: Path | None = None) -> Settings:
 
 def parse_settings(text: str, name: str = FILE) -> Settings:
     """Return the settings in `text`; `name` stands in errors. Raises ConfigError."""
-    values = {row.key: row.parse(row.default) for row in SETTINGS}
-    values |= tomltable.parse(text, {row.key: row.parse for row in SETTINGS}, name)
+    values = {key: make(default) for key, (make, default) in SETTINGS.items()}
+    values |= tomltable.parse(text, {key: make for key, (make, _) in SETTINGS.items()}, name)
     anthropic = Provider(
         name="anthropic",
-        endpoint=values["providers.anthropic.endpoint"],
-        credential=values["providers.anthropic.credential"],
+        endpoint=values.pop("providers.anthropic.endpoint"),
+        credential=values.pop("providers.anthropic.credential"),
     )
-    return Settings(
-        max_sessions=values["max_sessions"],
-        idle_exit=values["idle_exit"],
-        attempts=values["attempts"],
-        retention_days=values["retention_days"],
-        mounts=values["mounts.allow"],
-        providers={anthropic.name: anthropic},
-    )
+    mounts = values.pop("mounts.allow")
+    return Settings(mounts=mounts, providers={anthropic.name: anthropic}, **values)
 
 
 def _mount_path(value: Any) -> Path:
@@ -153,53 +137,22 @@ def _credential(value: Any) -> CredentialName:
         raise BadValue("is not a name for a credential", exc.hint) from None
 
 
-SETTINGS = (
-    Setting(
-        key="max_sessions",
-        parse=whole_number(1, limits.FDSTORE // 2),
-        default=limits.SESSIONS,
-        example=f"max_sessions = {limits.SESSIONS}",
-    ),
-    Setting(
-        key="attempts",
-        parse=whole_number(1, 100),
-        default=limits.ATTEMPTS,
-        example=f"attempts = {limits.ATTEMPTS}",
-    ),
-    Setting(
-        key="retention_days",
-        parse=whole_number(0, RETENTION_DAYS_MAX),
-        default=limits.RETENTION_DAYS,
-        example=f"retention_days = {limits.RETENTION_DAYS}",
-    ),
-    Setting(
-        key="idle_exit",
-        parse=whole_number(0, limits.IDLE_EXIT_MAX_S),
-        default=0,
-        example="idle_exit = 600",
-    ),
-    Setting(
-        key="mounts.allow",
-        parse=tomltable.tables(
+#: One row a key, with its tables: what makes its value, or raises BadValue; its default, as TOML has it.
+SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "max_sessions": (whole_number(1, limits.FDSTORE // 2), limits.SESSIONS),
+    "attempts": (whole_number(1, 100), limits.ATTEMPTS),
+    "retention_days": (whole_number(0, RETENTION_DAYS_MAX), limits.RETENTION_DAYS),
+    "idle_exit": (whole_number(0, limits.IDLE_EXIT_MAX_S), 0),
+    "mounts.allow": (
+        tomltable.tables(
             AllowedMount,
             {"path": _mount_path, "read_only": true_or_false},
             required=("path",),
             max_count=MOUNTS,
             hint='write allow = [ {path = "~/src", read_only = true} ]',
         ),
-        default=[],
-        example='allow = [ {path = "~/src", read_only = true} ]',
+        [],
     ),
-    Setting(
-        key="providers.anthropic.endpoint",
-        parse=_endpoint,
-        default="https://api.anthropic.com",
-        example='endpoint = "https://api.anthropic.com"',
-    ),
-    Setting(
-        key="providers.anthropic.credential",
-        parse=_credential,
-        default="anthropic",
-        example='credential = "anthropic"',
-    ),
-)
+    "providers.anthropic.endpoint": (_endpoint, "https://api.anthropic.com"),
+    "providers.anthropic.credential": (_credential, "anthropic"),
+}

@@ -90,7 +90,7 @@ def test_exit_codes_are_in_the_man_page() -> None:
 def test_every_setting_is_in_the_man_page_and_no_other() -> None:
     settings, _, of_agents = (MAN / "nanoclaw.toml.5").read_text().partition(".Sh AGENTS")
 
-    assert re.findall(r"^\.It Va (\S+)", settings, re.MULTILINE) == [row.key for row in SETTINGS]
+    assert re.findall(r"^\.It Va (\S+)", settings, re.MULTILINE) == [*SETTINGS]
     documented = re.findall(r"^\.It Va (\S+)", of_agents, re.MULTILINE)
     assert set(documented) == {*agents.KEYS, *(field.name for field in fields(agents.Mount))}
 
