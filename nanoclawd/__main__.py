@@ -154,7 +154,7 @@ async def _route(
             tasks.create_task(systemd.watch(), name="units")
             await systemd.watching.wait()
             registry = Registry(db=db, systemd=systemd, settings=settings)
-            outlets, gateway = Outlets(db), GatewayLink()
+            outlets, gateway = Outlets(db), GatewayLink(registry.policy)
             sessions = Sessions(
                 db=db,
                 systemd=systemd,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import limits, tomltable
+from nanoclawd import limits, policy, tomltable
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
+from nanoclawd.policy import Rule
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 DEFAULT_IMAGE = "localhost/nanoclaw-agent:latest"
@@ -43,6 +44,12 @@ class AgentConfig:
     tasks_max: int = 256  #: as TasksMax= takes it
     cpu_quota: str = ""  #: as CPUQuota= takes it; empty: none
     mounts: tuple[Mount, ...] = ()
+    policy: tuple[Rule, ...] = ()  #: what it may reach, but for its provider
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """All of its policy. Last comes its provider, so that a rule of the person's can deny that too."""
+        return (*self.policy, Rule(route=self.provider))
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -132,13 +139,20 @@ def _change(text: str, path: Path, changes: Mapping[str, Any]) -> str:
     """Return the text of an agent's file with `changes`, as far as they change anything."""
     before = parse_agent(text, path)
     plain = {
-        key: [asdict(v) for v in value] if isinstance(value, tuple) else value
+        key: [_table(v) for v in value] if isinstance(value, tuple) else value
         for key, value in changes.items()
     }
     tomltable.check(plain, KEYS, str(path))
     new = tomltable.change(text, {k: v for k, v in plain.items() if getattr(before, k) != changes[k]})
     parse_agent(new, path)
     return new
+
+
+def _table(row: Mount | Rule) -> dict[str, Any]:
+    """Return what has to be written of a row: not its defaults."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    given = {f.name: values[f.name] for f in fields(row) if values[f.name] != f.default}
+    return {key: [*value] if isinstance(value, tuple) else value for key, value in given.items()}
 
 
 def write_instructions(path: Path, text: str) -> None:
@@ -193,6 +207,13 @@ KEYS: dict[str, Callable[[Any], Any]] = {
         required=("source", "target"),
         max_count=MOUNTS,
         hint="write [[mounts]] and below it source = …, target = …",
+    ),
+    "policy": tomltable.tables(
+        policy.make_rule,
+        policy.KEYS,
+        required=(),
+        max_count=policy.RULES,
+        hint="write [[policy]] and below it host = …, or route = …",
     ),
 }
 

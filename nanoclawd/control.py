@@ -20,6 +20,7 @@ from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
+from nanoclawd.policy_control import PolicyControl
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry, config_file
 from nanoclawd.sandbox import Check
@@ -81,6 +82,7 @@ class ControlService:
                 "Backup": Method(handler=self._backup),
                 "StopAll": Method(handler=self._stop_all),
                 "StartAll": Method(handler=self._start_all),
+                **PolicyControl(registry=registry, gateway=gateway).methods,
                 **MessageControl(db=db, registry=registry, sessions=sessions, outlets=outlets).methods,
             },
         )
@@ -164,8 +166,16 @@ class ControlService:
         self._sessions.resize(self._registry.settings.max_sessions)
         self.on_reload()
         problems = await self._registry.load()
+        await self._refresh_gateway()
         await self.start_waiting()
         return problems
+
+    async def _refresh_gateway(self) -> None:
+        """Hand over policies that may have changed. Goes on if the gateway is away: it gets them later."""
+        try:
+            await self._gateway.refresh()
+        except Unavailable as exc:
+            journal.warning("policy-not-taken", f"{exc}, going on")
 
     async def start_waiting(self) -> None:
         """Wake every session that has work and an agent that may run; give up those whose agent is gone."""
@@ -209,6 +219,7 @@ class ControlService:
         if "image" in values:
             await _require_image(values["image"])
         agent = await self._registry.change(parameters["name"], values, parameters["instructions"])
+        await self._refresh_gateway()
         await self.start_waiting()  # what was broken may run now
         return await self._describe(agent)
 

@@ -1,15 +1,17 @@
-"""The router's side of io.nanoclaw.Gateway: hands over session listeners, again after a restart of the
-gateway.
+"""The router's side of io.nanoclaw.Gateway: hands over session listeners and policies, again after a restart
+of the gateway.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 
 from nanoclawd import journal, paths, varlink
 from nanoclawd.errors import Unavailable
 from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.policy import Rules, to_json
 from nanoclawd.wire import Json, VarlinkError
 
 _RETRY_S = 2.0
@@ -18,22 +20,44 @@ Key = tuple[AgentName, SessionName]
 
 
 class GatewayLink:
-    """Keeps the gateway supplied with the listeners of live sessions; run() must run as a task."""
+    """Keeps the gateway supplied with the listeners of live sessions, and with the policies of their agents.
 
-    def __init__(self) -> None:
+    run() must run as a task. `policy_of` tells an agent's policy at this moment.
+    """
+
+    def __init__(self, policy_of: Callable[[AgentName], Rules]) -> None:
+        self._policy_of = policy_of
         self._wanted: dict[Key, socket.socket] = {}
         self._changed = asyncio.Event()
+        self._supplied = asyncio.Event()  #: the gateway has all that it should have
 
     def attach(self, agent: AgentName, session: SessionName, listener: socket.socket) -> None:
         """Have the gateway serve `listener`, which stays ours. Does not wait: the backlog holds who is
         faster.
         """
         self._wanted[agent, session] = listener
-        self._changed.set()
+        self._change()
 
     def detach(self, agent: AgentName, session: SessionName) -> None:
         """Have the gateway close its copy. Harmless if it has none."""
         self._wanted.pop((agent, session), None)
+        self._change()
+
+    async def refresh(self) -> None:
+        """Have the gateway take over policies that have changed; return when it has. Raises Unavailable."""
+        self._change()
+        if not self._wanted:
+            return  # nobody runs: it gets them with the next session
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await self._supplied.wait()
+        except TimeoutError:
+            message = f"the gateway did not take the change within {_ANSWER_S:.0f} s"
+            hint = "'systemctl --user restart nanoclaw-gateway' makes it forget what it has"
+            raise Unavailable(message, hint=hint) from None
+
+    def _change(self) -> None:
+        self._supplied.clear()
         self._changed.set()
 
     async def run(self, *, left: bool = False) -> None:
@@ -54,6 +78,7 @@ class GatewayLink:
                     await self._keep_supplied(connection)
                 finally:
                     connection.close()
+                    self._supplied.clear()
             except (Unavailable, VarlinkError) as exc:
                 journal.warning("gateway-away", f"{exc}, retrying in {_RETRY_S:.0f} s")
                 await asyncio.sleep(_RETRY_S)
@@ -65,18 +90,28 @@ class GatewayLink:
         has: dict[Key, socket.socket | None] = {
             (AgentName(agent), SessionName(session)): None for agent, _, session in names
         }
+        policies: dict[AgentName, Rules] = {}
         while True:
             self._changed.clear()
             for key in has.keys() - self._wanted.keys():
                 del has[key]
                 await _ask(connection, "Detach", {"agent": key[0], "session": key[1]})
+            agents = {agent for agent, _ in self._wanted}
+            policies = {agent: rules for agent, rules in policies.items() if agent in agents}
+            for agent in agents:  # before its sessions, which may nothing without it
+                if policies.get(agent) != (rules := self._policy_of(agent)):
+                    told = {"agent": agent, "rules": [*map(to_json, rules)]}
+                    await _ask(connection, "SetPolicy", told)
+                    policies[agent] = rules
             for key, listener in list(self._wanted.items()):
                 # Looked up again: meanwhile the session may have ended and closed it.
-                if self._wanted.get(key) is listener and has.get(key) is not listener:
+                if self._wanted.get(key) is listener and has.get(key) is not listener and key[0] in policies:
                     await _ask(connection, "Attach", {"agent": key[0], "session": key[1]}, listener)
                     has[key] = listener
-            if not self._changed.is_set() and await self._gone_before_change(connection):
-                return
+            if not self._changed.is_set():
+                self._supplied.set()
+                if await self._gone_before_change(connection):
+                    return
 
     async def _gone_before_change(self, connection: varlink.Connection) -> bool:
         gone = asyncio.ensure_future(connection.wait_gone())

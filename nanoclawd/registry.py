@@ -16,6 +16,7 @@ from nanoclawd.agents import AgentConfig
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName, no_agent, parse_agent_name
+from nanoclawd.policy import Rule, Rules, with_rule
 from nanoclawd.quadlet import UnitSpec
 from nanoclawd.settings import Settings
 from nanoclawd.systemd import Systemd
@@ -74,6 +75,11 @@ class Registry:
             raise ConfigError(agent.problem.message, hint=agent.problem.hint)
         assert agent.config is not None
         return agent.config
+
+    def policy(self, name: AgentName) -> Rules:
+        """Return what the agent may reach; nothing, if its file is broken or gone."""
+        agent = self._agents.get(name)
+        return agent.config.rules if agent is not None and agent.config is not None else ()
 
     def instructions(self, name: AgentName) -> str:
         """Return the text of NAME.md, read anew: a person may have changed it. Raises ConfigError."""
@@ -165,6 +171,17 @@ class Registry:
                 agent = await self._install(before, path, instructions)
             self._agents[before.name] = agent
         journal.info("agent-changed", agent=agent.name, keys=",".join(values))
+        return agent
+
+    async def add_rule(self, name: str, rule: Rule) -> Agent:
+        """Add a rule to the policy in an agent's file; on any failure it is as before."""
+        async with self._changing:
+            before = self.get(name)
+            path = config_file(before.name)
+            rules = with_rule(agents.read_agent(path).policy, rule)
+            config = agents.change_agent(path, {"policy": rules})
+            agent = self._agents[before.name] = replace(before, config=config)
+        journal.info("policy-changed", str(rule), agent=agent.name)
         return agent
 
     async def remove(self, name: str) -> Path | None:

@@ -14,47 +14,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nanoclawd import limits, paths, tomltable
-from nanoclawd.errors import NotFound, Refused
+from nanoclawd import limits, paths, policy, routes, tomltable
+from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text
 from nanoclawd.ids import CredentialName, parse_credential_name
 from nanoclawd.mounts import AllowedMount
+from nanoclawd.routes import Endpoint, Route, Scheme
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 FILE = "nanoclaw.toml"
 MOUNTS = 1000  #: rows of [mounts] allow
+ROUTES = 100
 PATH_CHARACTERS = 4096
 RETENTION_DAYS_MAX = 36_500
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", re.ASCII)
 _BASE_PATH = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Endpoint:
-    """Where a provider is reached. Equal endpoints share connections."""
-
-    tls: bool
-    host: str  #: a name or an address, without brackets
-    port: int
-    path: str  #: "" or "/prefix", put before every path
-
-    @property
-    def authority(self) -> str:
-        """The value of the Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
-
-    def __str__(self) -> str:
-        return f"{'https' if self.tls else 'http'}://{self.authority}{self.path}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Provider:
-    """One model API that the gateway forwards to."""
-
-    name: str  #: also the first part of the path that agents use
-    endpoint: Endpoint
-    credential: CredentialName  #: as given to 'nanoclawctl secret set'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +40,7 @@ class Settings:
     attempts: int  #: that a message gets before it is a dead letter
     retention_days: int  #: of what has ended; 0 is for ever
     mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
-    providers: Mapping[str, Provider]
+    routes: Mapping[str, Route]  #: by name; those of providers too
 
 
 def read_settings(path: Path | None = None) -> Settings:
@@ -83,13 +57,16 @@ def parse_settings(text: str, name: str = FILE) -> Settings:
     """Return the settings in `text`; `name` stands in errors. Raises ConfigError."""
     values = {key: make(default) for key, (make, default) in SETTINGS.items()}
     values |= tomltable.parse(text, {key: make for key, (make, _) in SETTINGS.items()}, name)
-    anthropic = Provider(
-        name="anthropic",
-        endpoint=values.pop("providers.anthropic.endpoint"),
-        credential=values.pop("providers.anthropic.credential"),
+    anthropic = routes.anthropic(
+        values.pop("providers.anthropic.endpoint"), values.pop("providers.anthropic.credential")
     )
-    mounts = values.pop("mounts.allow")
-    return Settings(mounts=mounts, providers={anthropic.name: anthropic}, **values)
+    configured = values.pop("routes")
+    by_name = {route.name: route for route in (*configured, anthropic)}
+    if len(by_name) <= len(configured):
+        raise ConfigError(
+            f"{name}: two routes have the same name", hint="each of [[routes]] has one of its own"
+        )
+    return Settings(mounts=values.pop("mounts.allow"), routes=by_name, **values)
 
 
 def _mount_path(value: Any) -> Path:
@@ -137,6 +114,38 @@ def _credential(value: Any) -> CredentialName:
         raise BadValue("is not a name for a credential", exc.hint) from None
 
 
+_HEADER = line_of_text(
+    64, r"[A-Za-z][A-Za-z0-9-]*", "is not a header's name", 'write e.g. header = "Authorization"'
+)
+#: What frames a message or names its receiver is ours alone.
+_FRAMING = ("connection", "content-length", "host", "te", "trailer", "transfer-encoding", "upgrade")
+
+
+def _route_name(value: Any) -> str:
+    if (name := policy.ROUTE_NAME(value)) in ("anthropic", "r"):
+        raise BadValue("is taken", "choose another name; a provider is configured under [providers]")
+    return name
+
+
+def _header(value: Any) -> str:
+    if (name := _HEADER(value).lower()) in _FRAMING:
+        raise BadValue("is a header that only the gateway sets", 'write e.g. header = "Authorization"')
+    return name
+
+
+def _headers(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise BadValue("must be a list of headers", 'write e.g. headers = ["Notion-Version"]')
+    return tuple(map(_header, value))
+
+
+def _scheme(value: Any) -> Scheme:
+    try:
+        return Scheme(value)
+    except ValueError:
+        raise BadValue("must be bearer, basic or plain", 'write e.g. scheme = "basic"') from None
+
+
 #: One row a key, with its tables: what makes its value, or raises BadValue; its default, as TOML has it.
 SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "max_sessions": (whole_number(1, limits.FDSTORE // 2), limits.SESSIONS),
@@ -155,4 +164,22 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     ),
     "providers.anthropic.endpoint": (_endpoint, "https://api.anthropic.com"),
     "providers.anthropic.credential": (_credential, "anthropic"),
+    "routes": (
+        tomltable.tables(
+            routes.configured,
+            {
+                "name": _route_name,
+                "endpoint": _endpoint,
+                "credential": _credential,
+                "header": _header,
+                "scheme": _scheme,
+                "methods": policy.methods,
+                "headers": _headers,
+            },
+            required=("name", "endpoint"),
+            max_count=ROUTES,
+            hint="write [[routes]] and below it name = …, endpoint = …",
+        ),
+        [],
+    ),
 }

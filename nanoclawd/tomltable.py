@@ -181,7 +181,10 @@ def true_or_false(value: Any) -> bool:
 def tables(
     make: Callable[..., T], rows: Rows, *, required: Iterable[str], max_count: int, hint: str
 ) -> Callable[[Any], tuple[T, ...]]:
-    """Return what makes a tuple of an array of tables, each made of the values of `rows`."""
+    """Return what makes a tuple of an array of tables, each made of the values of `rows`.
+
+    `make` may raise BadValue.
+    """
 
     def parse(value: Any) -> tuple[T, ...]:
         if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
@@ -198,6 +201,8 @@ def tables(
                 made.append(make(**values))
             except _BadKey as exc:
                 raise _BadKey(f"{nth}.{exc.key}", exc.reason, exc.hint) from None
+            except BadValue as exc:  # of the table as a whole
+                raise _BadKey(str(nth), f"it {exc}", exc.hint) from None
         return tuple(made)
 
     return parse
@@ -258,7 +263,14 @@ def _set_tables(text: str, key: str, tables: list[Any]) -> str:
     # From each [[key]] up to the next line that begins with a bracket.
     block = rf"^[ \t]*\[\[\s*{re.escape(key)}\s*\]\].*\n?(?:(?![ \t]*\[).*\n?)*"
     rest = re.sub(block, "", text, flags=re.MULTILINE).rstrip()
-    blocks = (f"[[{key}]]\n" + tomli_w.dumps(table) for table in tables)
+    old = [(_loads_or_none(found), found) for found in re.findall(block, text, re.MULTILINE)]
+
+    def render(table: Any) -> str:
+        """What stays the same keeps its comments."""
+        kept = (found for values, found in old if values == {key: [table]})
+        return next(kept, f"[[{key}]]\n" + tomli_w.dumps(table))
+
+    blocks = map(render, tables)
     return "\n\n".join(part.rstrip() for part in (rest, *blocks) if part) + "\n"
 
 

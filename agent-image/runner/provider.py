@@ -53,6 +53,7 @@ class Paths(NamedTuple):
 
     host_socket: str = "/run/nanoclaw/host.sock"
     gateway_socket: str = "/run/nanoclaw/gateway.sock"
+    proxy: str = "127.0.0.1:3128"  #: the gateway for tools; also in the image's environment. "": none
     session: str = "/session"  #: the provider's own; survives the container
     workspace: str = "/workspace"  #: the agent's; where its tools work
 

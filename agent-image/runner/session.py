@@ -9,6 +9,7 @@ import time
 from typing import cast
 
 from . import journal
+from .forwarder import Forwarder
 from .host import Connection, Host, HostAway, HostError, backoff
 from .processes import Reaper
 from .provider import LoadedProvider, NoProvider, Paths, Settings, Turn
@@ -28,6 +29,7 @@ class Session:
         self._run: TurnRun | None = None
         self._idle_since = time.monotonic()
         self._reaper = Reaper()
+        self._forwarder = _forwarder(paths)
         self._woken, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def wake(self) -> None:
@@ -66,6 +68,8 @@ class Session:
 
     def _get_ready(self, settings: Settings) -> None:
         self._settings, self._is_ready = settings, True
+        if self._forwarder is not None:
+            self._forwarder.start()
         # No STATUS= for each turn: the user's manager would tell it to everybody on the bus.
         journal.notify("READY=1", f"STATUS=provider {settings['provider']}")
         self._provider = LoadedProvider(settings, self._paths)
@@ -113,3 +117,13 @@ class Session:
             self._run.join()
         self._run = TurnRun(turn, self._host, self._provider, on_end=self.wake)
         self._run.start(heartbeat_s=self._settings["heartbeatSeconds"])
+
+
+def _forwarder(paths: Paths) -> Forwarder | None:
+    """Return the gateway on loopback, or None if there cannot be one: an agent can work without."""
+    host, _, port = paths.proxy.partition(":")
+    try:
+        return Forwarder(paths.gateway_socket, (host, int(port))) if port else None
+    except OSError as exc:
+        journal.warning("no-proxy", address=paths.proxy, reason=exc)
+        return None

@@ -238,8 +238,8 @@ def check_credentials(routes: list[Json], agents: list[Json]) -> Iterator[Check]
     """Check the credential of each provider that an agent uses."""
     used = {agent["configuration"]["provider"] for agent in agents if agent["configuration"]}
     for route in routes:
-        if route["provider"] in used:
-            name, found = f"credential {route['credential']}", f"for {route['provider']}"
+        if route["name"] in used and route["credential"]:
+            name, found = f"credential {route['credential']}", f"for {route['name']}"
             if route["credentialState"] == "ok":
                 yield Check(name, OK, found)
             else:

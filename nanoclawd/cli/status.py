@@ -44,8 +44,8 @@ def status(options: Namespace) -> None:
     else:
         _say_sandbox("Gateway sandbox", gateway["sandbox"])
         for route in gateway["routes"]:
-            where = f"{route['provider']} at {route['endpoint']}, credential '{route['credential']}'"
-            say_field("Provider", where)
+            credential = f"credential '{route['credential']}'" if route["credential"] else "no credential"
+            say_field("Route", f"{route['name']} to {route['endpoint']}, {credential}")
             if route["credentialState"] != "ok":
                 say_field("", route["credentialState"], "cannot be used:", YELLOW)
     _say_counts(found)

@@ -39,6 +39,11 @@ def mount(value: str) -> dict[str, object]:
     return {"source": abspath(expanduser(source)), "target": target, "readOnly": mode != "rw"}
 
 
+def size(value: str) -> int:
+    number, unit = (value[:-1], value[-1:]) if value[-1:] in "KMGT" else (value, "")
+    return count(number) << 10 * " KMGT".index(unit or " ")
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option, or one positional argument if its name has no dash."""
@@ -85,6 +90,7 @@ class Command:
         )
 
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
 
 #: By the first word of a command; imported only when it runs.
@@ -132,6 +138,14 @@ _OPTIONS = (
         complete="files",
     ),
     Option("--no-mounts", "take all mounts away; --mount replaces them"),
+    Option("TARGET", "HOST, HOST:PORT, *.HOST, http://HOST:PORT/PATH or /r/ROUTE/PATH"),
+    Option("URL", "what would be asked for: https://…, http://… or /r/ROUTE/…"),
+    Option("--method", "method of HTTP; may be repeated", "METHOD", repeat=True, choices=METHODS),
+    Option("--address", "also if it leads to this network; may be repeated", "NETWORK", repeat=True),
+    Option("--max-up", "bytes that one request or tunnel may send, e.g. 10M", "SIZE", size),
+    Option("--max-down", "bytes that one may get", "SIZE", size),
+    Option("--per-minute", "how many there may be in a minute", "N", count),
+    Option("--time-limit", "how long one may take", "SECONDS", count),
     Option("--purge", "delete the workspace too"),
     Option("--session", "which one, if several run", "SESSION"),
     Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
@@ -149,6 +163,7 @@ NOUNS = {
     "session": "look at sessions: one agent in one chat",
     "message": "look at messages: what became of each",
     "deadletter": "see to messages and deliveries that were given up",
+    "policy": "say what an agent may reach through the gateway",
     "image": "make the image that agents run in",
     "secret": "keep the credentials that the gateway uses",
 }
@@ -196,6 +211,22 @@ COMMANDS = (
     Command("deadletter show", "ID --json", "show all that is known of a dead letter"),
     Command("deadletter retry", "[LETTER] --all --json", "try dead letters again"),
     Command("deadletter drop", "[LETTER] --all --json", "have done with dead letters: list them no more"),
+    Command("policy show", "AGENT --json", "list the rules of an agent; the first that matches decides"),
+    Command(
+        "policy allow",
+        "AGENT TARGET --method --address --max-up --max-down --per-minute --time-limit --json",
+        "let an agent reach something, after all rules that it has",
+        more="A rule about the same is replaced.",
+    ),
+    Command(
+        "policy deny", "AGENT TARGET --method --json", "deny something to an agent, before all other rules"
+    ),
+    Command(
+        "policy test",
+        "AGENT URL --method --json",
+        "say whether an agent may ask for something, and which rule decides",
+        more="Fails with code 5 if it may not.",
+    ),
     Command("backup", "FILE --json", "write a copy of the database to a new file, while everything runs"),
     Command("restore", "FILE --json", "put a backup in the place of a database that was lost"),
     Command("image build", "--base --base-directory --image --json", "build the agent image"),

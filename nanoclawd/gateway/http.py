@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import h11
 
 from nanoclawd.gateway import limits
-from nanoclawd.gateway.replies import ErrorReply
+from nanoclawd.policy import Denied
 
 
 class Stream:
@@ -51,10 +51,10 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def deadline(seconds: float, status: int, reason: str, message: str) -> AsyncIterator[None]:
-    """Raise that ErrorReply when the block takes longer."""
+async def deadline(seconds: float, status: int, reason: str, message: str) -> AsyncIterator[asyncio.Timeout]:
+    """Raise that Denied when the block takes longer; its clock can be set anew."""
     try:
-        async with asyncio.timeout(seconds):
-            yield
+        async with asyncio.timeout(seconds) as clock:
+            yield clock
     except TimeoutError:
-        raise ErrorReply(status, reason, message) from None
+        raise Denied(status, reason, message) from None

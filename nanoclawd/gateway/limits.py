@@ -4,14 +4,11 @@ from __future__ import annotations
 
 # --- what an agent can grow -----------------------------------------------------------------------
 ATTACHED = 512  #: sessions with a listener
-CONNECTIONS = 8  #: open connections of one session; further ones wait in the kernel's backlog
+CONNECTIONS = 16  #: open connections of one session; further ones wait in the kernel's backlog
 REQUESTS_PER_S = 50.0  #: of one session, in the long run
 REQUESTS_BURST = 500
 TOO_FAST_S = 0.5  #: each refusal of such a request waits so long, so that asking again gains nothing
 HEADER_BYTES = 32 << 10  #: request line and headers
-TARGET_BYTES = 512
-QUERY_BYTES = 256
-BODY_BYTES = 32 << 20  #: what the Messages API itself takes
 CHUNK_BYTES = 64 << 10  #: one read; also how much is buffered for a side that does not read
 LINGER_BYTES = 64 << 20  #: read and thrown away after a refusal, so that the agent sees why
 
@@ -22,11 +19,13 @@ BODY_SILENCE_S = 20.0  #: between two pieces of a body
 BODY_S = 300.0  #: a whole body, the endpoint's own slowness included
 AGENT_STALL_S = 300.0  #: an agent that takes nothing of its answer
 LINGER_S = 2.0
+TUNNEL_IDLE_S = 300.0  #: without a byte in either direction
 LOG_TOO_FAST_S = 10.0  #: one line about it in so long
 
-# --- how long we wait for an endpoint -------------------------------------------------------------
+# --- how long we wait for a server -------------------------------------------------------------
 CONNECT_S = 15.0  #: name, connection and TLS handshake
-ENDPOINT_STALL_S = 60.0  #: an endpoint that takes nothing of the request
+ADDRESSES = 3  #: of one name that are tried; each has its share of that time
+ENDPOINT_STALL_S = 60.0  #: a server that takes nothing of the request
 ANSWER_S = 600.0  #: until the headers of the answer: an answer that is not streamed is computed first
 SILENCE_S = 300.0  #: between two pieces of the answer; streams have a ping more often
 ENDPOINT_HEADER_BYTES = 64 << 10
@@ -36,4 +35,6 @@ POOL_SIZE = 16  #: unused connections of one endpoint
 
 # --- the program ----------------------------------------------------------------------------------
 DRAIN_S = 10.0  #: what runs at SIGTERM may go on so long; below TimeoutStopSec=
-THREADS = 8  #: for name look-ups and decryption; below TasksMax=
+THREADS = 8  #: for decryption, and for the names of endpoints; with the next below TasksMax=
+LOOKUP_THREADS = 12  #: for names that agents ask for, which may take long
+LOOKUPS = 2  #: at once, of one session

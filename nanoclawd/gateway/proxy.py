@@ -1,47 +1,30 @@
-"""One connection of an agent: its requests are checked, sent on with the key, and answered piece by piece.
-
-At most one read's worth of data waits in either direction: who does not read stops the other side, and no
-more.
-"""
+"""One connection of an agent: each of its requests is understood, decided about, and carried out."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import socket
-import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import h11
 
-from nanoclawd import journal
-from nanoclawd.credentials import Secret
+from nanoclawd import journal, policy
 from nanoclawd.errors import NanoclawError
-from nanoclawd.gateway import limits, policy
+from nanoclawd.gateway import limits, tunnel
+from nanoclawd.gateway.exchange import Exchange
+from nanoclawd.gateway.forward import Forward
+from nanoclawd.gateway.headers import Header, body_headers, plain_headers, route_headers
 from nanoclawd.gateway.http import Stream, deadline
-from nanoclawd.gateway.replies import AgentGone, ErrorReply
+from nanoclawd.gateway.redact import Redactor
+from nanoclawd.gateway.replies import AgentGone, render_error
 from nanoclawd.gateway.upstream import Upstream
+from nanoclawd.policy import Ask, Denied, Rule, Way
 
 if TYPE_CHECKING:
     from nanoclawd.gateway.sessions import Session
 
 HUNG_UP = 499  #: in the journal only: the agent went before its answer was complete
-
-
-@dataclass(slots=True)
-class Exchange:
-    """What the journal gets to know of one request: never content."""
-
-    started: float
-    provider: str | None = None
-    method: str = "-"
-    path: str = "-"
-    status: int = 0
-    reason: str | None = None  #: why it did not end well
-    received_bytes: int = 0  #: body, from the agent
-    sent_bytes: int = 0  #: body, to the agent
-    is_head_sent: bool = False
 
 
 class AgentConnection:
@@ -51,7 +34,7 @@ class AgentConnection:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.is_busy = False  #: a request is being answered
+        self.exchange: Exchange | None = None  #: a request that is being answered
         self.is_last = False  #: hang up after the present request
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.HEADER_BYTES)
 
@@ -73,16 +56,13 @@ class AgentConnection:
 
     async def _serve_one(self) -> bool:
         """Answer one request; False if the connection is to end."""
-        exchange = Exchange(started=time.monotonic())
+        exchange = Exchange()
         try:
-            request = await self._request()
+            request = await self._request(exchange)
             if request is None:
                 return False
-            exchange.started = time.monotonic()
-            exchange.method = request.method.decode("ascii", "replace")[:16]
-            exchange.path = request.target.partition(b"?")[0].decode("ascii", "replace")[:128]
             await self._answer(request, exchange)
-        except ErrorReply as error:
+        except Denied as error:
             exchange.status, exchange.reason = exchange.status or error.status, error.reason
             if exchange.is_head_sent:
                 return False  # no end of the body: the agent must see that it is not whole
@@ -95,17 +75,19 @@ class AgentConnection:
             exchange.reason = "bug"
             return False
         finally:
-            self.is_busy = False
+            self.exchange = None
             if exchange.status:
                 self.session.log(exchange)
+        if self._http.our_state is h11.SWITCHED_PROTOCOL:
+            return False
         if self.is_last or not self._stream.is_done:
             await self._linger()
             return False
         self._http.start_next_cycle()
         return True
 
-    async def _request(self) -> h11.Request | None:
-        """Return the next request's head, or None if there is none. Raises ErrorReply."""
+    async def _request(self, exchange: Exchange) -> h11.Request | None:
+        """Return the next request's head, or None if there is none. Raises Denied."""
         if not self._http.trailing_data[0]:
             try:
                 async with asyncio.timeout(limits.KEEP_ALIVE_S):
@@ -115,73 +97,105 @@ class AgentConnection:
             if not data:
                 return None
             self._http.receive_data(data)
-        self.is_busy = True
+        self.exchange = exchange
         await self.session.check_rate()
         async with deadline(limits.HEADERS_S, 408, "slow-headers", "The request's headers came too slowly."):
-            event = await self._event()
+            event = await self.event()
         assert isinstance(event, h11.Request)
         if event.http_version != b"1.1":
-            raise ErrorReply(505, "http-version", "Only HTTP/1.1 is spoken here.")
+            raise Denied(505, "http-version", "Only HTTP/1.1 is spoken here.")
         # h11 counts only while it waits for more; what came in one read may be longer.
         if sum(len(name) + len(value) + 4 for name, value in event.headers) > limits.HEADER_BYTES:
-            raise ErrorReply(431, "malformed", "The request's headers are too long.")
+            raise Denied(431, "malformed", "The request's headers are too long.")
         return event
 
-    async def _event(self) -> h11.Event:
-        """Return what the agent sent next. Raises ErrorReply if it is no HTTP, AgentGone if it broke off."""
-        try:
-            return await self._stream.receive()
-        except h11.RemoteProtocolError as exc:
-            status = exc.error_status_hint if exc.error_status_hint in (431, 501) else 400
-            raise ErrorReply(status, "malformed", f"The request is not valid HTTP: {exc}.") from exc
-        except OSError as exc:
-            raise AgentGone from exc
-
     async def _answer(self, request: h11.Request, exchange: Exchange) -> None:
-        gateway = self.session.gateway
-        target = policy.check_target(request.method, request.target)
-        exchange.provider = target.provider
+        method, target = request.method.decode("ascii"), request.target.decode("ascii")
+        exchange.method, exchange.target = method[:16], target
+        ask = exchange.ask = policy.parse_ask(method, target)
+        decision = exchange.decision = self.session.decide(ask)
+        rule = decision.rule
+        if not decision.allowed or rule is None:
+            raise Denied(403, decision.reason, decision.message)
+        self.session.check_rule_rate(rule)
         headers = list(request.headers)
-        body = policy.body_headers(request.method, headers)
-        provider = gateway.provider(target.provider)
+        # What a request line and headers carry out counts too.
+        exchange.count(len(target) + sum(len(name) + len(value) for name, value in headers), 0)
+        late = f"The policy allows {rule.timeout_seconds} s for this."
+        async with deadline(rule.timeout_seconds, 504, "timeout", late):
+            match ask.way:
+                case Way.ROUTE:
+                    await self._answer_route(ask, rule, headers, exchange)
+                case Way.PLAIN:
+                    await self._answer_plain(ask, rule, headers, exchange)
+                case Way.TUNNEL:
+                    await self._answer_tunnel(ask, rule, exchange)
+
+    async def _answer_route(self, ask: Ask, rule: Rule, headers: list[Header], exchange: Exchange) -> None:
+        gateway = self.session.gateway
+        route = gateway.route(ask.route)
+        route.check(ask)
+        body = body_headers(ask.method.encode(), headers, rule.max_up_bytes)
+        secret = None
+        if route.credential is not None:
+            try:
+                secret = await gateway.keys.get(route.credential)
+            except NanoclawError as exc:
+                message = f"The gateway has no usable key for {route.name}: {exc}."
+                raise Denied(401, f"credential-{exc.code}", message) from exc
+        passed = [*route_headers(headers, route, secret), *body]
+        secrets = () if secret is None else (secret.reveal(), route.scheme.code(secret.reveal()))
+        upstream = await gateway.pool.connect(route.endpoint)
         try:
-            secret = await gateway.keys.get(provider.credential)
-        except NanoclawError as exc:
-            message = f"The gateway has no usable key for {provider.name}: {exc}."
-            raise ErrorReply(401, f"credential-{exc.code}", message) from exc
-        upstream = await gateway.pool.connect(provider.endpoint)
-        try:
-            if self._http.they_are_waiting_for_100_continue:
-                await self._send(h11.InformationalResponse(status_code=100, headers=[]))
-            path = provider.endpoint.path + target.path + (f"?{target.query}" if target.query else "")
-            sent = policy.request_headers(
-                headers, body, provider=provider.name, endpoint=provider.endpoint, secret=secret
-            )
-            head = h11.Request(method=request.method, target=path.encode(), headers=sent)
-            await self._exchange(upstream, head, exchange, secret)
+            path = route.endpoint.path + (ask.target if ask.target.startswith("/") else f"/{ask.target}")
+            head = h11.Request(method=ask.method, target=path, headers=passed)
+            await Forward(self, upstream, exchange, redactor=Redactor(secrets)).run(head)
         except BaseException:
             upstream.abort()
             raise
         gateway.pool.put_back(upstream)
 
-    async def _exchange(
-        self, upstream: Upstream, head: h11.Request, exchange: Exchange, secret: Secret
-    ) -> None:
-        """Pass the body on and the answer back at once: an endpoint may refuse before it has read all."""
+    async def _answer_plain(self, ask: Ask, rule: Rule, headers: list[Header], exchange: Exchange) -> None:
+        passed = plain_headers(headers, ask)
+        passed += body_headers(ask.method.encode(), headers, rule.max_up_bytes)
+        upstream = Upstream(*await self.session.dial(ask, rule))
         try:
-            async with asyncio.TaskGroup() as tasks:
-                uploading = tasks.create_task(self._upload(upstream, head, exchange), name="upload")
-                await self._download(upstream, exchange, secret)
-                uploading.cancel()
-        except BaseExceptionGroup as group:
-            # Both ends may fail in the same moment; a bug goes first.
-            expected = (ErrorReply, AgentGone)
-            raise min(group.exceptions, key=lambda exc: isinstance(exc, expected)) from None
+            head = h11.Request(method=ask.method, target=ask.target, headers=passed)
+            await Forward(self, upstream, exchange).run(head)
+        finally:
+            upstream.abort()
 
-    async def _upload(self, upstream: Upstream, head: h11.Request, exchange: Exchange) -> None:
-        """Pass the body on, then watch the agent: if it hangs up, nobody needs the answer (and its cost)."""
-        async with deadline(limits.BODY_S, 408, "slow-body", "The request's body came too slowly."):
-            await self._pass_body(upstream, head, exchange)
+    async def _answer_tunnel(self, ask: Ask, rule: Rule, exchange: Exchange) -> None:
+        if not isinstance(await self.event(), h11.EndOfMessage):
+            raise Denied(400, "framing", "A CONNECT request has no body.")
+        reader, writer = await self.session.dial(ask, rule)
+        try:
+            await self.send_head(200, [], exchange)
+            exchange.status = 200
+            agent = self._stream.reader, self._stream.writer
+            await tunnel.relay(agent, (reader, writer), self._http.trailing_data[0], exchange.count)
+            writer.close()  # what is written still goes out
+            async with asyncio.timeout(limits.LINGER_S):
+                await writer.wait_closed()
+        except OSError:
+            exchange.reason = "broke-off"
+        finally:
+            writer.transport.abort()
+
+    # --- the agent's side, also for Forward --------------------------------------------------------
+
+    async def event(self) -> h11.Event:
+        """Return what the agent sent next. Raises Denied if it is no HTTP, AgentGone if it broke off."""
+        try:
+            return await self._stream.receive()
+        except h11.RemoteProtocolError as exc:
+            status = exc.error_status_hint if exc.error_status_hint in (431, 501) else 400
+            raise Denied(status, "malformed", f"The request is not valid HTTP: {exc}.") from exc
+        except OSError as exc:
+            raise AgentGone from exc
+
+    async def watch(self) -> None:
+        """Wait for what comes after the request. Raises AgentGone if it is the end."""
         try:
             data = await self._stream.reader.read(limits.CHUNK_BYTES)
         except OSError:
@@ -190,61 +204,35 @@ class AgentConnection:
             raise AgentGone
         self._http.receive_data(data)  # the next request, early; it waits
 
-    async def _pass_body(self, upstream: Upstream, head: h11.Request, exchange: Exchange) -> None:
-        event: h11.Event = head
-        while True:
-            try:
-                await upstream.ask(event)
-            except OSError:
-                return  # the endpoint takes no more; its answer, or the lack of one, says why
-            if isinstance(event, h11.EndOfMessage):
-                return
-            async with asyncio.timeout(limits.BODY_SILENCE_S):
-                event = await self._event()
-            if isinstance(event, h11.Data):
-                exchange.received_bytes += len(event.data)
-                if exchange.received_bytes > limits.BODY_BYTES:
-                    raise policy.too_large()
-                event = h11.Data(data=bytes(event.data))
-            else:
-                event = h11.EndOfMessage()  # without trailers
+    async def send_continue(self) -> None:
+        """Have the agent send its body, if it waits for that. Raises AgentGone."""
+        if self._http.they_are_waiting_for_100_continue:
+            await self.send(h11.InformationalResponse(status_code=100, headers=[]))
 
-    async def _download(self, upstream: Upstream, exchange: Exchange, secret: Secret) -> None:
-        answer = await upstream.answer()
-        if 300 <= answer.status_code < 400:
-            message = (
-                f"The endpoint redirects ({answer.status_code}), and the gateway does not follow. "
-                "Correct endpoint= in nanoclaw.toml."
-            )
-            raise ErrorReply(502, "endpoint-redirects", message)
-        exchange.status = answer.status_code
-        headers = policy.response_headers(list(answer.headers), secret)
+    async def send_head(self, status: int, headers: list[Header], exchange: Exchange) -> None:
+        """Send the head of the answer. Raises AgentGone."""
         if self.is_last:
-            headers.append((b"connection", b"close"))
-        await self._send(h11.Response(status_code=answer.status_code, headers=headers), exchange)
-        while (data := await upstream.piece()) is not None:
-            exchange.sent_bytes += len(data)
-            await self._send(h11.Data(data=data))
-        await self._send(h11.EndOfMessage())
+            headers = [*headers, (b"connection", b"close")]
+        exchange.is_head_sent = True
+        await self.send(h11.Response(status_code=status, headers=headers))
 
-    async def _send_error(self, error: ErrorReply, exchange: Exchange) -> None:
-        body = error.body()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), *error.headers]
-        if self._http.their_state is not h11.DONE:  # what is left of its body is not worth the wait
-            headers.append(("connection", "close"))
-        exchange.sent_bytes = len(body)
-        await self._send(h11.Response(status_code=error.status, headers=headers), exchange)
-        await self._send(h11.Data(data=body))
-        await self._send(h11.EndOfMessage())
-
-    async def _send(self, event: h11.Event, exchange: Exchange | None = None) -> None:
-        """Send a part of the answer; with `exchange` its head. Raises AgentGone."""
-        if exchange is not None:
-            exchange.is_head_sent = True
+    async def send(self, event: h11.Event) -> None:
+        """Send a part of the answer. Raises AgentGone."""
         try:
             await self._stream.send(event, stall_s=limits.AGENT_STALL_S)
         except OSError as exc:
             raise AgentGone from exc
+
+    async def _send_error(self, error: Denied, exchange: Exchange) -> None:
+        body = render_error(error)
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), *error.headers]
+        if self._http.their_state is not h11.DONE:  # what is left of its body is not worth the wait
+            headers.append(("connection", "close"))
+        exchange.down_bytes = len(body)
+        # The reason in the status line too: of an answer to CONNECT, tools show nothing else.
+        await self.send(h11.Response(status_code=error.status, reason=error.reason, headers=headers))
+        await self.send(h11.Data(data=body))
+        await self.send(h11.EndOfMessage())
 
     async def _linger(self) -> None:
         """Read what still comes, for a while: a close with unread data could take the answer with it."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+from nanoclawd.policy import Denied
+
 #: The API's name of an error, by status. https://docs.anthropic.com/en/api/errors
 KINDS = {
-    **dict.fromkeys((400, 431, 501, 505), "invalid_request_error"),
+    **dict.fromkeys((400, 414, 431, 501, 505), "invalid_request_error"),
     **dict.fromkeys((403, 405), "permission_error"),
     **dict.fromkeys((408, 504), "timeout_error"),
     **dict.fromkeys((500, 502, 503), "api_error"),
@@ -17,19 +19,11 @@ KINDS = {
 }
 
 
-class ErrorReply(Exception):
-    """This request ends here; the agent is told `status` and `message`."""
-
-    def __init__(self, status: int, reason: str, message: str, *headers: tuple[str, str]) -> None:
-        super().__init__(message)
-        self.status = status
-        self.reason = reason  #: a word or two for the journal, e.g. "no-credential"; never content
-        self.headers = headers
-
-    def body(self) -> bytes:
-        error = {"type": KINDS[self.status], "message": str(self)}
-        return json.dumps({"type": "error", "error": error}).encode()
-
-
 class AgentGone(Exception):
     """The agent hung up, or takes nothing any more."""
+
+
+def render_error(error: Denied) -> bytes:
+    """Return the body that tells an agent why."""
+    shown = {"type": KINDS[error.status], "message": str(error)}
+    return json.dumps({"type": "error", "error": shown}).encode()

@@ -10,6 +10,8 @@ from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.gateway.sessions import Gateway, check_listener
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName, parse_agent_name, parse_session_name, unit_name
+from nanoclawd.policy import from_json
+from nanoclawd.routes import Route
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.version import VERSION
@@ -25,6 +27,7 @@ class GatewayService:
         self.service = Service(
             interface=read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink"),
             methods={
+                "SetPolicy": Method(handler=self._set_policy),
                 "Attach": Method(handler=self._attach),
                 "Detach": Method(handler=self._detach),
                 "Status": Method(handler=self._status),
@@ -45,6 +48,13 @@ class GatewayService:
         journal.info("attached", agent=agent, session=session, unit=unit_name(agent, session))
         return {}
 
+    async def _set_policy(self, call: Call) -> Json:
+        agent = parse_agent_name(call.parameters["agent"])
+        rules = tuple(map(from_json, call.parameters["rules"]))
+        self._gateway.set_policy(agent, rules)
+        journal.info("policy-set", agent=agent, rules=len(rules))
+        return {}
+
     async def _detach(self, call: Call) -> Json:
         agent, session = _session(call)
         self._gateway.detach(agent, session)
@@ -54,16 +64,16 @@ class GatewayService:
     async def _status(self, call: Call) -> Json:
         settings = self._gateway.settings
         if isinstance(settings, ConfigError):
-            routes = [{"provider": "", "endpoint": "", "credential": "", "credentialState": str(settings)}]
+            routes = [{"name": "", "endpoint": "", "credential": "", "credentialState": str(settings)}]
         else:
             routes = [
                 {
-                    "provider": provider.name,
-                    "endpoint": str(provider.endpoint),
-                    "credential": provider.credential,
-                    "credentialState": await self._gateway.keys.describe(provider.credential),
+                    "name": route.name,
+                    "endpoint": str(route.endpoint),
+                    "credential": route.credential or "",
+                    "credentialState": await self._describe(route),
                 }
-                for provider in settings.providers.values()
+                for route in settings.routes.values()
             ]
         return {
             "version": VERSION,
@@ -71,6 +81,9 @@ class GatewayService:
             "routes": routes,
             "sandbox": [asdict(check) for check in self._sandbox],
         }
+
+    async def _describe(self, route: Route) -> str:
+        return await self._gateway.keys.describe(route.credential) if route.credential else "ok"
 
 
 def _session(call: Call) -> tuple[AgentName, SessionName]:

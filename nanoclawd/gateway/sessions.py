@@ -7,7 +7,7 @@ import os
 import socket
 import ssl
 import time
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from systemd import daemon
@@ -15,13 +15,16 @@ from systemd import daemon
 from nanoclawd import journal
 from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.gateway import limits
+from nanoclawd.gateway.addresses import resolve
+from nanoclawd.gateway.exchange import Exchange
 from nanoclawd.gateway.keys import Keys
-from nanoclawd.gateway.proxy import AgentConnection, Exchange
-from nanoclawd.gateway.replies import ErrorReply
-from nanoclawd.gateway.upstream import Pool
+from nanoclawd.gateway.proxy import AgentConnection
+from nanoclawd.gateway.upstream import Pool, dial
 from nanoclawd.ids import AgentName, SessionName, unit_name
+from nanoclawd.policy import Ask, Decision, Denied, Rule, Rules, decide
 from nanoclawd.rates import Rate
-from nanoclawd.settings import Provider, Settings
+from nanoclawd.routes import Route
+from nanoclawd.settings import Settings
 from nanoclawd.sockets import accept
 
 
@@ -35,6 +38,7 @@ class Session:
         self.accepting: asyncio.Task[None] | None = None  #: serves the listener, and closes it at its end
         self.open: dict[AgentConnection, asyncio.Task[None]] = {}
         self.slots = asyncio.Semaphore(limits.CONNECTIONS)
+        self._lookups = asyncio.Semaphore(limits.LOOKUPS)
         self._rate = Rate(limits.REQUESTS_PER_S, limits.REQUESTS_BURST)
         self._quiet_until = 0.0
 
@@ -49,11 +53,28 @@ class Session:
             self.accepting.cancel()
 
     async def check_rate(self) -> None:
-        """Count one request. Raises ErrorReply if there were too many."""
+        """Count one request. Raises Denied if there were too many."""
         if self._rate.take():
             await asyncio.sleep(limits.TOO_FAST_S)
             message = f"This session asks more than {limits.REQUESTS_PER_S:.0f} times a second."
-            raise ErrorReply(429, "too-fast", message, ("retry-after", "1"))
+            raise Denied(429, "too-fast", message, ("retry-after", "1"))
+
+    def decide(self, ask: Ask) -> Decision:
+        """Return what the agent's policy says; whom the router told no policy may nothing."""
+        return decide(self.gateway.policies.get(self.agent, ()), ask)
+
+    def check_rule_rate(self, rule: Rule) -> None:
+        """Count one request that `rule` allows. Raises Denied if there were too many."""
+        rates = self.gateway.rates.setdefault(self.agent, {})
+        rate = rates.setdefault(rule, Rate(rule.per_minute / 60, rule.per_minute))
+        if wait_s := rate.take():
+            message = f"The policy allows {rule.per_minute} requests a minute here."
+            raise Denied(429, "rule-rate", message, ("retry-after", f"{wait_s:.0f}"))
+
+    async def dial(self, ask: Ask, rule: Rule) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect to the host that `ask` names, which `rule` allows. Raises Denied."""
+        addresses = await resolve(ask.host, ask.port, rule, self.gateway.threads, self._lookups)
+        return await dial(ask.host, ask.port, addresses)
 
     def log(self, exchange: Exchange) -> None:
         """Write one line about a finished request."""
@@ -61,11 +82,8 @@ class Session:
             if time.monotonic() < self._quiet_until:
                 return
             self._quiet_until = time.monotonic() + limits.LOG_TOO_FAST_S
-        fields = asdict(exchange)
-        fields["took_ms"] = round((time.monotonic() - fields.pop("started")) * 1000)
-        del fields["is_head_sent"]
         unit = unit_name(self.agent, self.name)
-        journal.info("request", agent=self.agent, session=self.name, **fields, unit=unit)
+        journal.info("request", agent=self.agent, session=self.name, **exchange.describe(), unit=unit)
 
 
 class Gateway:
@@ -74,16 +92,33 @@ class Gateway:
     def __init__(self, tasks: asyncio.TaskGroup, tls: ssl.SSLContext) -> None:
         #: What nanoclaw.toml said last, or why it could not be read: then nothing is forwarded.
         self.settings: Settings | ConfigError = ConfigError("nanoclaw.toml was not read yet")
+        #: By agent what the router told of its policy; nothing allows nothing.
+        self.policies: dict[AgentName, Rules] = {}
+        self.rates: dict[AgentName, dict[Rule, Rate]] = {}
         self.keys = Keys()
+        self.threads = ThreadPoolExecutor(limits.LOOKUP_THREADS, thread_name_prefix="lookup")
         self.pool = Pool(tasks, tls)
         self.sessions: dict[tuple[AgentName, SessionName], Session] = {}
         self._tasks = tasks
 
-    def provider(self, name: str) -> Provider:
-        """Return the provider `name`. Raises ErrorReply."""
+    def route(self, name: str) -> Route:
+        """Return the route `name`. Raises Denied."""
         if isinstance(self.settings, ConfigError):
-            raise ErrorReply(503, "bad-config", f"The gateway has no configuration: {self.settings}.")
-        return self.settings.providers[name]
+            raise Denied(503, "bad-config", f"The gateway has no configuration: {self.settings}.")
+        if name not in self.settings.routes:
+            raise Denied(404, "unknown-route", f"There is no route '{name}' in nanoclaw.toml.")
+        return self.settings.routes[name]
+
+    def set_policy(self, agent: AgentName, rules: Rules) -> None:
+        """Take over an agent's policy; what runs and is allowed no more ends at once."""
+        self.policies[agent] = rules
+        self.rates[agent] = {rule: rate for rule, rate in self.rates.get(agent, {}).items() if rule in rules}
+        for session in self.sessions.values():
+            for connection, task in session.open.items() if session.agent == agent else ():
+                exchange = connection.exchange
+                if exchange and exchange.ask and not session.decide(exchange.ask).allowed:
+                    exchange.reason = "policy-changed"
+                    task.cancel()
 
     def attach(self, agent: AgentName, name: SessionName, listener: socket.socket) -> None:
         """Serve `listener` in place of the session's older one; closed at the end. Raises Refused."""
@@ -102,6 +137,9 @@ class Gateway:
             session.stop_accepting()
             for task in session.open.values():
                 task.cancel()
+            if not any(other == agent for other, _ in self.sessions):
+                self.policies.pop(agent, None)
+                self.rates.pop(agent, None)
             self.report_status()
 
     def report_status(self) -> None:
@@ -120,13 +158,14 @@ class Gateway:
         connections = {c: task for session in self.sessions.values() for c, task in session.open.items()}
         for connection, task in connections.items():
             connection.is_last = True
-            if not connection.is_busy:
+            if connection.exchange is None:
                 task.cancel()
         if connections:
             await asyncio.wait(connections.values(), timeout=limits.DRAIN_S)
         for key in list(self.sessions):
             self.detach(*key)
         self.pool.close()
+        self.threads.shutdown(wait=False)
 
     async def _accept(self, session: Session, listener: socket.socket) -> None:
         with listener:

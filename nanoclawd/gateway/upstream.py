@@ -1,4 +1,4 @@
-"""Connections to model endpoints: opened, kept for the next request, given up.
+"""Connections to servers: opened; those to endpoints of routes also kept for the next request, or given up.
 
 A request is never sent twice: what an endpoint did with one that it did not answer is unknown. A kept
 connection is watched, so that one which the endpoint has closed is not used; in the rest of cases the
@@ -11,44 +11,44 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from collections.abc import Sequence
 
 import h11
 
 from nanoclawd.gateway import limits
+from nanoclawd.gateway.addresses import Address
 from nanoclawd.gateway.http import Stream, deadline
-from nanoclawd.gateway.replies import ErrorReply
-from nanoclawd.settings import Endpoint
+from nanoclawd.policy import Denied, authority
+from nanoclawd.routes import Endpoint
 
 
 class Upstream(Stream):
-    """One open connection to an endpoint. Whoever has it ends it by abort() or Pool.put_back()."""
+    """One open connection to a server. Whoever has it ends it by abort() or Pool.put_back()."""
 
     watch: asyncio.Task[None]  #: while it waits in the pool
+    endpoint: Endpoint  #: if it came from the pool
 
-    def __init__(
-        self, endpoint: Endpoint, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=limits.ENDPOINT_HEADER_BYTES)
         super().__init__(http, reader, writer)
-        self.endpoint = endpoint
 
     async def ask(self, event: h11.Event) -> None:
-        """Send a part of the request. Raises ErrorReply if nothing of it is taken, OSError at a hang-up."""
+        """Send a part of the request. Raises Denied if nothing of it is taken, OSError at a hang-up."""
         try:
             await self.send(event, stall_s=limits.ENDPOINT_STALL_S)
         except TimeoutError:
-            raise ErrorReply(504, "endpoint-stalled", "The endpoint takes no data.") from None
+            raise Denied(504, "endpoint-stalled", "The endpoint takes no data.") from None
 
     async def answer(self) -> h11.Response:
-        """Return the head of the answer. Raises ErrorReply."""
+        """Return the head of the answer. Raises Denied."""
         async with deadline(limits.ANSWER_S, 504, "endpoint-silent", "The endpoint did not answer in time."):
             for _ in range(limits.INFORMATIONAL):
                 if isinstance(event := await self._event(), h11.Response):
                     return event
-        raise ErrorReply(502, "endpoint-answer", "The endpoint's answer cannot be read.")
+        raise Denied(502, "endpoint-answer", "The endpoint's answer cannot be read.")
 
     async def piece(self) -> bytes | None:
-        """Return the next piece of the answer's body, None at its end. Raises ErrorReply if it breaks."""
+        """Return the next piece of the answer's body, None at its end. Raises Denied if it breaks."""
         async with deadline(limits.SILENCE_S, 504, "endpoint-silent", "The endpoint fell silent."):
             event = await self._event()
         return bytes(event.data) if isinstance(event, h11.Data) else None
@@ -64,10 +64,10 @@ class Upstream(Stream):
         try:
             return await self.receive()
         except h11.RemoteProtocolError as exc:
-            raise ErrorReply(502, "endpoint-answer", "The endpoint does not speak HTTP.") from exc
+            raise Denied(502, "endpoint-answer", "The endpoint does not speak HTTP.") from exc
         except OSError as exc:
             message = "The endpoint hung up before its answer was complete."
-            raise ErrorReply(502, "endpoint-broke-off", message) from exc
+            raise Denied(502, "endpoint-broke-off", message) from exc
 
 
 class Pool:
@@ -79,7 +79,7 @@ class Pool:
         self._idle: dict[Endpoint, list[Upstream]] = {}
 
     async def connect(self, endpoint: Endpoint) -> Upstream:
-        """Return a connection, by preference the one used last. Raises ErrorReply."""
+        """Return a connection, by preference the one used last. Raises Denied."""
         while waiting := self._idle.get(endpoint):
             upstream = waiting.pop()
             upstream.watch.cancel()
@@ -93,6 +93,7 @@ class Pool:
             upstream.abort()
         try:
             async with asyncio.timeout(limits.CONNECT_S):
+                # Its addresses are not checked: a person named it, and it has to show its certificate.
                 reader, writer = await asyncio.open_connection(
                     endpoint.host,
                     endpoint.port,
@@ -101,12 +102,10 @@ class Pool:
                     happy_eyeballs_delay=0.25,
                 )
         except OSError as exc:
-            raise _no_connection(endpoint, exc) from exc
-        raw = writer.get_extra_info("socket")
-        # A long answer is silent for minutes: keep address translation on the way awake, and find the dead.
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-        return Upstream(endpoint, reader, writer)
+            raise _no_connection(endpoint.authority, endpoint.host, exc) from exc
+        upstream = Upstream(reader, _kept_alive(writer))
+        upstream.endpoint = endpoint
+        return upstream
 
     def put_back(self, upstream: Upstream) -> None:
         """Keep `upstream`, whose answer was read to its end, for the next request if it can carry one."""
@@ -135,21 +134,41 @@ class Pool:
             self._idle[upstream.endpoint].remove(upstream)
 
 
-def _no_connection(endpoint: Endpoint, exc: OSError) -> ErrorReply:
-    at = f"{endpoint.host}:{endpoint.port}"
+async def dial(
+    host: str, port: int, addresses: Sequence[Address]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to the first of `addresses` that takes it: never the name once more. Raises Denied."""
+    problem: OSError = TimeoutError()
+    for address in addresses[: limits.ADDRESSES]:
+        try:
+            async with asyncio.timeout(limits.CONNECT_S / limits.ADDRESSES):
+                reader, writer = await asyncio.open_connection(str(address), port, limit=limits.CHUNK_BYTES)
+                return reader, _kept_alive(writer)
+        except OSError as exc:
+            problem = exc
+    raise _no_connection(authority(host, port), host, problem) from problem
+
+
+def _kept_alive(writer: asyncio.StreamWriter) -> asyncio.StreamWriter:
+    raw = writer.get_extra_info("socket")
+    # A long answer is silent for minutes: keep address translation on the way awake, and find the dead.
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    return writer
+
+
+def _no_connection(at: str, host: str, exc: OSError) -> Denied:
     match exc:
         case TimeoutError():
-            return ErrorReply(
-                504, "connect-timeout", f"No connection to {at} within {limits.CONNECT_S:.0f} s."
-            )
+            return Denied(504, "connect-timeout", f"No connection to {at} within {limits.CONNECT_S:.0f} s.")
         case ssl.SSLCertVerificationError():
             message = f"The certificate of {at} is not valid: {exc.verify_message}."
-            return ErrorReply(502, "tls-certificate", message)
+            return Denied(502, "tls-certificate", message)
         case ssl.SSLError():
-            return ErrorReply(502, "tls", f"No TLS with {at}: {exc.reason}.")
+            return Denied(502, "tls", f"No TLS with {at}: {exc.reason}.")
         case socket.gaierror():
-            return ErrorReply(502, "dns", f"The name {endpoint.host} cannot be resolved: {exc.strerror}.")
-    return ErrorReply(502, "connect", f"No connection to {at}: {exc.strerror or exc}.")
+            return Denied(502, "dns", f"The name {host} cannot be resolved: {exc.strerror}.")
+    return Denied(502, "connect", f"No connection to {at}: {exc.strerror or exc}.")
 
 
 def make_tls() -> ssl.SSLContext:

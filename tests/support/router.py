@@ -385,7 +385,7 @@ class Router:
                     systemd=systemd,
                     registry=registry,
                     outlets=outlets,
-                    gateway=GatewayLink(),
+                    gateway=GatewayLink(lambda _: ()),
                     tasks=tasks,
                     slots=self._slots,
                 )

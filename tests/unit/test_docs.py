@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoclawd import agents
+from nanoclawd import agents, policy
 from nanoclawd.cli.__main__ import EXIT_CODES
 from nanoclawd.cli.parser import Help, parse, render_help
 from nanoclawd.cli.table import COMMANDS, MODULES, NOUNS, Command
@@ -88,11 +88,13 @@ def test_exit_codes_are_in_the_man_page() -> None:
 
 
 def test_every_setting_is_in_the_man_page_and_no_other() -> None:
-    settings, _, of_agents = (MAN / "nanoclaw.toml.5").read_text().partition(".Sh AGENTS")
+    settings, _, rest = (MAN / "nanoclaw.toml.5").read_text().partition(".Sh AGENTS")
+    of_agents, _, of_policies = rest.partition(".Sh POLICY")
 
     assert re.findall(r"^\.It Va (\S+)", settings, re.MULTILINE) == [*SETTINGS]
     documented = re.findall(r"^\.It Va (\S+)", of_agents, re.MULTILINE)
     assert set(documented) == {*agents.KEYS, *(field.name for field in fields(agents.Mount))}
+    assert re.findall(r"^\.It Va (\S+)", of_policies, re.MULTILINE) == [*policy.KEYS]
 
 
 def test_defaults_of_agents_are_in_the_man_page() -> None:

@@ -21,8 +21,8 @@ def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
     assert (settings.max_sessions, settings.idle_exit) == (32, 0)
     assert (settings.attempts, settings.retention_days) == (4, 30)
     assert settings.mounts == ()
-    assert str(settings.providers["anthropic"].endpoint) == "https://api.anthropic.com"
-    assert settings.providers["anthropic"].credential == "anthropic"
+    assert str(settings.routes["anthropic"].endpoint) == "https://api.anthropic.com"
+    assert settings.routes["anthropic"].credential == "anthropic"
 
 
 def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         AllowedMount(path=Path("/home/claw/src"), read_only=True),
         AllowedMount(path=Path("/srv/data"), read_only=False),
     )
-    provider = settings.providers["anthropic"]
+    provider = settings.routes["anthropic"]
     assert str(provider.endpoint) == "https://models.example:8443/proxy"
     assert provider.endpoint.authority == "models.example:8443"
     assert provider.credential == "work-key"

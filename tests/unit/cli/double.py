@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import idl, paths
+from nanoclawd import idl, paths, policy
 from nanoclawd.errors import NanoclawError, Refused
 from nanoclawd.ids import no_agent
 from nanoclawd.server import Call, Method, Server, Service
@@ -128,7 +128,7 @@ STATUS: Json = {
         "sessions": [],
         "routes": [
             {
-                "provider": "anthropic",
+                "name": "anthropic",
                 "endpoint": "https://api.anthropic.com",
                 "credential": "anthropic",
                 "credentialState": "ok",
@@ -153,6 +153,7 @@ class RouterDouble:
         self.fail: dict[str, NanoclawError] = {}  #: by method
         self.calls: list[tuple[str, Json]] = []
         self.trash: str | None = None
+        self.rules: policy.Rules = ()
         self.messages: dict[str, Json] = {}  #: by event
         self.pending: list[Json] = []  #: deliveries that are not reported
         self.reports: list[str] = []  #: keys
@@ -309,6 +310,18 @@ class RouterDouble:
             "unitFile": "/home/ada/.config/containers/systemd/nanoclaw/berta/nanoclaw-berta@.container",
             "dropInDirectory": "/home/ada/.config/containers/systemd/nanoclaw-berta@.container.d",
         }
+
+    async def _ShowPolicy(self, _call: Call) -> Json:
+        return {"rules": [*map(policy.to_json, self.rules)]}
+
+    async def _AddRule(self, call: Call) -> Json:
+        self.rules = policy.with_rule(self.rules, policy.from_json(call.parameters["rule"]))
+        return {"rules": [*map(policy.to_json, self.rules)]}
+
+    async def _TestPolicy(self, call: Call) -> Json:
+        ask = policy.parse_url(call.parameters["method"], call.parameters["url"])
+        allowed, number, _, reason, message = policy.decide(self.rules, ask)
+        return {"allowed": allowed, "way": ask.way, "rule": number, "reason": reason, "message": message}
 
     async def _RemoveAgent(self, call: Call) -> Json:
         del self.agents[call.parameters["name"]]

@@ -188,9 +188,7 @@ def test_socket_unit_that_is_not_enabled_is_a_warning(good: Path) -> None:
 
 
 def test_credential_counts_only_if_its_provider_is_used() -> None:
-    routes = [
-        {"provider": "anthropic", "endpoint": "", "credential": "anthropic", "credentialState": "absent"}
-    ]
+    routes = [{"name": "anthropic", "endpoint": "", "credential": "anthropic", "credentialState": "absent"}]
     thinker = {"name": "a", "configuration": {**CONFIGURATION, "provider": "anthropic"}, "runtime": RUNTIME}
 
     assert list(doctor.check_credentials(routes, [])) == []

@@ -8,17 +8,20 @@ import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nanoclawd.gateway.sessions import Gateway, Session
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.policy import Rule, Rules
 from nanoclawd.settings import parse_settings
 
 AGENT, SESSION = AgentName("berta"), SessionName("s1")
 KEY = b"sk-ant-test-0123456789"
+MODEL_ONLY: Rules = (Rule(route="anthropic"),)
+HANDLER_PORT = 1  #: in rules: the port of the handler
 
 #: Answers one connection of the gateway; it reads requests with read_request().
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -91,6 +94,7 @@ class Bench:
 
     gateway: Gateway
     path: Path  #: the session's socket
+    port: int  #: of the endpoint
     #: One a connection to the endpoint.
     connections: list[asyncio.Task[Any] | None] = field(default_factory=list)
     _open: list[asyncio.StreamWriter] = field(default_factory=list)
@@ -127,11 +131,17 @@ def listen(path: Path) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def bench(
-    directory: Path, handler: Handler | None, *, settings: str = "", tls: ssl.SSLContext | None = None
+    directory: Path,
+    handler: Handler | None,
+    *,
+    settings: str = "",
+    tls: ssl.SSLContext | None = None,
+    rules: Rules = MODEL_ONLY,
 ) -> AsyncIterator[Bench]:
     """Run a gateway with one session, forwarding to `handler` (None: to a port where nobody listens).
 
-    With `tls` the endpoint speaks TLS, as https://localhost.
+    With `tls` the endpoint speaks TLS, as https://localhost. In `settings` PORT stands
+    for its port, in `rules` HANDLER_PORT.
     """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -152,13 +162,15 @@ async def bench(
         server.close()
         await server.wait_closed()
     endpoint = f"https://localhost:{port}" if tls else f"http://127.0.0.1:{port}"
-    settings = settings or f'[providers.anthropic]\nendpoint = "{endpoint}"\n'
+    rules = tuple(replace(rule, port=port) if rule.port == HANDLER_PORT else rule for rule in rules)
+    settings = settings.replace("PORT", str(port)) or f'[providers.anthropic]\nendpoint = "{endpoint}"\n'
     async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         gateway = Gateway(tasks, make_tls())
         gateway.settings = parse_settings(settings)
         path = directory / "gateway.sock"
+        gateway.set_policy(AGENT, rules)
         gateway.attach(AGENT, SESSION, listen(path))
-        table = Bench(gateway, path)
+        table = Bench(gateway, path, port)
         try:
             yield table
         finally:

@@ -15,6 +15,7 @@ from nanoclawd import credentials
 from nanoclawd.errors import ConfigError
 from nanoclawd.gateway import limits
 from nanoclawd.ids import CredentialName
+from nanoclawd.policy import Rule
 from tests.unit.gateway.harness import (
     AGENT,
     KEY,
@@ -76,7 +77,14 @@ def test_request_gets_the_key_and_its_own_headers(directory: Path) -> None:
     line, headers, body = seen[0]
     assert line == "POST /v1/messages?beta=true HTTP/1.1"
     assert body == b'{"model": "m"}'
-    assert [name for name, _ in headers] == [b"host", b"anthropic-version", b"x-api-key", b"content-length"]
+    assert [name for name, _ in headers] == [
+        b"host",
+        b"anthropic-version",
+        b"accept-encoding",
+        b"x-api-key",
+        b"content-length",
+    ]
+    assert (b"accept-encoding", b"identity") in headers
     assert (b"x-api-key", KEY) in headers
     assert (reply.status, reply.body) == (200, b"{}")
 
@@ -232,11 +240,38 @@ def test_redirect_is_not_followed(directory: Path) -> None:
 
 
 def test_key_does_not_come_back_in_headers(directory: Path) -> None:
-    echo = b"HTTP/1.1 200 OK\r\nX-Echo: key=" + KEY + b"\r\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\n{}"
+    echo = (
+        b"HTTP/1.1 200 OK\r\nX-Echo: key="
+        + KEY.upper()
+        + b"\r\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\n{}"
+    )
 
     reply = ask(directory, post(), echo)
 
     assert [name for name, _ in reply.headers] == [b"content-length"]
+
+
+def test_key_does_not_come_back_in_a_body(directory: Path) -> None:
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n[" % (len(KEY) + 2) + KEY[:7])
+        await writer.drain()
+        await asyncio.sleep(0.02)  # so that it comes in two pieces
+        writer.write(KEY[7:] + b"]")
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(post())
+
+    assert asyncio.run(main()).body == b"[" + b"*" * len(KEY) + b"]"
+
+
+def test_answer_in_which_a_key_could_hide_is_refused(directory: Path) -> None:
+    reply = ask(
+        directory, post(), b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"
+    )
+
+    assert (reply.status, reply.error["type"]) == (502, "api_error")
 
 
 def test_informational_answers_are_skipped(directory: Path) -> None:
@@ -464,7 +499,7 @@ def test_broken_configuration_refuses_all(directory: Path) -> None:
         (b"GARBAGE\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", 400),
         (POST + b"X: " + b"y" * limits.HEADER_BYTES + b"\r\n\r\n", 431),
-        (POST + b"Content-Length: %d\r\n\r\n" % (limits.BODY_BYTES + 1), 413),
+        (POST + b"Content-Length: %d\r\n\r\n" % (Rule().max_up_bytes + 1), 413),
         (b"GET /anthropic/v1/models HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx", 400),
     ],
 )
@@ -476,12 +511,14 @@ def test_malformed_request_is_refused(directory: Path, request_bytes: bytes, sta
     assert reply.header(b"connection") == b"close"
 
 
-def test_chunked_body_over_the_limit_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BODY_BYTES", 10)
+def test_chunked_body_over_the_limit_is_refused(directory: Path) -> None:
+    async def main() -> Reply:
+        rules = (Rule(route="anthropic", max_up_bytes=100),)
+        async with bench(directory, answer(OK), rules=rules) as table:
+            chunk = b"40\r\n" + b"x" * 64 + b"\r\n"
+            return await table.ask(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 2 + b"0\r\n\r\n")
 
-    reply = ask(directory, POST + b"Transfer-Encoding: chunked\r\n\r\nb\r\n01234567890\r\n0\r\n\r\n")
-
-    assert reply.status == 413
+    assert asyncio.run(main()).status == 413
 
 
 @pytest.mark.parametrize(

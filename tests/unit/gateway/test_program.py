@@ -19,6 +19,7 @@ import pytest
 
 from nanoclawd import credentials, varlink
 from nanoclawd.ids import CredentialName
+from nanoclawd.policy import Rule, to_json
 from nanoclawd.wire import Json, VarlinkError
 from tests.support.messages_api import MessagesApi
 from tests.unit.gateway.harness import KEY, listen
@@ -81,6 +82,8 @@ class Program:
         return asyncio.run(main())
 
     def attach(self, listener: socket.socket, session: str = "s1") -> None:
+        rules = [to_json(Rule(route="anthropic"))]
+        self.call("io.nanoclaw.Gateway.SetPolicy", {"agent": "berta", "rules": rules})
         self.call("io.nanoclaw.Gateway.Attach", {"agent": "berta", "session": session}, fd=listener.fileno())
 
     def close(self) -> None:
@@ -326,8 +329,8 @@ def test_log_has_one_line_a_request_and_no_content(
     log = program.log.read_text()
     (line,) = [line for line in log.splitlines() if "request:" in line]
     assert (
-        "agent=berta session=s1 provider=anthropic method=POST path=/anthropic/v1/messages status=200"
-        in line
+        "agent=berta session=s1 way=route route=anthropic method=POST path=/anthropic/v1/messages rule=1 "
+        "status=200" in line
     )
     assert not any(word in log for word in ("the-question", "the-answer", KEY.decode()))
 

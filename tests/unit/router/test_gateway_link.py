@@ -17,11 +17,17 @@ from nanoclawd.errors import Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.policy import Rule, Rules, from_json
 from nanoclawd.server import Call, Method, Server, Service
 from nanoclawd.wire import Json
 from tests.support.varlink_peer import eventually
 
 BERTA = AgentName("berta")
+RULES = (Rule(host="pypi.org", methods=("GET",)),)
+
+
+def policy_of(agent: AgentName) -> Rules:
+    return RULES
 
 
 class GatewayDouble:
@@ -29,14 +35,21 @@ class GatewayDouble:
 
     def __init__(self) -> None:
         self.has: dict[str, int] = {}  #: inode of the listener by session
+        self.policies: dict[str, Rules] = {}
         self.hang = asyncio.Event()
         self.hang.set()
         interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
         handlers = {"Attach": self._attach, "Detach": self._detach, "Status": self._status}
+        handlers["SetPolicy"] = self._set_policy
         methods = {name: Method(handler=handler) for name, handler in handlers.items()}
         self.service = Service(interface=interface, methods=methods)
 
+    async def _set_policy(self, call: Call) -> Json:
+        self.policies[call.parameters["agent"]] = tuple(map(from_json, call.parameters["rules"]))
+        return {}
+
     async def _attach(self, call: Call) -> Json:
+        assert call.parameters["agent"] in self.policies, "the policy comes first"
         await self.hang.wait()
         fd = call.connection.take_fd()
         assert fd is not None
@@ -58,6 +71,7 @@ class GatewayDouble:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         self.has.clear()
+        self.policies.clear()
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
@@ -89,7 +103,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gateway_has_what_lives_also_after_its_restart() -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink()
+        gateway, link = GatewayDouble(), GatewayLink(policy_of)
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(5)}
             inodes = {name: os.fstat(sock.fileno()).st_ino for name, sock in listeners.items()}
@@ -114,7 +128,7 @@ def test_gateway_has_what_lives_also_after_its_restart() -> None:
 @pytest.mark.parametrize("adopted", [[], ["1"]])
 def test_gateway_keeps_nothing_that_ended_without_a_router(adopted: list[str]) -> None:
     async def run() -> None:
-        gateway, link, next_link = GatewayDouble(), GatewayLink(), GatewayLink()
+        gateway, link, next_link = GatewayDouble(), GatewayLink(policy_of), GatewayLink(policy_of)
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(3)}
             async with gateway.served():
@@ -134,7 +148,7 @@ def test_session_that_ends_while_others_are_handed_over_disturbs_none(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink()
+        gateway, link = GatewayDouble(), GatewayLink(policy_of)
         gateway.hang.clear()
         listeners = {name: socket.socket(socket.AF_UNIX) for name in "abc"}
         async with gateway.served(), running(link):
@@ -158,7 +172,7 @@ def test_gateway_that_does_not_answer_is_asked_again(
 ) -> None:
     async def run() -> None:
         monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
-        gateway, link = GatewayDouble(), GatewayLink()
+        gateway, link = GatewayDouble(), GatewayLink(policy_of)
         gateway.hang.clear()
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
@@ -172,4 +186,37 @@ def test_gateway_that_does_not_answer_is_asked_again(
 
 def test_status_of_a_gateway_that_is_away() -> None:
     with pytest.raises(Unavailable, match="cannot connect"):
-        asyncio.run(GatewayLink().status())
+        asyncio.run(GatewayLink(policy_of).status())
+
+
+def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
+    async def run() -> None:
+        rules: Rules = RULES
+        gateway, link = GatewayDouble(), GatewayLink(lambda _: rules)
+        with socket.socket(socket.AF_UNIX) as listener:
+            async with gateway.served(), running(link):
+                link.attach(BERTA, SessionName("a"), listener)
+                await link.refresh()
+                assert gateway.policies == {"berta": RULES} and list(gateway.has) == ["a"]
+                for rules in ((), (Rule(route="x", deny=True), *RULES)):
+                    await link.refresh()
+                    assert gateway.policies == {"berta": rules}
+
+    asyncio.run(run())
+
+
+def test_refresh_does_not_wait_for_a_gateway_that_nobody_needs() -> None:
+    asyncio.run(GatewayLink(policy_of).refresh())
+
+
+def test_refresh_tells_of_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
+        link = GatewayLink(policy_of)
+        with socket.socket(socket.AF_UNIX) as listener:
+            async with running(link):
+                link.attach(BERTA, SessionName("a"), listener)
+                with pytest.raises(Unavailable, match="did not take"):
+                    await link.refresh()
+
+    asyncio.run(run())

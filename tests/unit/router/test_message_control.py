@@ -76,7 +76,7 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         registry=cast(Registry, place.registry),
         sessions=router.sessions,
         outlets=router.outlets,
-        gateway=GatewayLink(),
+        gateway=GatewayLink(lambda _: ()),
         sandbox=[],
     )
     serving = asyncio.create_task(Server(control.service, listener).run())

@@ -41,6 +41,7 @@ class Runner:
             "NOTIFY_SOCKET": str(self.place / "notify.sock"),
             "NANOCLAW_HOST_SOCKET": str(self.place / "host.sock"),
             "NANOCLAW_GATEWAY_SOCKET": str(self.place / "gateway.sock"),
+            "NANOCLAW_PROXY": "",
             "NANOCLAW_SESSION": str(self.session),
             "NANOCLAW_WORKSPACE": str(self.workspace),
         }

@@ -1,19 +1,19 @@
-"""Which requests and headers pass."""
+"""Which requests of a route pass, and which headers."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nanoclawd.credentials import Secret
-from nanoclawd.gateway import limits, policy
-from nanoclawd.gateway.replies import KINDS, ErrorReply
+from nanoclawd.gateway import headers
+from nanoclawd.gateway.replies import KINDS
 from nanoclawd.ids import CredentialName
-from nanoclawd.settings import Endpoint
+from nanoclawd.policy import Denied, parse_ask
+from nanoclawd.routes import Endpoint, anthropic
 
 SECRET = Secret(CredentialName("anthropic"), b"sk-ant-0123456789")
-ENDPOINT = Endpoint(tls=True, host="api.anthropic.com", port=443, path="")
+NAME = CredentialName("anthropic")
+ANTHROPIC = anthropic(Endpoint(tls=True, host="api.anthropic.com", port=443, path=""), NAME)
 
 
 @pytest.mark.parametrize(
@@ -28,41 +28,38 @@ ENDPOINT = Endpoint(tls=True, host="api.anthropic.com", port=443, path="")
     ],
 )
 def test_request_of_the_table_passes(method: str, target: str, path: str, query: str) -> None:
-    found = policy.check_target(method.encode(), target.encode())
+    ask = parse_ask(method, target)
+    ANTHROPIC.check(ask)
 
-    assert (found.provider, found.path, found.query) == ("anthropic", path, query)
+    assert (ask.route, ask.target) == ("anthropic", f"{path}?{query}" if query else path)
 
 
 @pytest.mark.parametrize(
     ("method", "target", "status"),
     [
-        ("POST", "http://api.anthropic.com/v1/messages", 400),
         ("POST", "https://evil.example/anthropic/v1/messages", 400),
         ("POST", "//evil.example/anthropic/v1/messages", 400),
         ("POST", "user:pw@evil.example", 400),
-        ("CONNECT", "evil.example:443", 400),
         ("OPTIONS", "*", 400),
-        ("POST", "/anthropic/v1/%6dessages", 400),
+        ("POST", "/anthropic/v1/%6dessages", 403),
         ("POST", "/anthropic/v1/messages%2f..%2ffiles", 400),
         ("GET", "/anthropic/v1/models/%2e%2e/files", 400),
         ("POST", "/anthropic\\v1\\messages", 400),
         ("POST", "/anthropic/v1/messages;x=1", 400),
         ("POST", "/anthropic/v1/messages#x", 400),
-        ("GET", "/anthropic/v1/models/..", 403),
-        ("GET", "/anthropic/v1/models/../files", 403),
-        ("GET", "/anthropic/v1/models/./x", 403),
+        ("GET", "/anthropic/v1/models/..", 400),
+        ("GET", "/anthropic/v1/models/../files", 400),
+        ("GET", "/anthropic/v1/models/./x", 400),
         ("GET", "/anthropic/v1/models/.hidden", 403),
         ("GET", "/anthropic/v1/models/a..b", 403),
         ("GET", "/anthropic/v1/models/", 403),
         ("POST", "/anthropic/v1/messages/", 403),
-        ("POST", "/anthropic//v1/messages", 403),
+        ("POST", "/anthropic//v1/messages", 400),
         ("POST", "/anthropic/V1/messages", 403),
         ("POST", "/anthropic/v1/messages/batches", 403),
         ("POST", "/anthropic/v1/files", 403),
         ("GET", "/anthropic/v1/organizations/me", 403),
         ("GET", "/anthropic", 403),
-        ("POST", "/v1/messages", 404),
-        ("POST", "/openai/v1/messages", 404),
         ("GET", "/", 400),
         ("GET", "/anthropic/v1/messages", 405),
         ("DELETE", "/anthropic/v1/models/x", 405),
@@ -73,49 +70,34 @@ def test_request_of_the_table_passes(method: str, target: str, path: str, query:
         ("POST", "/anthropic/v1/messages?beta=true&beta=true", 403),
         ("POST", "/anthropic/v1/messages?api_key=x", 403),
         ("POST", "/anthropic/v1/messages?beta=true?x=1", 400),
-        ("POST", "/anthropic/v1/messages?beta=" + "x" * 300, 400),
-        ("GET", "/anthropic/v1/models/" + "x" * 600, 400),
     ],
 )
 def test_request_outside_the_table_is_refused(method: str, target: str, status: int) -> None:
-    with pytest.raises(ErrorReply) as caught:
-        policy.check_target(method.encode(), target.encode())
+    with pytest.raises(Denied) as caught:
+        ANTHROPIC.check(parse_ask(method, target))
 
     assert caught.value.status == status
     assert caught.value.status in KINDS
 
 
-@given(
-    st.binary(max_size=200), st.sampled_from(["", "/anthropic/", "/anthropic/v1/models/", "/anthropic/v1/"])
-)
-def test_no_target_leaves_the_table(tail: bytes, head: str) -> None:
-    try:
-        found = policy.check_target(b"GET", head.encode() + tail)
-    except ErrorReply:
-        return
-
-    assert found.path == "/v1/models" or found.path.startswith("/v1/models/")
-    assert ".." not in found.path and "//" not in found.path and not set("%\\?#; ") & set(found.path)
-
-
 def test_length_beside_a_transfer_coding_is_refused() -> None:
-    with pytest.raises(ErrorReply) as caught:
-        policy.body_headers(b"POST", [(b"content-length", b"2"), (b"transfer-encoding", b"chunked")])
+    with pytest.raises(Denied) as caught:
+        headers.body_headers(b"POST", [(b"content-length", b"2"), (b"transfer-encoding", b"chunked")], 100)
 
     assert caught.value.status == 400
 
 
 def test_length_over_the_limit_is_refused() -> None:
-    with pytest.raises(ErrorReply) as caught:
-        policy.body_headers(b"POST", [(b"content-length", b"%d" % (limits.BODY_BYTES + 1))])
+    with pytest.raises(Denied) as caught:
+        headers.body_headers(b"POST", [(b"content-length", b"101")], 100)
 
     assert caught.value.status == 413
 
 
-@pytest.mark.parametrize("headers", [[(b"content-length", b"1")], [(b"transfer-encoding", b"chunked")]])
-def test_get_with_a_body_is_refused(headers: list[policy.Header]) -> None:
-    with pytest.raises(ErrorReply):
-        policy.body_headers(b"GET", headers)
+@pytest.mark.parametrize("given", [[(b"content-length", b"1")], [(b"transfer-encoding", b"chunked")]])
+def test_get_with_a_body_is_refused(given: list[headers.Header]) -> None:
+    with pytest.raises(Denied):
+        headers.body_headers(b"GET", given, 100)
 
 
 @pytest.mark.parametrize(
@@ -141,24 +123,24 @@ def test_get_with_a_body_is_refused(headers: list[policy.Header]) -> None:
         "content-length",
         "transfer-encoding",
         "origin",
-        "range",
         "x-unknown",
     ],
 )
 def test_header_of_an_agent_stays_here(name: str) -> None:
     given_headers = [(name.encode(), b"agent"), (b"anthropic-version", b"2023-06-01")]
 
-    sent = policy.request_headers(given_headers, [], provider="anthropic", endpoint=ENDPOINT, secret=SECRET)
+    sent = headers.route_headers(given_headers, ANTHROPIC, SECRET)
 
     assert sent == [
         (b"host", b"api.anthropic.com"),
         (b"anthropic-version", b"2023-06-01"),
+        (b"accept-encoding", b"identity"),
         (b"x-api-key", SECRET.reveal()),
     ]
 
 
 def test_headers_of_an_answer_are_cleaned() -> None:
-    headers = [
+    answered = [
         (b"content-type", b"text/event-stream"),
         (b"request-id", b"req_1"),
         (b"retry-after", b"7"),
@@ -168,10 +150,9 @@ def test_headers_of_an_answer_are_cleaned() -> None:
         (b"location", b"https://evil.example/"),
         (b"transfer-encoding", b"chunked"),
         (b"content-length", b"99"),
-        (b"x-echo", b"Bearer SK-ANT-0123456789 "),
     ]
 
-    passed = policy.response_headers(headers, SECRET)
+    passed = headers.response_headers(answered, is_route=True)
 
     assert [name for name, _ in passed] == [b"content-type", b"request-id", b"retry-after"]
 

@@ -1,0 +1,61 @@
+"""One request of an agent: who decided about it, what has passed so far, and what the journal is told."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanoclawd.gateway.headers import too_large
+from nanoclawd.policy import Ask, Decision, Way, authority
+
+
+@dataclass(slots=True)
+class Exchange:
+    """Grows while the request is served. Never holds content."""
+
+    method: str = "-"
+    target: str = "-"
+    started: float = field(default_factory=time.monotonic)
+    ask: Ask | None = None  #: None: it could not be understood
+    decision: Decision | None = None
+    status: int = 0
+    reason: str | None = None  #: why it did not end well
+    up_bytes: int = 0  #: from the agent
+    down_bytes: int = 0  #: to the agent
+    is_head_sent: bool = False
+
+    def count(self, up: int, down: int) -> None:
+        """Count bytes that are about to pass. Raises Denied if they are more than the rule allows."""
+        assert self.decision is not None and self.decision.rule is not None
+        rule = self.decision.rule
+        self.up_bytes += up
+        self.down_bytes += down
+        if self.up_bytes > rule.max_up_bytes:
+            raise too_large(rule.max_up_bytes)
+        if self.down_bytes > rule.max_down_bytes:
+            raise too_large(rule.max_down_bytes)
+
+    def expect(self, down: int) -> None:
+        """Raise Denied if an answer of that length would be more than the rule allows."""
+        assert self.decision is not None and self.decision.rule is not None
+        if down > self.decision.rule.max_down_bytes:
+            raise too_large(self.decision.rule.max_down_bytes)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of its line in the journal: no query, and of other people's hosts no path."""
+        ask, decision = self.ask, self.decision
+        is_route = ask is None or ask.way is Way.ROUTE
+        return {
+            "way": ask.way if ask else None,
+            "route": (ask.route or None) if ask else None,
+            "host": authority(ask.host, ask.port) if ask and ask.host else None,
+            "method": self.method,
+            "path": self.target.partition("?")[0][:128] if is_route else None,
+            "rule": decision.number if decision else None,
+            "status": self.status,
+            "reason": self.reason,
+            "up_bytes": self.up_bytes,
+            "down_bytes": self.down_bytes,
+            "took_ms": round((time.monotonic() - self.started) * 1000),
+        }
