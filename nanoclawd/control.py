@@ -39,8 +39,12 @@ _COUNTS = (
     *("queued", "deferred", "leased", "answered", "stopped", "dead"),
     *("deliveriesPending", "deliveriesSent", "deliveriesDead"),
 )
-#: Parameters of AddAgent() and SetAgent() by the key of the agent's file.
-_KEYS = {re.sub("_(.)", lambda found: found[1].upper(), key): key for key in KEYS if key != "mounts"}
+#: Parameters of AddAgent() and SetAgent() by the key of the agent's file; mounts have a form of their own.
+_KEYS = {
+    re.sub("_(.)", lambda found: found[1].upper(), key): key
+    for key in KEYS
+    if key not in ("mounts", "policy")
+}
 
 
 class ControlService:

@@ -403,7 +403,7 @@ def test_runner_that_does_not_stop_is_stopped(place: Place, monkeypatch: pytest.
         await asyncio.Event().wait()
 
     async def run() -> None:
-        monkeypatch.setattr(limits, "STOP_TURN_S", 0.05)
+        monkeypatch.setattr(limits, "STOP_TURN_S", 0.5)
         place.systemd.programs = [ignores]
         async with place.router() as router:
             adapter = await router.attach()
