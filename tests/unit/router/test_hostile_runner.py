@@ -232,8 +232,8 @@ def test_what_is_too_much_waits(
     place: Place, monkeypatch: pytest.MonkeyPatch, lines: Lines, kind: str
 ) -> None:
     if kind != "messages":  # a busy machine may do no more
-        monkeypatch.setattr(limits, "CALLS_PER_S", 50)
-        monkeypatch.setattr(limits, "CALLS_BURST", 50)
+        monkeypatch.setattr(limits, "CALLS_PER_S", 20)
+        monkeypatch.setattr(limits, "CALLS_BURST", 20)
     hostile = Hostile(place, kind)
 
     async def run() -> None:

@@ -581,7 +581,7 @@ def test_goodbye_said_twice_does_not_end_the_next_container(
             assert not (await container.call("Goodbye"))["stay"]
 
     async def run() -> None:
-        monkeypatch.setattr(limits, "STOP_TURN_S", 0.1)
+        monkeypatch.setattr(limits, "STOP_TURN_S", 0.5)
         place.systemd.programs = [says_twice]
         async with place.router() as router:
             adapter = await router.attach()
@@ -591,7 +591,7 @@ def test_goodbye_said_twice_does_not_end_the_next_container(
             await router.deliver("two")
             assert await adapter.reply() == "echo: two"
 
-            await asyncio.sleep(0.2)  # longer than the timer that must not be there
+            await asyncio.sleep(0.6)  # longer than the timer that must not be there
             assert place.systemd.stops == [] and place.systemd.is_running(UNIT)
 
     place.run(run)
