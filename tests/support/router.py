@@ -34,7 +34,7 @@ from nanoclawd.server import Server
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import parse_settings
 from nanoclawd.systemd import LoadedUnit, Systemd, UnitChange
-from nanoclawd.wire import Json
+from nanoclawd.wire import Json, VarlinkError
 from tests.support.varlink_peer import WAIT_S, Peer, eventually
 
 AGENT = "io.nanoclaw.Agent"
