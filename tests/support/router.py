@@ -184,7 +184,9 @@ class SystemdDouble:
         except (OSError, EOFError):
             result = "signal"
         except Exception as exc:  # what a script asserts
-            self.failures.append(exc)
+            last_words = {"message": "the database is closed", "hint": ""}  # of a router that ends
+            if not (isinstance(exc, VarlinkError) and exc.parameters == last_words):
+                self.failures.append(exc)
             result = "exit-code"
         self._tell(container.unit, active_state="deactivating")
         await container.close()
