@@ -233,9 +233,7 @@ async def _recover(
             if row["message"] is None and unit_name(row["agent"], row["name"]) not in running:
                 continue  # nearly all of them, and there may be thousands
             session = Session(session_row(row))
-            agent, name = session.row.agent, session.row.name
-            host = listeners.get(f"host.{agent}.{name}")
-            gateway = listeners.get(f"gateway.{agent}.{name}")
+            host, gateway = map(listeners.get, _listener_names(session))
             if running.get(session.unit) and host is not None and gateway is not None:
                 session.host, session.gateway = host, gateway
                 session.turn = leased_turn(tx, session.row)

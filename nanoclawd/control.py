@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,17 @@ _KEYS = {
 }
 
 
+@dataclass(kw_only=True, eq=False)
 class ControlService:
-    def __init__(
-        self,
-        *,
-        db: Database,
-        systemd: Systemd,
-        registry: Registry,
-        sessions: Sessions,
-        outlets: Outlets,
-        gateway: GatewayLink,
-        sandbox: list[Check],
-    ) -> None:
-        self._db = db
-        self._systemd = systemd
-        self._registry = registry
-        self._sessions = sessions
-        self._outlets = outlets
-        self._gateway = gateway
-        self._sandbox = sandbox
+    db: Database
+    systemd: Systemd
+    registry: Registry
+    sessions: Sessions
+    outlets: Outlets
+    gateway: GatewayLink
+    sandbox: list[Check]
+
+    def __post_init__(self) -> None:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self.service = Service(
@@ -86,8 +79,8 @@ class ControlService:
                 "Backup": Method(handler=self._backup),
                 "StopAll": Method(handler=self._stop_all),
                 "StartAll": Method(handler=self._start_all),
-                **PolicyControl(registry=registry, gateway=gateway).methods,
-                **MessageControl(db=db, registry=registry, sessions=sessions, outlets=outlets).methods,
+                **PolicyControl(registry=self.registry, gateway=self.gateway).methods,
+                **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
             },
         )
 
@@ -96,22 +89,22 @@ class ControlService:
     async def _status(self, call: Call) -> Json:
         problem, gateway = "", None
         try:
-            gateway = await self._gateway.status()
+            gateway = await self.gateway.status()
         except NanoclawError as exc:
             problem = exc.message
-        counts = Counter({row["state"]: row["number"] for row in await self._db.read("count_states")})
+        counts = Counter({row["state"]: row["number"] for row in await self.db.read("count_states")})
         sessions = [session async for session in self._describe_sessions(None)]
         # What goes on comes first, if there is more than a reply can hold.
         active = sorted(
             (s for s in sessions if s["queued"] or s["state"] != SessionState.IDLE),
             key=lambda s: s["state"] in (SessionState.IDLE, SessionState.QUEUED),
         )
-        agents = Counter(self._registry.get(name).state for name in self._registry.names())
+        agents = Counter(self.registry.get(name).state for name in self.registry.names())
         return {
             "version": VERSION,
             "pid": os.getpid(),
             "startedAt": self._started_at,
-            "held": self._sessions.held,
+            "held": self.sessions.held,
             "units": await self._units(),
             "agents": agents.total(),
             "agentsHeld": agents["held"],
@@ -121,7 +114,7 @@ class ControlService:
             "queue": {name: counts[name] for name in _COUNTS},
             "sandbox": [
                 {"name": check.name, "active": check.active, "detail": check.detail}
-                for check in self._sandbox
+                for check in self.sandbox
             ],
             "gateway": gateway,
             "gatewayProblem": problem,
@@ -130,11 +123,11 @@ class ControlService:
     async def _units(self) -> list[Json]:
         units = []
         for unit in sorted(
-            await self._systemd.list_units([*UNITS, "nanoclaw-*@*.service"]), key=lambda u: u.name
+            await self.systemd.list_units([*UNITS, "nanoclaw-*@*.service"]), key=lambda u: u.name
         ):
             memory = None
             if unit.name.endswith(".service") and unit.active_state == "active":
-                memory = await self._systemd.unit_property(unit.name, "Service", "MemoryCurrent")
+                memory = await self.systemd.unit_property(unit.name, "Service", "MemoryCurrent")
             units.append(
                 {
                     "name": unit.name,
@@ -147,29 +140,29 @@ class ControlService:
         return units
 
     async def _stop_all(self, call: Call) -> Json:
-        await self._sessions.hold_all()
+        await self.sessions.hold_all()
         return {}
 
     async def _start_all(self, call: Call) -> Json:
-        await self._sessions.release_all()
+        await self.sessions.release_all()
         return {}
 
     async def _backup(self, call: Call) -> Json:
         file = paths.state() / "backups" / f"nanoclaw.db-{now_ms()}"
         file.parent.mkdir(mode=0o700, exist_ok=True)
-        await self._db.backup(file)
+        await self.db.backup(file)
         return {"file": str(file)}
 
     async def _reload(self, call: Call) -> Json:
         problems = await self.reload()
-        return {"agents": len(self._registry.names()), "problems": problems}
+        return {"agents": len(self.registry.names()), "problems": problems}
 
     async def reload(self) -> list[str]:
         """Read all configuration again; returns what is wrong with agents. Raises ConfigError."""
-        self._registry.settings = read_settings()
-        self._sessions.resize(self._registry.settings.max_sessions)
+        self.registry.settings = read_settings()
+        self.sessions.resize(self.registry.settings.max_sessions)
         self.on_reload()
-        problems = await self._registry.load()
+        problems = await self.registry.load()
         await self._refresh_gateway()
         await self.start_waiting()
         return problems
@@ -177,34 +170,34 @@ class ControlService:
     async def _refresh_gateway(self) -> None:
         """Hand over policies that may have changed. Goes on if the gateway is away: it gets them later."""
         try:
-            await self._gateway.refresh()
+            await self.gateway.refresh()
         except Unavailable as exc:
             journal.warning("policy-not-taken", f"{exc}, going on")
 
     async def start_waiting(self) -> None:
         """Wake every session that has work and an agent that may run; give up those whose agent is gone."""
-        rows = [session_row(row) for row in await self._db.read("find_work")]
-        names = self._registry.names()
-        gone = {row.agent for row in (*rows, *(s.row for s in self._sessions.live()))}.difference(names)
+        rows = [session_row(row) for row in await self.db.read("find_work")]
+        names = self.registry.names()
+        gone = {row.agent for row in (*rows, *(s.row for s in self.sessions.live()))}.difference(names)
         for agent in gone:
             journal.warning("agent-gone", "its file is not there any more, giving up its work", agent=agent)
             await self._give_up(agent, f"there is no agent '{agent}' any more")
         for row in rows:
             if row.agent in names:
-                self._sessions.wake(row)
+                self.sessions.wake(row)
 
     async def _give_up(self, agent: AgentName, reason: str) -> None:
         """Stop all containers of an agent, and tell its chats that nobody will answer."""
-        await self._sessions.stop_containers(agent)
+        await self.sessions.stop_containers(agent)
 
         def bury(tx: Transaction) -> list[Delivery]:
             deliveries = []
             for session in map(session_row, tx.all("list_sessions", agent=agent)):
                 if queue.bury_session(tx, session, reason):
-                    deliveries += self._outlets.claim(tx, session.place)
+                    deliveries += self.outlets.claim(tx, session.place)
             return deliveries
 
-        self._outlets.publish(await self._db.write(bury))
+        self.outlets.publish(await self.db.write(bury))
 
     # --- agents ------------------------------------------------------------------------------------
 
@@ -212,7 +205,7 @@ class ControlService:
         parameters = call.parameters
         parse_agent_name(parameters["name"])
         await _require_image(DEFAULT_IMAGE if parameters["image"] is None else parameters["image"])
-        agent = await self._registry.add(parameters["name"], _values(parameters), parameters["instructions"])
+        agent = await self.registry.add(parameters["name"], _values(parameters), parameters["instructions"])
         return await self._describe(agent)
 
     async def _set_agent(self, call: Call) -> Json:
@@ -222,24 +215,24 @@ class ControlService:
             raise Refused("nothing to change was given")
         if "image" in values:
             await _require_image(values["image"])
-        agent = await self._registry.change(parameters["name"], values, parameters["instructions"])
+        agent = await self.registry.change(parameters["name"], values, parameters["instructions"])
         await self._refresh_gateway()
         await self.start_waiting()  # what was broken may run now
         return await self._describe(agent)
 
     async def _list_agents(self, call: Call) -> Json:
         async def describe() -> AsyncIterator[Json]:
-            for name in self._registry.names():
-                if (agent := self._registry.find(AgentName(name))) is not None:  # not removed meanwhile
+            for name in self.registry.names():
+                if (agent := self.registry.find(AgentName(name))) is not None:  # not removed meanwhile
                     yield {"name": name, **await self._describe(agent)}
 
         return await call.send_all(describe(), {"name": None, "configuration": None, "runtime": None})
 
     async def _show_agent(self, call: Call) -> Json:
-        agent = self._registry.get(call.parameters["name"])
+        agent = self.registry.get(call.parameters["name"])
         return {
             **await self._describe(agent),
-            "instructions": self._registry.instructions(agent.name),
+            "instructions": self.registry.instructions(agent.name),
             "file": str(config_file(agent.name)),
             "workspace": str(paths.workspace(agent.name)),
             "unitFile": str(quadlet.unit_file(agent.name, agent.index)),
@@ -247,38 +240,38 @@ class ControlService:
         }
 
     async def _remove_agent(self, call: Call) -> Json:
-        agent = await self._registry.hold(call.parameters["name"], True)
+        agent = await self.registry.hold(call.parameters["name"], True)
         await self._give_up(agent.name, f"agent '{agent.name}' was removed")
-        trash = await self._registry.remove(agent.name)
+        trash = await self.registry.remove(agent.name)
         return {"trash": str(trash) if trash else None}
 
     async def _start_agent(self, call: Call) -> Json:
-        agent = await self._registry.hold(call.parameters["name"], False)
-        self._registry.config(agent.name)  # broken: say so, it will not run
+        agent = await self.registry.hold(call.parameters["name"], False)
+        self.registry.config(agent.name)  # broken: say so, it will not run
         journal.info("agent-started", agent=agent.name)
         await self.start_waiting()
         return {}
 
     async def _stop_agent(self, call: Call) -> Json:
-        agent = await self._registry.hold(call.parameters["name"], True)
+        agent = await self.registry.hold(call.parameters["name"], True)
         journal.info("agent-stopped", agent=agent.name)
-        await self._sessions.stop_containers(agent.name)
+        await self.sessions.stop_containers(agent.name)
         return {}
 
     async def _restart_agent(self, call: Call) -> Json:
-        agent = self._registry.get(call.parameters["name"])
-        await self._sessions.stop_containers(agent.name)
+        agent = self.registry.get(call.parameters["name"])
+        await self.sessions.stop_containers(agent.name)
         await self.start_waiting()
         return {}
 
     async def _describe(self, agent: Agent) -> Json:
-        rows = await self._db.read("list_sessions", agent=agent.name)
-        running = [s for s in self._sessions.live() if s.row.agent == agent.name and _has_container(s.state)]
+        rows = await self.db.read("list_sessions", agent=agent.name)
+        running = [s for s in self.sessions.live() if s.row.agent == agent.name and _has_container(s.state)]
         return {
             "configuration": None if agent.config is None else _configuration(agent.config),
             "runtime": {
-                "state": "held" if agent.state == "ready" and self._sessions.held else agent.state,
-                "problem": self._sessions.explain_hold(agent.name),
+                "state": "held" if agent.state == "ready" and self.sessions.held else agent.state,
+                "problem": self.sessions.explain_hold(agent.name),
                 "unitTemplate": f"nanoclaw-{agent.name}@.service",
                 "hostUid": quadlet.host_uid(agent.index),
                 "sessions": len(rows),
@@ -291,15 +284,15 @@ class ControlService:
 
     async def _list_sessions(self, call: Call) -> Json:
         if call.parameters["agent"] is not None:
-            self._registry.get(call.parameters["agent"])
+            self.registry.get(call.parameters["agent"])
         sessions = self._describe_sessions(call.parameters["agent"])
         return await call.send_all(({"session": session} async for session in sessions), {"session": None})
 
     async def _describe_sessions(self, agent: str | None) -> AsyncIterator[Json]:
-        heads = {row["id"]: row for row in await self._db.read("find_work")}
-        for row in await self._db.read("list_sessions", agent=agent):
+        heads = {row["id"]: row for row in await self.db.read("find_work")}
+        for row in await self.db.read("list_sessions", agent=agent):
             session = session_row(row)
-            live = self._sessions.find(session)
+            live = self.sessions.find(session)
             head = heads.get(session.id)
             yield {
                 "agent": session.agent,
@@ -309,7 +302,7 @@ class ControlService:
                 "chat": session.chat,
                 "thread": session.thread,
                 "state": live.state if live else SessionState.IDLE,
-                "detail": self._sessions.explain(head) if head else "",
+                "detail": self.sessions.explain(head) if head else "",
                 "queued": row["queued"],
                 "message": row["message"],
             }

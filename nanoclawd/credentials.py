@@ -21,7 +21,7 @@ from typing import Any
 from nanoclawd import paths
 from nanoclawd.client import Client
 from nanoclawd.errors import ConfigError, Failed, NotFound, Refused, Unavailable
-from nanoclawd.files import remove_file, write_bytes
+from nanoclawd.files import read_bytes, remove_file, write_bytes
 from nanoclawd.ids import CREDENTIAL_NAME, CredentialName
 from nanoclawd.wire import VarlinkError
 
@@ -95,15 +95,15 @@ def write(name: CredentialName, value: bytes) -> Entry:
 def read(name: CredentialName) -> Secret:
     """Return the value. Blocks for some 30 ms. Raises NotFound, ConfigError, Unavailable."""
     encrypted, plain = _places(name)
-    try:
-        if (blob := _read_file(encrypted)) is not None:
-            return Secret(name, _decrypt(name, blob))
-        if (value := _read_file(plain, private=True)) is not None:
-            return Secret(name, value)
-    except OSError as exc:
-        message = f"the credential '{exc.filename}' cannot be read: {exc.strerror}"
-        raise ConfigError(message, hint=_set_hint(name)) from exc
-    raise NotFound(f"there is no credential '{name}'", hint=_set_hint(name))
+    if (blob := _read_file(name, encrypted)) is not None:
+        return Secret(name, _decrypt(name, blob))
+    if (value := _read_file(name, plain)) is None:
+        raise NotFound(f"there is no credential '{name}'", hint=_set_hint(name))
+    found = plain.lstat()
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        message = f"the credential '{plain}' is open to other users, so that it is not used"
+        raise ConfigError(message, hint=f"chmod 600 '{plain}'")
+    return Secret(name, value)
 
 
 def stamp(name: CredentialName) -> tuple[int, ...] | None:
@@ -180,21 +180,11 @@ def _set_hint(name: CredentialName) -> str:
     return f"run 'nanoclawctl secret set {name}'"
 
 
-def _read_file(path: Path, *, private: bool = False) -> bytes | None:
-    """Return what a file holds, None if there is none. Raises OSError, ConfigError."""
-    what = f"the credential '{path}'"
+def _read_file(name: CredentialName, path: Path) -> bytes | None:
+    """Return what a file holds, None if there is none. Raises ConfigError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except FileNotFoundError:
+        return read_bytes(path, BLOB_BYTES, flags=os.O_NOFOLLOW)
+    except NotFound:
         return None
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{what} is no regular file", hint="remove it and set it again")
-        if private and (found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077):
-            message = f"{what} is open to other users, so that it is not used"
-            raise ConfigError(message, hint=f"chmod 600 '{path}'")
-        data = file.read(BLOB_BYTES + 1)
-    if len(data) > BLOB_BYTES:
-        raise ConfigError(f"{what} is longer than {BLOB_BYTES} bytes")
-    return data
+    except ConfigError as exc:
+        raise ConfigError(f"the credential {exc.message}", hint=_set_hint(name)) from None

@@ -15,13 +15,23 @@ CONFIG_BYTES = 64 << 10  #: one TOML file of a person
 
 
 def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
-    """Return the text of a regular file (symlinks are followed) of at most `max_bytes`.
+    """Return the text of a file. Raises as read_bytes() does; ConfigError, too, if it is not UTF-8."""
+    data = read_bytes(path, max_bytes)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise ConfigError(f"{path}:{line}: is not UTF-8", hint="save the file as UTF-8") from None
 
-    Raises NotFound if there is none, ConfigError if it is not such a file, too large, or not UTF-8.
+
+def read_bytes(path: Path, max_bytes: int, *, flags: int = 0) -> bytes:
+    """Return what a regular file of at most `max_bytes` holds; symlinks are followed unless `flags` forbids.
+
+    Raises NotFound if there is none, ConfigError if it is not such a file, or too large.
     """
     try:
         # O_NONBLOCK: a FIFO in its place would otherwise block us until somebody writes into it.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags), "rb") as file:
             regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             data = file.read(max_bytes + 1) if regular else b""
     except IsADirectoryError:
@@ -34,11 +44,7 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
         raise ConfigError(f"{path}: is not a regular file", hint="put a text file in its place")
     if len(data) > max_bytes:
         raise ConfigError(f"{path}: is larger than {max_bytes >> 10} KiB", hint="is it the right file?")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        raise ConfigError(f"{path}:{line}: is not UTF-8", hint="save the file as UTF-8") from None
+    return data
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:

@@ -26,11 +26,7 @@ CREDENTIAL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
 
 def parse_agent_name(text: str) -> AgentName:
     """Return `text` as an agent's name, or raise Refused."""
-    if not AGENT_NAME.fullmatch(text):
-        raise Refused(
-            f"{text[:64]!r} is not a name for an agent",
-            hint="use 1 to 32 of a-z, 0-9 and _, beginning with a letter",
-        )
+    _parse(text, AGENT_NAME, "an agent", "1 to 32 of a-z, 0-9 and _, beginning with a letter")
     if text in RESERVED:
         raise Refused(f"'{text}' is the name of a unit of ours", hint="choose another name for the agent")
     return AgentName(text)
@@ -47,19 +43,19 @@ def no_agent(name: str, known: Iterable[str]) -> NotFound:
 
 def parse_session_name(text: str) -> SessionName:
     """Return `text` as a session's name, or raise Refused."""
-    if not SESSION_NAME.fullmatch(text):
-        raise Refused(f"{text[:64]!r} is not a session's name", hint="use 1 to 48 of a-z, 0-9 and _")
-    return SessionName(text)
+    return SessionName(_parse(text, SESSION_NAME, "a session", "1 to 48 of a-z, 0-9 and _"))
 
 
 def parse_credential_name(text: str) -> CredentialName:
     """Return `text` as a credential's name, or raise Refused."""
-    if not CREDENTIAL_NAME.fullmatch(text):
-        raise Refused(
-            f"{text[:80]!r} is not a name for a credential",
-            hint="use 1 to 64 of a-z, 0-9, _ and -, beginning with a letter, e.g. 'anthropic'",
-        )
-    return CredentialName(text)
+    form = "1 to 64 of a-z, 0-9, _ and -, beginning with a letter, e.g. 'anthropic'"
+    return CredentialName(_parse(text, CREDENTIAL_NAME, "a credential", form))
+
+
+def _parse(text: str, pattern: re.Pattern[str], what: str, form: str) -> str:
+    if not pattern.fullmatch(text):
+        raise Refused(f"{text[:80]!r} is not a name for {what}", hint=f"use {form}")
+    return text
 
 
 def unit_name(agent: AgentName, session: SessionName) -> str:

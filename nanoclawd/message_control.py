@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 
 from nanoclawd import journal, limits, queue
 from nanoclawd.db import Database, Transaction, now_ms
@@ -18,12 +19,14 @@ from nanoclawd.wire import Json
 _CANDIDATES = 4  #: ids shown of those that begin alike
 
 
+@dataclass(eq=False)
 class MessageControl:
-    def __init__(self, *, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets) -> None:
-        self._db = db
-        self._registry = registry
-        self._sessions = sessions
-        self._outlets = outlets
+    db: Database
+    registry: Registry
+    sessions: Sessions
+    outlets: Outlets
+
+    def __post_init__(self) -> None:
         self.methods = {
             "ListMessages": Method(handler=self._list_messages),
             "ShowMessage": Method(handler=self._show_message),
@@ -36,16 +39,16 @@ class MessageControl:
         agent, limit = call.parameters["agent"], call.parameters["limit"]
         if not 1 <= limit <= limits.MESSAGES_LISTED:
             raise Refused(f"limit: must be from 1 to {limits.MESSAGES_LISTED}")
-        rows = await self._db.read("list_messages", **call.parameters)
+        rows = await self.db.read("list_messages", **call.parameters)
         if not rows and agent is not None:
-            self._registry.get(agent)  # an agent that was removed may have left some
+            self.registry.get(agent)  # an agent that was removed may have left some
         ids = [("message", row["id"]) for row in reversed(rows)]
         return await call.send_all(self._describe(ids, limits.EXCERPT_CHARACTERS), {"message": None})
 
     async def _show_message(self, call: Call) -> Json:
         kind, shown = await self._find(call.parameters["id"])
         if kind == "message":
-            keys = await self._db.read("deliveries_of", message=shown["id"], turn=shown["turn"])
+            keys = await self.db.read("deliveries_of", message=shown["id"], turn=shown["turn"])
             ids = [("message", shown["id"]), *(("delivery", row["id"]) for row in keys)]
         else:
             cause = [("message", shown["message"])] if shown["message"] else []
@@ -53,21 +56,21 @@ class MessageControl:
         return await call.send_all(self._describe(ids, limits.TEXT_BYTES), {})
 
     async def _list_dead_letters(self, call: Call) -> Json:
-        rows = await self._db.read("list_dead_letters", limit=limits.MESSAGES_LISTED)
+        rows = await self.db.read("list_dead_letters", limit=limits.MESSAGES_LISTED)
         ids = [(row["kind"], row["id"]) for row in rows]
         return await call.send_all(self._describe(ids, limits.EXCERPT_CHARACTERS), {})
 
     async def _retry(self, call: Call) -> Json:
         kind, letter = await self._find(call.parameters["id"])
-        if kind == "message" and letter["agent"] not in self._registry.names():
+        if kind == "message" and letter["agent"] not in self.registry.names():
             hint = f"add an agent of that name, or 'nanoclawctl deadletter drop {letter['id']}'"
             raise Refused(f"there is no agent '{letter['agent']}' any more", hint=hint)
         id = await self._change(kind, letter, queue.retry_dead_letter, "retried")
         if kind == "message":
-            (row,) = await self._db.read("find_session_of", message=id)
-            self._sessions.wake(session_row(row))
+            (row,) = await self.db.read("find_session_of", message=id)
+            self.sessions.wake(session_row(row))
         else:
-            self._outlets.retry_at(letter["channel"], now_ms())
+            self.outlets.retry_at(letter["channel"], now_ms())
         return {"id": id}
 
     async def _drop(self, call: Call) -> Json:
@@ -79,7 +82,7 @@ class MessageControl:
     ) -> str:
         """Do `operation` to a dead letter and return its id. Raises Refused if it is none."""
         id: str = letter["id" if kind == "message" else "key"]
-        if not await self._db.write(lambda tx: operation(tx, id)):
+        if not await self.db.write(lambda tx: operation(tx, id)):
             state = "dropped" if letter["dropped"] else letter["state"]
             hint = "'nanoclawctl deadletter list' shows those that there are"
             raise Refused(f"{kind} {id} is {state}: it is no dead letter", hint=hint)
@@ -89,7 +92,7 @@ class MessageControl:
 
     async def _find(self, id: str) -> tuple[str, Json]:
         """Return "message" or "delivery", and the one that `id` means. Raises NotFound, Refused."""
-        rows = await self._db.read("find_ids", id=id, limit=_CANDIDATES) if id else []
+        rows = await self.db.read("find_ids", id=id, limit=_CANDIDATES) if id else []
         # The key of a delivery begins with its message's id, which alone means the message.
         found = [row for row in rows if row["id"] == id] or [row for row in rows if row["kind"] == "message"]
         found = found or rows
@@ -104,7 +107,7 @@ class MessageControl:
     async def _describe(self, ids: Iterable[tuple[str, str]], characters: int) -> AsyncIterator[Json]:
         """Yield each of `ids` with so much of its text; one at a time, since texts may be long."""
         for kind, id in ids:
-            for row in await self._db.read(f"show_{kind}", id=id, characters=characters):
+            for row in await self.db.read(f"show_{kind}", id=id, characters=characters):
                 shown = {**dict(row), "dropped": bool(row["dropped"])}
                 if kind == "message":
                     shown["unit"] = unit_name(shown["agent"], shown["session"])

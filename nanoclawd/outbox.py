@@ -9,6 +9,7 @@ from nanoclawd import journal
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
 from nanoclawd.states import DeliveryState
+from nanoclawd.wire import Json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,16 +17,10 @@ class Delivery:
     """Something for a chat, leased for an adapter."""
 
     key: str
-    message: str | None
     channel: str
     chat: str
-    thread: str
-    agent: str
-    kind: str
-    text: str
-    in_reply_to: str | None
     events: frozenset[str]  #: all that it answers
-    parts_sent: int
+    shown: Json  #: the type Delivery of io.nanoclaw.Channel
 
 
 def claim_next(tx: Transaction, channel: str, chat: str, thread: str) -> list[Delivery]:
@@ -49,21 +44,18 @@ def claim_due(
 def _claim(tx: Transaction, row: Row) -> Delivery:
     tx.all("claim_delivery", seq=row["seq"])
     tell(tx, journal.info, "delivery-leased", row)
-    events = [] if row["in_reply_to"] is None else [row["in_reply_to"]]
+    events = {row["in_reply_to"]} - {None}
     if row["turn"] is not None:
-        events += [message["event"] for message in tx.all("messages_of_turn", turn=row["turn"])]
+        events |= {message["event"] for message in tx.all("messages_of_turn", turn=row["turn"])}
+    shown = {
+        **{name: row[name] for name in ("key", "chat", "thread", "agent", "kind")},
+        "text": row["body"],
+        "inReplyTo": row["in_reply_to"],
+        "events": sorted(events),
+        "partsSent": row["parts_sent"],
+    }
     return Delivery(
-        key=row["key"],
-        message=row["message"],
-        channel=row["channel"],
-        chat=row["chat"],
-        thread=row["thread"],
-        agent=row["agent"],
-        kind=row["kind"],
-        text=row["body"],
-        in_reply_to=row["in_reply_to"],
-        events=frozenset(events),
-        parts_sent=row["parts_sent"],
+        key=row["key"], channel=row["channel"], chat=row["chat"], events=frozenset(events), shown=shown
     )
 
 

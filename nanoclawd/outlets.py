@@ -208,22 +208,11 @@ class Outlets:
             self.retry_at(outlet.channel, waiting["not_before"])
 
     def _put(self, outlet: Outlet, delivery: Delivery) -> None:
-        shown = {
-            "key": delivery.key,
-            "chat": delivery.chat,
-            "thread": delivery.thread,
-            "agent": delivery.agent,
-            "kind": delivery.kind,
-            "text": delivery.text,
-            "inReplyTo": delivery.in_reply_to,
-            "events": sorted(delivery.events),
-            "partsSent": delivery.parts_sent,
-        }
         outlet.unreported.add(delivery.key)
         if outlet.deadline is None:
             self._expect_report(outlet)
         try:
-            outlet.queue.put_nowait({"delivery": shown, "activity": None})
+            outlet.queue.put_nowait({"delivery": delivery.shown, "activity": None})
         except asyncio.QueueFull:
             self._hang_up(outlet, "it reads too slowly")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from nanoclawd import journal, limits, wire
+from nanoclawd import journal, limits, paths, wire
 from nanoclawd.errors import NanoclawError
-from nanoclawd.idl import Interface, parse_interface
+from nanoclawd.idl import Interface, read_interface
 from nanoclawd.rates import Rate
 from nanoclawd.sockets import accept
 from nanoclawd.varlink import Connection
@@ -23,36 +23,6 @@ from nanoclawd.version import VERSION
 from nanoclawd.wire import Json, VarlinkError, printable
 
 SERVICE = "org.varlink.service"
-SERVICE_INTERFACE = parse_interface(
-    """\
-# The Varlink service interface, which every Varlink service has.
-interface org.varlink.service
-
-# Get a list of all the interfaces a service provides and information about the implementation.
-method GetInfo() -> (vendor: string, product: string, version: string, url: string, interfaces: []string)
-
-# Get the description of an interface that is implemented by this service.
-method GetInterfaceDescription(interface: string) -> (description: string)
-
-# The requested interface was not found.
-error InterfaceNotFound (interface: string)
-
-# The requested method was not found.
-error MethodNotFound (method: string)
-
-# The interface defines the requested method, but the service does not implement it.
-error MethodNotImplemented (method: string)
-
-# One of the passed parameters is invalid.
-error InvalidParameter (parameter: string)
-
-# Client is denied access.
-error PermissionDenied ()
-
-# Method is expected to be called with 'more' set to true, but wasn't.
-error ExpectedMore ()
-"""
-)
 
 
 class _Gone(Exception):
@@ -121,6 +91,7 @@ class Service:
             )
         self.interface = interface
         self.methods = methods
+        self._service = read_interface(paths.INTERFACES / f"{SERVICE}.varlink")
 
     async def answer(self, call: Call) -> Json:
         """Run the handler of `call`. Raises VarlinkError."""
@@ -146,10 +117,10 @@ class Service:
             ) from exc
 
     def _answer_service(self, name: str, parameters: Json) -> Json:
-        if name not in SERVICE_INTERFACE.methods:
+        if name not in self._service.methods:
             raise VarlinkError(f"{SERVICE}.MethodNotFound", {"method": printable(f"{SERVICE}.{name}"[:256])})
-        parameters = _checked(SERVICE_INTERFACE, name, parameters)
-        interfaces = {i.name: i for i in (SERVICE_INTERFACE, self.interface)}
+        parameters = _checked(self._service, name, parameters)
+        interfaces = {i.name: i for i in (self._service, self.interface)}
         if name == "GetInfo":
             return {
                 "vendor": "NanoClaw for systemd and Podman",

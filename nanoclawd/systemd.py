@@ -28,6 +28,11 @@ _UNIT_PATH = f"{_ROOT}/unit"
 _MEMBER, _PATH = HeaderFields.member, HeaderFields.path
 #: jeepney drops signals that do not fit; a reload announces each unit, so this is for some 10,000 of them.
 _SIGNALS = 1 << 16
+#: By interface and property, the field of UnitChange that has it.
+_CHANGES = {
+    "Unit": {"ActiveState": "active_state"},
+    "Service": {"Result": "result", "ExecMainStatus": "exit_status", "StatusText": "status_text"},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +40,7 @@ class UnitChange:
     """What systemd said of a unit: only what changed is not None."""
 
     unit: str
-    active_state: str | None = (
-        None  #: "active", "inactive", "failed", …; "inactive" too when it was unloaded
-    )
+    active_state: str | None = None  #: "active", "inactive", "failed", …; "inactive" too if unloaded
     job: bool | None = None  #: it has got one, or has none any more
     result: str | None = None  #: "success", "exit-code", "oom-kill", "timeout", "protocol", …
     exit_status: int | None = None  #: of its main process; a signal's number if that ended it
@@ -205,28 +208,9 @@ class Systemd:
             self.on_unit_change(UnitChange(unit=signal.body[0], active_state="inactive"))
         elif member == "PropertiesChanged":
             interface, changed, _ = signal.body
-            unit = unit_of_path(signal.header.fields[_PATH])
-
-            def value(name: str) -> str | None:
-                return str(changed[name][1]) if name in changed else None
-
-            if interface == f"{_NAME}.Unit" and "ActiveState" in changed:
-                self.on_unit_change(UnitChange(unit=unit, active_state=value("ActiveState")))
-            elif interface == f"{_NAME}.Service" and changed.keys() & {
-                "Result",
-                "ExecMainStatus",
-                "StatusText",
-            }:
-                self.on_unit_change(
-                    UnitChange(
-                        unit=unit,
-                        result=value("Result"),
-                        exit_status=int(changed["ExecMainStatus"][1])
-                        if "ExecMainStatus" in changed
-                        else None,
-                        status_text=value("StatusText"),
-                    )
-                )
+            fields = _CHANGES.get(interface.removeprefix(f"{_NAME}."), {})
+            if found := {field: changed[name][1] for name, field in fields.items() if name in changed}:
+                self.on_unit_change(UnitChange(unit=unit_of_path(signal.header.fields[_PATH]), **found))
 
     async def _job(self, method: str, unit: str, mode: str, timeout_s: float) -> None:
         # JobRemoved may come before the reply that names the job.

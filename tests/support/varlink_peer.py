@@ -12,7 +12,7 @@ from types import TracebackType
 
 from nanoclawd import paths
 from nanoclawd.idl import Interface, Method, read_interface
-from nanoclawd.server import SERVICE, SERVICE_INTERFACE
+from nanoclawd.server import SERVICE
 from nanoclawd.wire import Json, VarlinkError
 
 WAIT_S = 30.0  #: only ever reached by a test that fails
@@ -27,7 +27,7 @@ def _error_calls(interface: Interface) -> Interface:
 CONTRACTS = {
     interface.name: interface
     for interface in (
-        SERVICE_INTERFACE,
+        read_interface(paths.INTERFACES / f"{SERVICE}.varlink"),
         read_interface(paths.INTERFACES / "io.nanoclaw.Agent.varlink"),
         read_interface(paths.INTERFACES / "io.nanoclaw.Channel.varlink"),
     )
