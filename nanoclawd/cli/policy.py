@@ -12,7 +12,6 @@ from nanoclawd.errors import Refused
 from nanoclawd.policy import Denied, Rule, Way
 from nanoclawd.wire import Json
 
-_LIMITS = ("maxUpBytes", "maxDownBytes", "perMinute", "timeoutSeconds")
 _COLUMNS: output.Fields = {
     "RULE": "number",
     "": lambda rule: "deny" if rule["deny"] else "allow",
@@ -73,20 +72,22 @@ def _add(options: Namespace, values: Json) -> None:
 
 def _rule(target: str, values: Any) -> Rule:
     """Return the rule about HOST[:PORT], a URL, or /r/NAME[/PATH]. Raises UsageError, Refused."""
-    star = "*." if "*." in target else ""
     url = target if "://" in target or target.startswith("/") else f"https://{target}"
+    plain = url.replace("://*.", "://", 1)
     try:
-        ask = policy.parse_url("GET", url.replace(star, "", 1) if star else url)
+        if "?" in target or "#" in target:
+            raise Denied(400, "query", "a rule knows no query")
+        ask = policy.parse_url("GET", plain)
     except Denied as exc:
         hint = "write HOST, HOST:PORT, *.HOST, http://HOST:PORT/PATH or /r/ROUTE/PATH"
         raise UsageError(f"TARGET: '{target[:128]}' is none: {exc}", hint=hint) from None
     if ask.way is Way.ROUTE:
-        return Rule(route=ask.route, path=ask.path.rstrip("?"), **values)
-    path = "" if ask.path == "/" else ask.path
-    if ask.way is Way.TUNNEL and "/" in url[8:].rstrip("/"):
+        return Rule(route=ask.route, path=ask.path, **values)
+    if ask.way is Way.TUNNEL and "/" in plain.removeprefix("https://").rstrip("/"):
         hint = f"allow '{ask.host}:{ask.port}', or make a route in nanoclaw.toml"
         raise Refused("of https:// the gateway sees host and port, no path", hint=hint)
     if ask.way is Way.TUNNEL and ask.port == 443 and values["methods"]:
         hint = "leave --method out, or make a route in nanoclaw.toml"
         raise Refused("of https:// the gateway sees host and port, no method", hint=hint)
-    return Rule(host=star + ask.host, port=ask.port, path=path, **values)
+    star = "*." if plain != url else ""
+    return Rule(host=star + ask.host, port=ask.port, path="" if ask.path == "/" else ask.path, **values)

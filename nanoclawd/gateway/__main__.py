@@ -1,15 +1,16 @@
-"""nanoclaw-gateway: adds the API key to requests of agents and forwards them to the model's endpoint.
+"""nanoclaw-gateway: the agents' way out, by policy, with credentials that they never see.
 
-Talks to:   agents, in HTTP on the listeners that the router attaches (untrusted); model endpoints, over TLS;
-            the router, on io.nanoclaw.Gateway; systemd's credential service.
+Talks to:   agents, in HTTP on the listeners that the router attaches (untrusted); endpoints of routes, over
+            TLS; hosts that an agent's policy names; the router, on io.nanoclaw.Gateway; systemd's credential
+            service.
 May touch:  nanoclaw.toml and its credentials, read-only. No database, no agent files, no D-Bus, no Podman.
-Trusts:     the router with who is behind a listener. Nothing that an agent sends: method, path, query,
-            headers, length and pace are checked here.
+Trusts:     the router with who is behind a listener, and with policies. Nothing that an agent sends: target,
+            headers, length and pace are checked here; nothing that a name leads to.
 On trouble: refuses that request with an error that says why, and logs it. A broken nanoclaw.toml at start
             refuses all requests; at a reload the former one stays. Exits on a bug, and systemd restarts it;
             the router then attaches again.
 
-It keeps nothing: all it knows are its configuration, its credentials and what is attached.
+It keeps nothing: all it knows are its configuration, its credentials and what the router told it.
 """
 
 from __future__ import annotations

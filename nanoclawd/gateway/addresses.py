@@ -108,7 +108,8 @@ async def _look_up(host: str, port: int, threads: Executor, slots: asyncio.Semap
 
     def done(asked: asyncio.Future[list[Address]]) -> None:
         slots.release()
-        asked.exception()  # seen, also if nobody waits any more
+        if not asked.cancelled():
+            asked.exception()  # seen, also if nobody waits any more
 
     asking.add_done_callback(done)
     try:

@@ -45,7 +45,7 @@ class Exchange:
     def describe(self) -> dict[str, Any]:
         """Return the fields of its line in the journal: no query, and of other people's hosts no path."""
         ask, decision = self.ask, self.decision
-        is_route = ask is None or ask.way is Way.ROUTE
+        is_route = ask is not None and ask.way is Way.ROUTE
         return {
             "way": ask.way if ask else None,
             "route": (ask.route or None) if ask else None,

@@ -158,6 +158,9 @@ def test_sees_only_itself(seen: dict[str, Any]) -> None:
             "container",
             "NOTIFY_SOCKET",
             "PYTHONDONTWRITEBYTECODE",
+            "PIP_BREAK_SYSTEM_PACKAGES",
+            "PIP_NO_CACHE_DIR",
+            *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
         )
     }
     assert seen["limits"] == [[0, 0], [4096, 4096]]

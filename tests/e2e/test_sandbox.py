@@ -27,7 +27,7 @@ sys.stdin.read()
 """
 #: What a process of the agent may write; anything else is read-only for it.
 WRITABLE = {"/dev/mqueue", "/session", "/tmp", "/workspace"}
-SECRET = re.compile("KEY|TOKEN|SECRET|PASS|PROXY|CREDENTIAL|ANTHROPIC|DBUS|XDG", re.IGNORECASE)
+SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|ANTHROPIC|DBUS|XDG", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,26 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert provider.credential == "work-key"
 
 
+def test_route_serves_what_it_names() -> None:
+    settings = parse_settings(
+        """
+        [[routes]]
+        name = "github"
+        endpoint = "https://api.github.com/repos/"
+        credential = "work"
+        scheme = "basic"
+        methods = ["GET", "POST"]
+        headers = ["X-Version"]
+        """
+    )
+
+    route = settings.routes["github"]
+    assert (str(route.endpoint), route.credential) == ("https://api.github.com/repos", "work")
+    assert (route.header, route.scheme.value_of(b"u:p")) == ("authorization", b"Basic dTpw")
+    assert (route.operations[0].methods, route.headers) == (("GET", "POST"), ("x-version",))
+    assert set(settings.routes) == {"anthropic", "github"}
+
+
 @pytest.mark.parametrize("key", SETTINGS)
 def test_the_default_of_each_setting_may_be_written(key: str) -> None:
     table = dict[str, Any]()
@@ -91,6 +111,21 @@ def test_the_default_of_each_setting_may_be_written(key: str) -> None:
         ("[providers.openai]\nendpoint = 'https://x'", "t.toml:1: there is no key 'providers.openai'"),
         ("[providers.anthropic]\nkey = 'sk-1'", "t.toml:2: there is no key 'providers.anthropic.key'"),
         ("[providers.anthropic]\ncredential = '../x'", "t.toml:2: providers.anthropic.credential is not"),
+        ("[[routes]]\nname = 'x'", "t.toml:1: routes: endpoint is missing"),
+        ("[[routes]]\nname = 'r'\nendpoint = 'https://x'", "t.toml:2: routes: name is taken"),
+        ("[[routes]]\nname = 'anthropic'\nendpoint = 'https://x'", "routes: name is taken"),
+        ("[[routes]]\nname = 'A'\nendpoint = 'https://x'", "is not a route's name"),
+        (
+            "[[routes]]\nname = 'x'\nendpoint = 'http://x'",
+            "t.toml:3: routes: endpoint must begin with https",
+        ),
+        (2 * "[[routes]]\nname = 'x'\nendpoint = 'https://x'\n", "t.toml: two routes have the same name"),
+        ("[[routes]]\nheader = 'Host'", "t.toml:2: routes: header is a header that only the gateway sets"),
+        ("[[routes]]\nheader = 'a b'", "is not a header's name"),
+        ("[[routes]]\nheaders = ['TE']", "is a header that only the gateway sets"),
+        ("[[routes]]\nscheme = 'digest'", "must be bearer, basic or plain"),
+        ("[[routes]]\nmethods = ['TRACE']", "must be a list of GET"),
+        ("[[routes]]\ntoken = 'ghp-1'", "t.toml:2: routes: there is no key 'token'"),
         ("max_sessions = ", "t.toml:1: is not TOML"),
         ("[" * 5000, "t.toml:1: is not TOML"),
         ("max_sessions = " + "[" * 5000, "t.toml: is not TOML that can be read"),

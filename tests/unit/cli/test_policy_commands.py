@@ -23,6 +23,7 @@ from tests.unit.cli.double import RouterDouble
             ["http://nas.lan/pub", "--method", "GET"],
             Rule(host="nas.lan", port=80, path="/pub", methods=("GET",)),
         ),
+        (["http://*.nas.lan:81/x"], Rule(host="*.nas.lan", port=81, path="/x")),
         (["http://nas.lan:81"], Rule(host="nas.lan", port=81)),
         (["/r/github"], Rule(route="github")),
         (
@@ -86,6 +87,9 @@ def test_test_as_json(router: RouterDouble, run: Run) -> None:
         (["allow", "berta", "user@pypi.org"], 2),
         (["allow", "berta", "pypi.org."], 2),
         (["allow", "berta", "ftp://pypi.org"], 2),
+        (["allow", "berta", "a*.example.com"], 2),
+        (["allow", "berta", "*"], 2),
+        (["allow", "berta", "http://nas.lan/x?y=z"], 2),
         (["allow", "berta", "pypi.org", "--method", "get"], 2),
         (["allow", "berta", "pypi.org", "--max-up", "lots"], 2),
         (["allow", "berta", "pypi.org/simple"], 5),  # a rule that no tunnel could be decided by

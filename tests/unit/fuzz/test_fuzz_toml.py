@@ -16,6 +16,7 @@ from nanoclawd.files import CONFIG_BYTES
 from nanoclawd.ids import AgentName
 from nanoclawd.settings import SETTINGS, parse_settings, read_settings
 from tests.support.fuzz import bounded_time, damaged, fuzzed
+from tests.unit.test_policy import rules
 
 BERTA = Path("agents/berta.toml")
 AGENT = """\
@@ -175,6 +176,7 @@ CONFIGS = st.builds(
     memory_max=st.sampled_from(["512M", "100%", "infinity"]),
     tasks_max=st.integers(16, 65_536),
     cpu_quota=st.sampled_from(["", "150%"]),
+    policy=st.lists(rules(), max_size=3).map(tuple),
 )
 
 

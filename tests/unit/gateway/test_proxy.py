@@ -169,6 +169,25 @@ def test_tunnel_ends_when_nothing_comes_or_its_time_is_over(
     assert asyncio.run(main()) == b"x"
 
 
+def test_tunnel_lives_for_as_long_as_something_comes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "TUNNEL_IDLE_S", 20)
+
+    async def main() -> None:
+        loop, ahead_s = asyncio.get_running_loop(), 0.0
+        clock = loop.time
+        monkeypatch.setattr(loop, "time", lambda: clock() + ahead_s)
+        async with bench(directory, echo, rules=(HERE,)) as table:
+            _, reader, writer = await connect(table)
+            for _ in range(4):
+                ahead_s += 12
+                writer.write(b"x")
+                assert await reader.readexactly(1) == b"x"
+
+    asyncio.run(main())
+
+
 def test_policy_that_changes_cuts_off_what_it_allows_no_more(directory: Path) -> None:
     async def main() -> None:
         async with bench(directory, echo, rules=(HERE,)) as table:
