@@ -10,6 +10,8 @@ import functools
 import getpass
 import os
 import re
+import resource
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +107,7 @@ def render(spec: UnitSpec) -> str:
     # Absolute paths, not %S or %t: ours are made by us, and systemd's own idea of XDG_STATE_HOME may differ.
     volumes = [
         _volume(paths.workspace(agent), "", "/workspace", "rw,nosuid,nodev,Z"),
-        _volume(paths.agent_state(agent) / "sessions", "/%i", "/session", "rw,nosuid,nodev,Z"),
+        _volume(paths.agent_state(agent) / "sessions", "/%i", "/session", "rw,nosuid,nodev,noexec,Z"),
         _volume(paths.runtime() / "agents" / agent, "/%i", "/run/nanoclaw", "ro,nosuid,nodev,noexec,z"),
     ]
     for mount in spec.mounts:
@@ -116,6 +118,7 @@ def render(spec: UnitSpec) -> str:
         version=VERSION,
         top="nanoclaw/",
         limits="\n".join(limits),
+        processes=min(config.tasks_max, _most_processes()),
         uid=container_uid(spec.index, os.getuid()),
         gid=os.getgid(),
         selinux_level=selinux_level(spec.index),
@@ -123,6 +126,12 @@ def render(spec: UnitSpec) -> str:
         volumes="\n".join(volumes),
         image=config.image,
     )
+
+
+def _most_processes() -> int:
+    """Return what the person may have: nobody can raise a limit for a container."""
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 @functools.cache

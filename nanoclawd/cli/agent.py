@@ -73,13 +73,13 @@ def agent_remove(options: Namespace) -> None:
         output.confirm(f"Remove agent '{options.AGENT}' {what}? Messages that wait for it are given up.")
     trashed = control.call_agent("RemoveAgent", options.AGENT).get("trash")
     if trashed and options.purge:
-        _purge(Path(trashed))
+        purge(Path(trashed))
     kept = None if options.purge else trashed
     where = f" What it had is in '{kept}'." if kept else ""
     output.done(options, {"removed": options.AGENT, "trash": kept}, f"Removed '{options.AGENT}'.{where}")
 
 
-def _purge(directory: Path) -> None:
+def purge(directory: Path) -> None:
     """Delete `directory`, which must lie directly in the trash.
 
     Its files belong to the agent's uid, one of the person's subordinate uids: only podman-unshare(1), where

@@ -165,6 +165,12 @@ COMMANDS = (
         "check what NanoClaw needs, and say what to do about what is missing",
         more="Works without the daemon. Fails if something that is needed is missing.",
     ),
+    Command(
+        "selftest",
+        "[AGENT] --json",
+        "try to get out of an agent's container, and say what held each attempt",
+        more="A temporary agent does it; with AGENT it is like that one. Fails if something got through.",
+    ),
     Command("stop", "--all --json", "stop all agents at once, until they are started; their messages wait"),
     Command("start", "--all --json", "let all agents work again after 'stop --all'"),
     Command("reload", "--json", "read all configuration again"),
