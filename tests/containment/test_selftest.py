@@ -31,13 +31,16 @@ echo 1 0 > /proc/sys/net/ipv4/ping_group_range
 mv /etc/resolv.conf.saved /etc/resolv.conf 2> /dev/null || rm /etc/resolv.conf
 """
 NAME_SERVER = """
-import socket
-with socket.socket(type=socket.SOCK_DGRAM) as sock:
-    sock.bind(("127.0.0.1", 53))
-    print("ready", flush=True)
+import socket, sys, threading
+def answer():
     while True:
         question, who = sock.recvfrom(512)
         sock.sendto(question, who)
+sock = socket.socket(type=socket.SOCK_DGRAM)
+sock.bind(("127.0.0.1", 53))
+threading.Thread(target=answer, daemon=True).start()
+print("ready", flush=True)
+sys.stdin.read()
 """
 #: What a machine of a test may lack: parts of the kernel, and the controllers that bound memory.
 MAY_LACK = {"alg", "kexec", "module", "sysrq", "memory-flood", "internet6"}
@@ -71,11 +74,12 @@ def expected(machine: Machine) -> None:
 def networked(machine: Machine) -> Iterator[None]:
     machine.sh(NETWORK, user="root")
     try:
-        with machine.popen("python3", "-c", NAME_SERVER, user="root", stdout=subprocess.PIPE) as server:
-            assert server.stdout is not None and server.stdout.readline() == "ready\n"
-            yield
-            machine.sh("pkill -xf 'python3 -c .*bind.*53.*' || true", user="root")
-            server.terminate()
+        pipe = subprocess.PIPE
+        with machine.popen("python3", "-c", NAME_SERVER, user="root", stdin=pipe, stdout=pipe) as server:
+            assert server.stdin is not None and server.stdout is not None
+            with server.stdin:
+                assert server.stdout.readline() == "ready\n"
+                yield
     finally:
         machine.sh(NO_NETWORK, user="root")
 
@@ -105,7 +109,7 @@ def through(rows: dict[str, dict[str, Any]]) -> set[str]:
 def leftovers(machine: Machine) -> str:
     """Return what is there of a selftest."""
     return machine.sh(
-        f"{CTL} agent list --json | grep -o selftest || true; {CTL} deadletter list --json | grep -o selftest || true; "
+        f"for noun in agent deadletter; do {CTL} $noun list --json | grep -o selftest || true; done; "
         "podman ps --all --format '{{.Names}}' | grep selftest || true; cd; "
         "find .config .local/state/nanoclaw /run/user/1000/nanoclaw -name '*selftest*' ! -name selftest.lock"
     )
