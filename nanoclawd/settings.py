@@ -65,6 +65,7 @@ class Settings:
     idle_exit: int  #: the router leaves after so many seconds without anything to do; 0: never
     attempts: int  #: that a message gets before it is a dead letter
     retention_days: int  #: of what has ended; 0 is for ever
+    require_sandbox: bool  #: do not start without a line of the unit's sandbox
     mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
     providers: Mapping[str, Provider]
 
@@ -103,6 +104,7 @@ def parse_settings(text: str, name: str = FILE) -> Settings:
         idle_exit=values["idle_exit"],
         attempts=values["attempts"],
         retention_days=values["retention_days"],
+        require_sandbox=values["require_sandbox"],
         mounts=values["mounts.allow"],
         providers={anthropic.name: anthropic},
     )
@@ -171,6 +173,12 @@ SETTINGS = (
         parse=whole_number(0, RETENTION_DAYS_MAX),
         default=limits.RETENTION_DAYS,
         example=f"retention_days = {limits.RETENTION_DAYS}",
+    ),
+    Setting(
+        key="require_sandbox",
+        parse=true_or_false,
+        default=False,
+        example="require_sandbox = true",
     ),
     Setting(
         key="idle_exit",

@@ -90,6 +90,7 @@ def selftest(machine: Machine, *arguments: str) -> tuple[int, dict[str, dict[str
         *("setpriv", "--reuid=claw", "--regid=claw", "--groups=systemd-journal", "env", "HOME=/home/claw"),
         *("XDG_RUNTIME_DIR=/run/user/1000", "USER=claw", CTL, "selftest", *arguments, "--json"),
         user="root",
+        cwd=machine.home,
         check=False,
         timeout_s=RUN_S,
     )

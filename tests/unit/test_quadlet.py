@@ -98,6 +98,13 @@ def test_the_unit_says_what_is_configured(home: Path) -> None:
     assert lines[-1] == "Image=localhost/berta:2"
 
 
+def test_another_runtime_is_passed_on_to_podman(home: Path) -> None:
+    lines = render(replace(BERTA, config=replace(BERTA.config, runtime="runsc"))).splitlines()
+
+    assert lines[-2] == "GlobalArgs=--runtime=runsc --runtime-flag=host-uds=open"
+    assert "GlobalArgs" not in render(BERTA)
+
+
 def test_a_unit_cut_off_anywhere_has_no_image(home: Path) -> None:
     text = render(BERTA)
 
