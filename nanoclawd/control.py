@@ -46,6 +46,7 @@ _KEYS = {
     "memoryMax": "memory_max",
     "tasksMax": "tasks_max",
     "cpuQuota": "cpu_quota",
+    "runtime": "runtime",
 }
 
 

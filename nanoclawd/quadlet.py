@@ -31,11 +31,13 @@ SECCOMP = paths.SHARE / "quadlets" / "seccomp.json"
 PLAIN = re.compile(r"[A-Za-z0-9_@+=./-]+", re.ASCII)  #: means itself wherever it stands in a unit
 FIRST_UID = 2000  #: in the container, of the agent with index 0
 UNKNOWN_UID = -1
-#: What a unit says more for each runtime. gVisor opens no socket of the host unless it is told to.
+#: What a unit says more for each runtime. gVisor must be told to open sockets of the host, to leave cgroups
+#: to systemd (it stays in the unit's), and to have no network, which it otherwise looks for by itself.
 RUNTIMES = {
     "": "",
     "krun": "\nGlobalArgs=--runtime=krun",
-    "runsc": "\nGlobalArgs=--runtime=runsc --runtime-flag=host-uds=open",
+    "runsc": "\nGlobalArgs=--runtime=runsc"
+    + "".join(f" --runtime-flag={flag}" for flag in ("host-uds=open", "ignore-cgroups", "network=none")),
 }
 # A file that is not in Quadlet's syntax makes the generator drop its whole directory, so not all in one. But
 # it looks for each unit's drop-ins in each directory: a reload with 1,000 agents takes 17 s if each has its

@@ -161,7 +161,9 @@ def _keys(options: Namespace) -> Json:
         "cpuQuota": options.cpu_quota,
         "instructions": None if options.instructions is None else _read_instructions(options.instructions),
     }
-    return {key: getattr(options, key) for key in ("description", "provider", "model", "image")} | keys
+    return {
+        key: getattr(options, key) for key in ("description", "provider", "model", "image", "runtime")
+    } | keys
 
 
 def _read_instructions(name: str) -> str:

@@ -236,7 +236,7 @@ class _Attack:
             shown = control.call_agent("ShowAgent", self._like)
             if shown["configuration"] is None:
                 raise Refused(f"'{self._like}' is broken: {shown['runtime']['problem']}")
-            keys = ("image", "memoryMax", "tasksMax", "cpuQuota", "mounts")
+            keys = ("image", "memoryMax", "tasksMax", "cpuQuota", "runtime", "mounts")
             values = {key: shown["configuration"][key] for key in keys}
             with suppress(FileNotFoundError):
                 shutil.copytree(shown["dropInDirectory"], quadlet.drop_in_directory(AGENT))

@@ -123,6 +123,7 @@ _OPTIONS = (
     Option("--memory-max", "memory limit as in MemoryMax=, e.g. 1G", "SIZE"),
     Option("--tasks-max", "limit of processes and threads", "N", count),
     Option("--cpu-quota", "CPU limit, e.g. 150%; empty for none", "PERCENT"),
+    Option("--runtime", "runtime of its containers: krun or runsc; empty for Podman's own", "NAME"),
     Option(
         "--mount",
         "show a file or directory to the agent, read-only unless :rw; may be repeated",
@@ -155,7 +156,7 @@ NOUNS = {
 
 _KEYS = (
     "--description --provider --model --image --instructions --idle-seconds --memory-max --tasks-max "
-    "--cpu-quota --mount"
+    "--cpu-quota --runtime --mount"
 )
 COMMANDS = (
     Command("status", "--json", "show what runs, what waits, and whether the sandboxes are active"),

@@ -101,7 +101,7 @@ def test_the_unit_says_what_is_configured(home: Path) -> None:
 def test_another_runtime_is_passed_on_to_podman(home: Path) -> None:
     lines = render(replace(BERTA, config=replace(BERTA.config, runtime="runsc"))).splitlines()
 
-    assert lines[-2] == "GlobalArgs=--runtime=runsc --runtime-flag=host-uds=open"
+    assert lines[-2].startswith("GlobalArgs=--runtime=runsc --runtime-flag=host-uds=open ")
     assert "GlobalArgs" not in render(BERTA)
 
 
