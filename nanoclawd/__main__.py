@@ -147,6 +147,7 @@ async def _route(
     started: asyncio.Event,
 ) -> None:
     settings = read_settings()
+    checks = sandbox.run_checks(sandbox.ROUTER, required=settings.require_sandbox)
     db = await Database.open(paths.state() / DATABASE)
     try:
         async with connect() as systemd, asyncio.TaskGroup() as tasks:
@@ -166,7 +167,6 @@ async def _route(
             )
             agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             sessions.containers.service = agent_service.service
-            checks = sandbox.run_checks(sandbox.ROUTER)
             control_service = ControlService(
                 db=db,
                 systemd=systemd,

@@ -43,6 +43,7 @@ class AgentConfig:
     memory_max: str = "1G"  #: as MemoryMax= takes it
     tasks_max: int = 256  #: as TasksMax= takes it
     cpu_quota: str = ""  #: as CPUQuota= takes it; empty: none
+    runtime: str = ""  #: the OCI runtime that makes its containers; empty: Podman's own, crun
     mounts: tuple[Mount, ...] = ()
     policy: tuple[Rule, ...] = ()  #: what it may reach, but for its provider
 
@@ -200,6 +201,12 @@ KEYS: dict[str, Callable[[Any], Any]] = {
         r"([1-9][0-9]{0,5}%)?",
         "is not a percentage",
         'write "150%" for one and a half CPUs',
+    ),
+    "runtime": line_of_text(
+        WORD_CHARACTERS,
+        r"(krun|runsc)?",
+        "is no runtime that is known",
+        'write "krun" or "runsc", or remove the line',
     ),
     "mounts": tomltable.tables(
         Mount,

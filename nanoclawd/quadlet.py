@@ -10,6 +10,8 @@ import functools
 import getpass
 import os
 import re
+import resource
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,14 @@ SECCOMP = paths.SHARE / "quadlets" / "seccomp.json"
 PLAIN = re.compile(r"[A-Za-z0-9_@+=./-]+", re.ASCII)  #: means itself wherever it stands in a unit
 FIRST_UID = 2000  #: in the container, of the agent with index 0
 UNKNOWN_UID = -1
+#: What a unit says more for each runtime. gVisor must be told to open sockets of the host, to leave cgroups
+#: to systemd (it stays in the unit's), and to have no network, which it otherwise looks for by itself.
+RUNTIMES = {
+    "": "",
+    "krun": "\nGlobalArgs=--runtime=krun",
+    "runsc": "\nGlobalArgs=--runtime=runsc"
+    + "".join(f" --runtime-flag={flag}" for flag in ("host-uds=open", "ignore-cgroups", "network=none")),
+}
 # A file that is not in Quadlet's syntax makes the generator drop its whole directory, so not all in one. But
 # it looks for each unit's drop-ins in each directory: a reload with 1,000 agents takes 17 s if each has its
 # own, 0.7 s with 16, 0.5 s with 8.
@@ -105,7 +115,7 @@ def render(spec: UnitSpec) -> str:
     # Absolute paths, not %S or %t: ours are made by us, and systemd's own idea of XDG_STATE_HOME may differ.
     volumes = [
         _volume(paths.workspace(agent), "", "/workspace", "rw,nosuid,nodev,Z"),
-        _volume(paths.agent_state(agent) / "sessions", "/%i", "/session", "rw,nosuid,nodev,Z"),
+        _volume(paths.agent_state(agent) / "sessions", "/%i", "/session", "rw,nosuid,nodev,noexec,Z"),
         _volume(paths.runtime() / "agents" / agent, "/%i", "/run/nanoclaw", "ro,nosuid,nodev,noexec,z"),
     ]
     for mount in spec.mounts:
@@ -116,6 +126,8 @@ def render(spec: UnitSpec) -> str:
         version=VERSION,
         top="nanoclaw/",
         limits="\n".join(limits),
+        runtime=RUNTIMES[config.runtime],
+        processes=min(config.tasks_max, _most_processes()),
         uid=container_uid(spec.index, os.getuid()),
         gid=os.getgid(),
         selinux_level=selinux_level(spec.index),
@@ -123,6 +135,12 @@ def render(spec: UnitSpec) -> str:
         volumes="\n".join(volumes),
         image=config.image,
     )
+
+
+def _most_processes() -> int:
+    """Return what the person may have: nobody can raise a limit for a container."""
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 @functools.cache

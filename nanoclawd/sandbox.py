@@ -31,8 +31,11 @@ class Check:
     detail: str  #: what was tried and what came back
 
 
-def run_checks(table: Mapping[str, Try]) -> list[Check]:
-    """Try all of ROUTER or GATEWAY, and warn in the journal of what does not hold. Leaves nothing behind."""
+def run_checks(table: Mapping[str, Try], *, required: bool = False) -> list[Check]:
+    """Try all of ROUTER or GATEWAY, and warn in the journal of what does not hold. Leaves nothing behind.
+
+    Raises ConfigError instead of going on if something does not hold and it is `required`.
+    """
     checks = []
     for name, check in table.items():
         try:
@@ -41,7 +44,12 @@ def run_checks(table: Mapping[str, Try]) -> list[Check]:
             active, detail = False, str(exc)
         checks.append(Check(name=name, active=active, detail=detail))
         if not active:
-            journal.warning("sandbox-inactive", f"{detail}, going on without", check=name)
+            going_on = "giving up" if required else "going on without"
+            journal.warning("sandbox-inactive", f"{detail}, {going_on}", check=name)
+    missing = ", ".join(check.name for check in checks if not check.active)
+    if required and missing:
+        hint = "see SECURITY in nanoclawd(8); or go on without: remove require_sandbox= from nanoclaw.toml"
+        raise ConfigError(f"parts of the sandbox are not active: {missing}", hint=hint)
     return checks
 
 

@@ -21,7 +21,7 @@ _seconds: dict[str, float] = defaultdict(float)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a machine, and run it last: tests/run prepares it beside the other tests."""
     for item in items:
-        if Path(item.path).is_relative_to(ROOT / "tests/e2e"):
+        if any(Path(item.path).is_relative_to(ROOT / place) for place in ("tests/e2e", "tests/containment")):
             item.add_marker(pytest.mark.machine)
     items.sort(key=lambda item: item.get_closest_marker("machine") is not None)
 

@@ -73,13 +73,13 @@ def agent_remove(options: Namespace) -> None:
         output.confirm(f"Remove agent '{options.AGENT}' {what}? Messages that wait for it are given up.")
     trashed = control.call_agent("RemoveAgent", options.AGENT).get("trash")
     if trashed and options.purge:
-        _purge(Path(trashed))
+        purge(Path(trashed))
     kept = None if options.purge else trashed
     where = f" What it had is in '{kept}'." if kept else ""
     output.done(options, {"removed": options.AGENT, "trash": kept}, f"Removed '{options.AGENT}'.{where}")
 
 
-def _purge(directory: Path) -> None:
+def purge(directory: Path) -> None:
     """Delete `directory`, which must lie directly in the trash.
 
     Its files belong to the agent's uid, one of the person's subordinate uids: only podman-unshare(1), where
@@ -161,7 +161,9 @@ def _keys(options: Namespace) -> Json:
         "cpuQuota": options.cpu_quota,
         "instructions": None if options.instructions is None else _read_instructions(options.instructions),
     }
-    return {key: getattr(options, key) for key in ("description", "provider", "model", "image")} | keys
+    return {
+        key: getattr(options, key) for key in ("description", "provider", "model", "image", "runtime")
+    } | keys
 
 
 def _read_instructions(name: str) -> str:

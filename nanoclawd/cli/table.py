@@ -129,6 +129,7 @@ _OPTIONS = (
     Option("--memory-max", "memory limit as in MemoryMax=, e.g. 1G", "SIZE"),
     Option("--tasks-max", "limit of processes and threads", "N", count),
     Option("--cpu-quota", "CPU limit, e.g. 150%; empty for none", "PERCENT"),
+    Option("--runtime", "runtime of its containers: krun or runsc; empty for Podman's own", "NAME"),
     Option(
         "--mount",
         "show a file or directory to the agent, read-only unless :rw; may be repeated",
@@ -170,7 +171,7 @@ NOUNS = {
 
 _KEYS = (
     "--description --provider --model --image --instructions --idle-seconds --memory-max --tasks-max "
-    "--cpu-quota --mount"
+    "--cpu-quota --runtime --mount"
 )
 COMMANDS = (
     Command("status", "--json", "show what runs, what waits, and whether the sandboxes are active"),
@@ -179,6 +180,12 @@ COMMANDS = (
         "--floor --json",
         "check what NanoClaw needs, and say what to do about what is missing",
         more="Works without the daemon. Fails if something that is needed is missing.",
+    ),
+    Command(
+        "selftest",
+        "[AGENT] --json",
+        "try to get out of an agent's container, and say what held each attempt",
+        more="A temporary agent does it; with AGENT it is like that one. Fails if something got through.",
     ),
     Command("stop", "--all --json", "stop all agents at once, until they are started; their messages wait"),
     Command("start", "--all --json", "let all agents work again after 'stop --all'"),

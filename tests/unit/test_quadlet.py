@@ -88,13 +88,21 @@ def test_the_unit_says_what_is_configured(home: Path) -> None:
             "Network=none",
         ),
         f"Volume={home}/state/nanoclaw/agents/berta/workspace:/workspace:rw,nosuid,nodev,Z",
-        f"Volume={home}/state/nanoclaw/agents/berta/sessions/%i:/session:rw,nosuid,nodev,Z",
+        f"Volume={home}/state/nanoclaw/agents/berta/sessions/%i:/session:rw,nosuid,nodev,noexec,Z",
+        "Ulimit=nproc=99:99",
         f"Volume={home}/run/nanoclaw/agents/berta/%i:/run/nanoclaw:ro,nosuid,nodev,noexec,z",
         "Volume=/srv/a:/mnt/a:ro,nosuid,nodev,z",
         'PodmanArgs="--volume=/srv/b b:/mnt/b:rw,nosuid,nodev,z"',
     ):
         assert line in lines
     assert lines[-1] == "Image=localhost/berta:2"
+
+
+def test_another_runtime_is_passed_on_to_podman(home: Path) -> None:
+    lines = render(replace(BERTA, config=replace(BERTA.config, runtime="runsc"))).splitlines()
+
+    assert lines[-2].startswith("GlobalArgs=--runtime=runsc --runtime-flag=host-uds=open ")
+    assert "GlobalArgs" not in render(BERTA)
 
 
 def test_a_unit_cut_off_anywhere_has_no_image(home: Path) -> None:

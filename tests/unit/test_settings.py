@@ -20,6 +20,7 @@ def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
 
     assert (settings.max_sessions, settings.idle_exit) == (32, 0)
     assert (settings.attempts, settings.retention_days) == (4, 30)
+    assert not settings.require_sandbox
     assert settings.mounts == ()
     assert str(settings.routes["anthropic"].endpoint) == "https://api.anthropic.com"
     assert settings.routes["anthropic"].credential == "anthropic"
@@ -34,6 +35,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         idle_exit = 60
         attempts = 1
         retention_days = 0
+        require_sandbox = true
         [mounts]
         allow = [ {path = "~/src"}, {path = "/srv/data", read_only = false} ]
         [providers.anthropic]
@@ -44,6 +46,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert (settings.max_sessions, settings.idle_exit) == (5, 60)
     assert (settings.attempts, settings.retention_days) == (1, 0)
+    assert settings.require_sandbox
     assert settings.mounts == (
         AllowedMount(path=Path("/home/claw/src"), read_only=True),
         AllowedMount(path=Path("/srv/data"), read_only=False),

@@ -79,6 +79,7 @@ def test_missing_file_is_not_found(path: Path) -> None:
         ('image = "x; rm -rf"', 1, "image is not an image's name", "localhost/nanoclaw-agent"),
         ('image = "agent.build"', 1, "image is not an image's name", ""),
         ('image = "--privileged"', 1, "image is not an image's name", ""),
+        ('runtime = "runc"', 1, "runtime is no runtime", "krun"),
         ('cpu_quota = "much"', 1, "cpu_quota is not a percentage", "150%"),
         ('description = "a\\nb"', 1, "description has a line break", "one line"),
         ("mounts = 3", 1, "mounts must be tables", "[[mounts]]"),

@@ -29,6 +29,7 @@ CONFIGURATION: Json = {
     "memoryMax": "1G",
     "tasksMax": 256,
     "cpuQuota": "",
+    "runtime": "",
     "mounts": [{"source": "/home/ada/src", "target": "/mnt/src", "readOnly": True}],
 }
 RUNTIME: Json = {

@@ -184,6 +184,7 @@ def test_add_hands_over_what_was_given_and_nothing_else(router: RouterDouble, ru
     done = run(
         *("agent", "add", "carla", "--model", "m", "--instructions", "be.md", "--idle-seconds", "0"),
         *("--mount", "src:/mnt/src", "--mount", "/srv:/mnt/srv:rw", "--cpu-quota", "150%"),
+        *("--runtime", "runsc"),
     )
 
     assert done.returncode == 0
@@ -195,6 +196,7 @@ def test_add_hands_over_what_was_given_and_nothing_else(router: RouterDouble, ru
         "instructions": "Be kind.",
         "idleSeconds": 0,
         "cpuQuota": "150%",
+        "runtime": "runsc",
         "mounts": [
             {"source": str(home / "src"), "target": "/mnt/src", "readOnly": True},
             {"source": "/srv", "target": "/mnt/srv", "readOnly": False},

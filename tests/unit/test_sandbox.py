@@ -1,0 +1,34 @@
+"""What becomes of a line of a unit's sandbox that does not hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanoclawd.errors import ConfigError
+from nanoclawd.sandbox import Try, run_checks
+
+
+def refuse() -> tuple[bool, str]:
+    raise PermissionError(13, "Permission denied")
+
+
+TABLE: dict[str, Try] = {
+    "good": lambda: (True, "refused"),
+    "bad": lambda: (False, "it was made"),
+    "unclear": refuse,
+}
+
+
+def test_what_does_not_hold_or_cannot_be_tried_is_not_active() -> None:
+    checks = run_checks(TABLE)
+
+    assert {check.name: check.active for check in checks} == {"good": True, "bad": False, "unclear": False}
+
+
+def test_a_required_sandbox_must_hold_as_a_whole() -> None:
+    assert run_checks({"good": TABLE["good"]}, required=True)[0].active
+
+    with pytest.raises(ConfigError, match="not active: bad, unclear") as refused:
+        run_checks(TABLE, required=True)
+
+    assert "require_sandbox" in refused.value.hint
