@@ -210,7 +210,7 @@ def test_policy_that_changes_cuts_off_what_it_allows_no_more(directory: Path) ->
 def test_agent_without_a_policy_may_nothing(directory: Path) -> None:
     async def main() -> list[int]:
         async with bench(directory, echo) as table:
-            table.gateway.policies.clear()
+            table.gateway.allowances.clear()
             plain = await table.ask(b"GET /anthropic/v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
             return [(await connect(table))[0], plain.status]
 
