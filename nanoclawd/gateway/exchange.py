@@ -42,6 +42,13 @@ class Exchange:
         if down > self.decision.rule.max_down_bytes:
             raise too_large(self.decision.rule.max_down_bytes)
 
+    def is_allowed_by(self, now: Decision) -> bool:
+        """Say whether what was begun might go on if it had been decided like this."""
+        was = self.decision.rule if self.decision else None
+        if not now.allowed or now.rule is None or was is None:
+            return False
+        return now.rule.addresses == was.addresses  # else it may be connected to what was named only then
+
     def describe(self) -> dict[str, Any]:
         """Return the fields of its line in the journal: no query, and of other people's hosts no path."""
         ask, decision = self.ask, self.decision

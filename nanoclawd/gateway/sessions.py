@@ -128,7 +128,7 @@ class Gateway:
         for session in self.sessions.values():
             for connection, task in session.open.items() if session.agent == agent else ():
                 exchange = connection.exchange
-                if exchange and exchange.ask and not session.decide(exchange.ask).allowed:
+                if exchange and exchange.ask and not exchange.is_allowed_by(session.decide(exchange.ask)):
                     exchange.reason = "policy-changed"
                     task.cancel()
 

@@ -202,6 +202,13 @@ def test_policy_that_changes_cuts_off_what_it_allows_no_more(directory: Path) ->
 
             table.gateway.set_policy(AGENT, (replace(here, deny=True),))
             assert await reader.read() == b""
+
+            table.gateway.set_policy(AGENT, (replace(here, addresses=("10.0.0.0/8",)),))
+            _, reader, writer = await connect(table)
+            table.gateway.set_policy(AGENT, (here,))
+            assert await reader.read() == b""
+
+            table.gateway.set_policy(AGENT, ())
             assert (await connect(table))[0] == 403
 
     asyncio.run(main())
