@@ -25,6 +25,10 @@ class Exchange:
     down_bytes: int = 0  #: to the agent
     is_head_sent: bool = False
 
+    @property
+    def is_tunnel(self) -> bool:
+        return self.ask is not None and self.ask.way is Way.TUNNEL
+
     def count(self, up: int, down: int) -> None:
         """Count bytes that are about to pass. Raises Denied if they are more than the rule allows."""
         assert self.decision is not None and self.decision.rule is not None

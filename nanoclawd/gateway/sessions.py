@@ -169,7 +169,8 @@ class Gateway:
         connections = {c: task for session in self.sessions.values() for c, task in session.open.items()}
         for connection, task in connections.items():
             connection.is_last = True
-            if connection.exchange is None:
+            # Of a tunnel nobody knows whether it is still used: for most, waiting would be in vain.
+            if connection.exchange is None or connection.exchange.is_tunnel:
                 task.cancel()
         if connections:
             await asyncio.wait(connections.values(), timeout=limits.DRAIN_S)

@@ -214,6 +214,17 @@ def test_policy_that_changes_cuts_off_what_it_allows_no_more(directory: Path) ->
     asyncio.run(main())
 
 
+def test_tunnel_does_not_hold_up_the_gateways_stop(directory: Path) -> None:
+    async def main() -> None:
+        async with bench(directory, echo, rules=(HERE,)) as table:
+            _, reader, _ = await connect(table)
+            async with asyncio.timeout(limits.DRAIN_S / 2):
+                await table.gateway.drain()
+                assert await reader.read() == b""
+
+    asyncio.run(main())
+
+
 def test_agent_without_a_policy_may_nothing(directory: Path) -> None:
     async def main() -> list[int]:
         async with bench(directory, echo) as table:
