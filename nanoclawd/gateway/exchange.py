@@ -25,6 +25,10 @@ class Exchange:
     down_bytes: int = 0  #: to the agent
     is_head_sent: bool = False
 
+    @property
+    def is_tunnel(self) -> bool:
+        return self.ask is not None and self.ask.way is Way.TUNNEL
+
     def count(self, up: int, down: int) -> None:
         """Count bytes that are about to pass. Raises Denied if they are more than the rule allows."""
         assert self.decision is not None and self.decision.rule is not None
@@ -41,6 +45,13 @@ class Exchange:
         assert self.decision is not None and self.decision.rule is not None
         if down > self.decision.rule.max_down_bytes:
             raise too_large(self.decision.rule.max_down_bytes)
+
+    def is_allowed_by(self, now: Decision) -> bool:
+        """Say whether what was begun might go on if it had been decided like this."""
+        was = self.decision.rule if self.decision else None
+        if not now.allowed or now.rule is None or was is None:
+            return False
+        return now.rule.addresses == was.addresses  # else it may be connected to what was named only then
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of its line in the journal: no query, and of other people's hosts no path."""
