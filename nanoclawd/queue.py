@@ -16,7 +16,6 @@ from nanoclawd import journal, limits, wire
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.ids import AgentName, MessageId, SessionName, TurnId, new_message_id, new_turn_id, unit_name
-from nanoclawd.outbox import Delivery as Delivery  # for who has it from here
 from nanoclawd.states import MessageState
 
 
