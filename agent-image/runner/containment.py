@@ -858,6 +858,8 @@ def judge(probe: Probe, parameters: Json) -> tuple[str, str, str]:
         return "untried", "", str(exc)
     except Held as exc:
         return "held", probe.by, str(exc)
+    except TimeoutError:  # silence is no refusal
+        return "untried", "", "no answer in time"
     except OSError as exc:
         return "held", layer(probe.by, exc.errno or 0), code(exc)
 
