@@ -349,6 +349,8 @@ def _answer(listeners: list[socket.socket], token: bytes, ended: Event) -> None:
                     sock.sendto(token, sock.recvfrom(64)[1])
                 else:
                     with sock.accept()[0] as peer:
+                        peer.settimeout(0.5)
+                        peer.recv(1 << 16)  # what is not read takes the answer with it, man 7 unix
                         peer.sendall(token)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.machine import ROOT
 
-RUN_S = 600
+RUN_S = 1200
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a machine of its own needs root")
