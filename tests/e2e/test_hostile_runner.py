@@ -125,7 +125,7 @@ def test_floods_and_what_is_held_open_harm_nobody(product: Product, machine: Mac
     product.send(other, "warm up")
     watch = Watch(machine)
 
-    machine.expect_journal("<4> (calls-too-fast|reader-too-slow|message-failed|lease-expired):")
+    machine.expect_journal("<[34]> (calls-too-fast|reader-too-slow|message-failed|message-dead|lease-expired):")
     machine.expect_journal("nanoclaw-.*@terminal_[0-9]+.service.* <[34]> ")
     for agent in agents.values():
         product.ctl("send", agent, "hello")
@@ -168,7 +168,7 @@ def test_noise_of_an_agent_looks_like_nobody_elses_and_hides_nothing(
     """Its lines are of a priority of their own, for each of which journald has another bound."""
     agent = add_hostile(product, machine, ["noise"])["noise"]
 
-    machine.expect_journal("<4> (protocol-broken|message-failed):")
+    machine.expect_journal("<[34]> (protocol-broken|message-failed|message-dead):")
     product.ctl("send", agent, "hello")
     product.wait_event("protocol-broken", agent=agent)
 
