@@ -14,6 +14,9 @@ from tests.bench.figures import Bound, Figure, distribution, order_faults, singl
 OVERHEAD = {"p50": Bound(limit=10), "p99": Bound(limit=50)}
 SESSIONS = 20
 MESSAGES = 25  #: to each session
+#: Between two messages of one chat. Without it we would measure how fast the router lets one runner call
+#: (CALLS_PER_S), and nobody talks as fast as that.
+PAUSE_S = 0.015
 
 
 async def measure_warm(quick: bool) -> AsyncIterator[Figure]:
@@ -42,6 +45,7 @@ async def measure_warm(quick: bool) -> AsyncIterator[Figure]:
             outward.append((replied - answers) * 1000)
             total.append((replied - began) * 1000)
             await adapter.settle()
+            await asyncio.sleep(PAUSE_S)
     yield distribution("one durable write of 4 KiB, without us", "ms", host.measure_fsync())
     yield distribution(
         "warm: message → echo reply, round trip", "ms", total, bounds=OVERHEAD, upstream=upstream.WARM

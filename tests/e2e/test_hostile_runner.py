@@ -125,7 +125,9 @@ def test_floods_and_what_is_held_open_harm_nobody(product: Product, machine: Mac
     product.send(other, "warm up")
     watch = Watch(machine)
 
-    machine.expect_journal("<[34]> (calls-too-fast|reader-too-slow|message-failed|message-dead|lease-expired):")
+    machine.expect_journal(
+        "<[34]> (calls-too-fast|reader-too-slow|message-failed|message-dead|lease-expired):"
+    )
     machine.expect_journal("nanoclaw-.*@terminal_[0-9]+.service.* <[34]> ")
     for agent in agents.values():
         product.ctl("send", agent, "hello")
