@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nanoclawd import credentials
 from nanoclawd.errors import ConfigError
 from nanoclawd.gateway import limits
+from nanoclawd.gateway.redact import Redactor
 from nanoclawd.ids import CredentialName
 from nanoclawd.policy import Rule
 from tests.unit.gateway.harness import (
@@ -251,12 +252,20 @@ def test_key_does_not_come_back_in_headers(directory: Path) -> None:
     assert [name for name, _ in reply.headers] == [b"content-length"]
 
 
-def test_key_does_not_come_back_in_a_body(directory: Path) -> None:
+def test_key_does_not_come_back_in_a_body(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, fed = Redactor.feed, asyncio.Event()
+
+    def noted(self: Redactor, data: bytes) -> bytes:
+        fed.set()
+        return feed(self, data)
+
+    monkeypatch.setattr(Redactor, "feed", noted)
+
     async def handler(reader: Reader, writer: Writer) -> None:
         await read_request(reader)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n[" % (len(KEY) + 2) + KEY[:7])
         await writer.drain()
-        await asyncio.sleep(0.02)  # so that it comes in two pieces
+        await fed.wait()  # so that it comes in two pieces
         writer.write(KEY[7:] + b"]")
 
     async def main() -> Reply:

@@ -28,8 +28,18 @@ class Watched:
         self.left = asyncio.ensure_future(self.exit.wait())
 
     async def stays(self) -> bool:
-        await asyncio.sleep(4 * self.seconds)
-        return not self.left.done()
+        """Return whether it has looked at what there is to do, and stayed."""
+        is_idle, looked = self.exit._is_idle, list[bool]()
+
+        async def look() -> bool:
+            looked.append(await is_idle())
+            return looked[-1]
+
+        self.exit._is_idle = look  # type: ignore[method-assign]
+        self.exit.touch()
+        await eventually(lambda: looked)
+        self.exit._is_idle = is_idle  # type: ignore[method-assign]
+        return not looked[0] and not self.left.done()
 
 
 def test_router_leaves_when_nothing_is_to_be_done(place: Place) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
 
@@ -11,7 +10,7 @@ from nanoclawd import limits
 from nanoclawd.wire import VarlinkError
 from tests.support.commits import HeldCommits
 from tests.support.router import AGENT, CHANNEL, Container, Place, echo, killed
-from tests.support.varlink_peer import WAIT_S, eventually
+from tests.support.varlink_peer import eventually
 
 UNIT = "nanoclaw-berta@test_1.service"
 
@@ -820,7 +819,6 @@ def test_session_that_made_room_gets_room_in_its_turn(place: Place, monkeypatch:
 def test_two_turns_that_end_in_one_commit_leave_one_slot_to_who_waits(place: Place) -> None:
     async def run() -> None:
         finish = {text: asyncio.Event() for text in ("one", "two")}
-        gate = threading.Event()
 
         async def waits(container: Container) -> None:
             await container.begin()
@@ -836,14 +834,14 @@ def test_two_turns_that_end_in_one_commit_leave_one_slot_to_who_waits(place: Pla
                 await router.deliver(chat, chat=chat)
             await eventually(lambda: sum(len(c.turns) for c in place.systemd.containers.values()) == 2)
             await router.deliver("again", chat="two")
-            router.db._committer.submit(gate.wait, WAIT_S)
-            before = asyncio.ensure_future(router.db.write(lambda tx: None))  # the next commit takes long
-            await eventually(router.db._waiting.empty)
+            commits = HeldCommits(router.db)
+            before = asyncio.ensure_future(router.db.write(lambda tx: None))
+            await commits.entered.wait()
             finish["one"].set()
             await eventually(lambda: router.db._waiting.qsize() == 1)
             finish["two"].set()
             await eventually(lambda: router.db._waiting.qsize() == 2)
-            gate.set()
+            commits.release()
 
             await before
             await router.settled()
