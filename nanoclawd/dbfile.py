@@ -6,7 +6,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from nanoclawd import files, journal, paths
@@ -112,8 +112,10 @@ def log_kept(path: Path) -> Iterator[None]:
 
     SQLite's last connection moves the log into the file; one that may not write is not able to.
     """
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as last:
-        last.execute("SELECT 1 FROM sqlite_schema").fetchone()
+    with ExitStack() as last:
+        with suppress(sqlite3.DatabaseError):  # gone, or no database any more: others will tell
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            last.enter_context(closing(connection)).execute("SELECT 1 FROM sqlite_schema").fetchone()
         yield
 
 

@@ -16,7 +16,6 @@ from nanoclawd import journal, limits, wire
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.ids import AgentName, MessageId, SessionName, TurnId, new_message_id, new_turn_id, unit_name
-from nanoclawd.outbox import Delivery as Delivery  # for who has it from here
 from nanoclawd.states import MessageState
 
 
@@ -158,7 +157,7 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
         row = tx.one("add_session", prefix=prefix, now=now_ms(), **place)
     assert row is not None
     session = session_row(row)
-    _require_room(tx, session.id, 1)
+    _require_room(tx, session.id)
     message = new_message_id()
     tx.all(
         "enqueue", id=message, session=session.id, sender=event.sender, body=event.text, now=now_ms(), **key
@@ -168,10 +167,11 @@ def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId,
     return message, session
 
 
-def _require_room(tx: Transaction, session: int, messages: int) -> None:
+def _require_room(tx: Transaction, session: int, *, counted: int = 0) -> None:
+    """Raise Refused if a session has no room for a message; `counted`: it is queued already."""
     (waiting,) = tx.all("count_queued", session=session)
-    in_session, total = waiting["in_session"], waiting["total"]
-    if in_session + messages > limits.QUEUED_PER_SESSION or total + messages > limits.QUEUED_TOTAL:
+    in_session, total = waiting["in_session"] - counted, waiting["total"] - counted
+    if in_session >= limits.QUEUED_PER_SESSION or total >= limits.QUEUED_TOTAL:
         raise Refused(
             f"{in_session} messages wait for this chat and {total} in all",
             hint="wait until the agent has caught up; 'nanoclawctl status' shows what it does",
@@ -459,7 +459,7 @@ def retry_dead_letter(tx: Transaction, id: str) -> bool:
     Raises Refused if too many messages wait already.
     """
     if (row := tx.one("retry_message", id=id)) is not None:
-        _require_room(tx, row["session"], 0)  # it is counted already
+        _require_room(tx, row["session"], counted=1)
         return True
     return bool(tx.all("retry_delivery", key=id))
 

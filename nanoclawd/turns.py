@@ -10,8 +10,9 @@ from typing import TypeVar
 from nanoclawd import journal, limits, queue
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Unavailable
+from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import Delivery, Failure, Message, SessionRow, Treatment, Turn
+from nanoclawd.queue import Failure, Message, SessionRow, Treatment, Turn
 from nanoclawd.session import Session, SessionState, describe_turn
 from nanoclawd.states import MessageState
 

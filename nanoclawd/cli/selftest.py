@@ -40,6 +40,7 @@ from nanoclawd.wire import Json
 PROGRAM = paths.SHARE / "agent-image/runner/containment.py"
 AGENT, OTHER = AgentName("selftest"), AgentName("selftest_other")
 PROVIDERS = {AGENT: "selftest", OTHER: "echo"}
+MARK = "temporary agent of nanoclawctl selftest"  #: their description: only they are ever removed
 CREDENTIAL = parse_credential_name("selftest")
 WAIT_S = 180.0  #: one answer of it, the start of a container on a busy machine included
 CONTROL_S = 60.0
@@ -98,8 +99,7 @@ def _require_free_names() -> None:
     if control.call("Status")["held"]:
         raise Refused("all agents are stopped", hint="'nanoclawctl start --all' first")
     for agent in control.list_all("ListAgents"):
-        provider = (agent["configuration"] or {}).get("provider")
-        if PROVIDERS.get(agent["name"], provider) != provider:
+        if agent["name"] in PROVIDERS and (agent["configuration"] or {}).get("description") != MARK:
             raise Refused(f"there is an agent of yours named '{agent['name']}'", hint="it must make room")
     _clean_up({})
 
@@ -128,6 +128,12 @@ def _clean_up(chats: Chats) -> None:
     finally:
         for number, handler in zip(_SIGNALS, before, strict=True):
             signal.signal(number, handler)
+
+
+def _add(name: AgentName, values: Json) -> Json:
+    return control.call(
+        "AddAgent", {"name": name, "provider": PROVIDERS[name], "description": MARK, **values}
+    )
 
 
 def _remove(name: AgentName) -> None:
@@ -217,7 +223,7 @@ class _Attack:
 
     def _start_other(self) -> tuple[str, SessionName]:
         """Start another agent that works for as long as this takes; return its turn and session."""
-        control.call("AddAgent", {"name": OTHER, "provider": PROVIDERS[OTHER]})
+        _add(OTHER, {})
         self._chats[OTHER].deliver(f"/sleep {WAIT_S * 10:.0f}", str(uuid.uuid4()))
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
@@ -240,7 +246,7 @@ class _Attack:
             values = {key: shown["configuration"][key] for key in keys}
             with suppress(FileNotFoundError):
                 shutil.copytree(shown["dropInDirectory"], quadlet.drop_in_directory(AGENT))
-        return control.call("AddAgent", {"name": AGENT, "provider": PROVIDERS[AGENT], **values})
+        return _add(AGENT, values)
 
     def _ask(self, document: Json, *, until: str = "reply") -> str:
         """Send it a message and return the first that it says of the kind `until`. Raises Failed."""
@@ -300,7 +306,7 @@ class _Attack:
 
     def _instructions(self) -> Json:
         shown = control.call_agent("ShowAgent", AGENT)
-        same = not shown["instructions"] and not shown["configuration"]["description"]
+        same = not shown["instructions"] and shown["configuration"]["description"] == MARK
         return _after("instructions-after", "have other instructions now", same)
 
     def _others_turn(self, turn: str) -> Json:

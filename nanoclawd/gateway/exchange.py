@@ -29,6 +29,10 @@ class Exchange:
     is_head_sent: bool = False
     credential: str = ""  #: name of the one that was lent to it
 
+    @property
+    def is_tunnel(self) -> bool:
+        return self.ask is not None and self.ask.way is Way.TUNNEL
+
     def count(self, up: int, down: int) -> None:
         """Count bytes that are about to pass. Raises Denied if they are more than the rule allows."""
         assert self.decision is not None and self.decision.rule is not None
@@ -63,6 +67,13 @@ class Exchange:
             "upBytes": self.up_bytes,
             "downBytes": self.down_bytes,
         }
+
+    def is_allowed_by(self, now: Decision) -> bool:
+        """Say whether what was begun might go on if it had been decided like this."""
+        was = self.decision.rule if self.decision else None
+        if not now.allowed or now.rule is None or was is None:
+            return False
+        return now.rule.addresses == was.addresses  # else it may be connected to what was named only then
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of its line in the journal: no query, and of other people's hosts no path."""

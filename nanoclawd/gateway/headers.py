@@ -12,10 +12,10 @@ Header = tuple[bytes, bytes]  #: name in lower case, value
 
 #: What passes to the endpoint of a route, beside what the route names. Everything else stays here: a header
 #: that we do not know could mean something to the endpoint or to a proxy before it (X-Forwarded-For,
-#: X-Original-URL, X-HTTP-Method-Override …).
+#: X-Original-URL, X-HTTP-Method-Override …). Not Range: the credential could come back in two halves.
 ROUTE_HEADERS = frozenset(
     {b"accept", b"accept-encoding", b"accept-language", b"content-encoding", b"content-type", b"user-agent"}
-    | {b"range", b"if-match", b"if-none-match", b"if-modified-since", b"git-protocol"}
+    | {b"if-match", b"if-none-match", b"if-modified-since", b"git-protocol"}
 )
 ROUTE_HEADER_PREFIX = b"x-stainless-"  # what SDKs tell about themselves
 

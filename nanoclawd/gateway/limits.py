@@ -45,4 +45,4 @@ HAND_OVER_S = 3.0  #: at SIGTERM; with DRAIN_S below TimeoutStopSec=
 DRAIN_S = 10.0  #: what runs at SIGTERM may go on so long; below TimeoutStopSec=
 THREADS = 8  #: for decryption, and for the names of endpoints; with the next below TasksMax=
 LOOKUP_THREADS = 12  #: for names that agents ask for, which may take long
-LOOKUPS = 2  #: at once, of one session
+LOOKUPS = 2  #: at once, of one agent

@@ -29,6 +29,15 @@ from nanoclawd.settings import Settings
 from nanoclawd.sockets import accept
 
 
+class Allowance:
+    """What an agent may reach, and what all its sessions share of that."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.rates: dict[Rule, Rate] = {}
+        self.lookups = asyncio.Semaphore(limits.LOOKUPS)
+
+
 class Session:
     """One session of an agent: who is behind a listener."""
 
@@ -39,7 +48,6 @@ class Session:
         self.accepting: asyncio.Task[None] | None = None  #: serves the listener, and closes it at its end
         self.open: dict[AgentConnection, asyncio.Task[None]] = {}
         self.slots = asyncio.Semaphore(limits.CONNECTIONS)
-        self._lookups = asyncio.Semaphore(limits.LOOKUPS)
         self._rate = Rate(limits.REQUESTS_PER_S, limits.REQUESTS_BURST)
         self._quiet_until = 0.0
 
@@ -61,20 +69,25 @@ class Session:
             raise Denied(429, "too-fast", message, ("retry-after", "1"))
 
     def decide(self, ask: Ask) -> Decision:
-        """Return what the agent's policy says; whom the router told no policy may nothing."""
-        return decide(self.gateway.policies.get(self.agent, ()), ask)
+        """Return what the agent's policy says. Every request comes by here."""
+        return decide(self._allowance.rules, ask)
+
+    @property
+    def _allowance(self) -> Allowance:
+        """Of whom the router told no policy, that is nothing."""
+        return self.gateway.allowances.get(self.agent) or Allowance(())
 
     def check_rule_rate(self, rule: Rule) -> None:
         """Count one request that `rule` allows. Raises Denied if there were too many."""
-        rates = self.gateway.rates.setdefault(self.agent, {})
-        rate = rates.setdefault(rule, Rate(rule.per_minute / 60, rule.per_minute))
+        rate = self._allowance.rates.setdefault(rule, Rate(rule.per_minute / 60, rule.per_minute))
         if wait_s := rate.take():
             message = f"The policy allows {rule.per_minute} requests a minute here."
             raise Denied(429, "rule-rate", message, ("retry-after", f"{wait_s:.0f}"))
 
     async def dial(self, ask: Ask, rule: Rule) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect to the host that `ask` names, which `rule` allows. Raises Denied."""
-        addresses = await resolve(ask.host, ask.port, rule, self.gateway.threads, self._lookups)
+        slots = self._allowance.lookups
+        addresses = await resolve(ask.host, ask.port, rule, self.gateway.threads, slots)
         return await dial(ask.host, ask.port, addresses)
 
     def log(self, exchange: Exchange) -> None:
@@ -94,9 +107,7 @@ class Gateway:
     def __init__(self, tasks: asyncio.TaskGroup, tls: ssl.SSLContext) -> None:
         #: What nanoclaw.toml said last, or why it could not be read: then nothing is forwarded.
         self.settings: Settings | ConfigError = ConfigError("nanoclaw.toml was not read yet")
-        #: By agent what the router told of its policy; nothing allows nothing.
-        self.policies: dict[AgentName, Rules] = {}
-        self.rates: dict[AgentName, dict[Rule, Rate]] = {}
+        self.allowances: dict[AgentName, Allowance] = {}  #: as the router told them
         self.keys = Keys()
         self.trail = Trail()
         self.threads = ThreadPoolExecutor(limits.LOOKUP_THREADS, thread_name_prefix="lookup")
@@ -115,12 +126,13 @@ class Gateway:
 
     def set_policy(self, agent: AgentName, rules: Rules) -> None:
         """Take over an agent's policy; what runs and is allowed no more ends at once."""
-        self.policies[agent] = rules
-        self.rates[agent] = {rule: rate for rule, rate in self.rates.get(agent, {}).items() if rule in rules}
+        allowance = self.allowances.setdefault(agent, Allowance(rules))
+        allowance.rules = rules
+        allowance.rates = {rule: rate for rule, rate in allowance.rates.items() if rule in rules}
         for session in self.sessions.values():
             for connection, task in session.open.items() if session.agent == agent else ():
                 exchange = connection.exchange
-                if exchange and exchange.ask and not session.decide(exchange.ask).allowed:
+                if exchange and exchange.ask and not exchange.is_allowed_by(session.decide(exchange.ask)):
                     exchange.reason = "policy-changed"
                     task.cancel()
 
@@ -144,8 +156,7 @@ class Gateway:
             for task in session.open.values():
                 task.cancel()
             if not any(other == agent for other, _ in self.sessions):
-                self.policies.pop(agent, None)
-                self.rates.pop(agent, None)
+                self.allowances.pop(agent, None)
             self.report_status()
 
     def report_status(self) -> None:
@@ -165,7 +176,8 @@ class Gateway:
         connections = {c: task for session in self.sessions.values() for c, task in session.open.items()}
         for connection, task in connections.items():
             connection.is_last = True
-            if connection.exchange is None:
+            # Of a tunnel nobody knows whether it is still used: for most, waiting would be in vain.
+            if connection.exchange is None or connection.exchange.is_tunnel:
                 task.cancel()
         if connections:
             await asyncio.wait(connections.values(), timeout=limits.DRAIN_S)

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.bench import host, model, replies, router, starts
+from tests.bench import gateway, host, model, replies, router, starts
 from tests.bench.figures import Figure, render
 
 BENCHMARKS: dict[str, Callable[[bool], AsyncIterator[Figure]]] = {
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[bool], AsyncIterator[Figure]]] = {
     "warm": replies.measure_warm,
     "burst": replies.measure_burst,
     "model": model.measure,
+    "gateway": gateway.measure,
     "idle": router.measure_idle,
     "ready": router.measure_ready,
     "many": router.measure_many,

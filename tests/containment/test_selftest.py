@@ -159,7 +159,7 @@ def test_an_agent_with_a_drop_in_of_its_own_is_tried_as_it_is(machine: Machine, 
     others = selftest(machine)[1]
 
     assert code == 1 and "capabilities" in through(rows)
-    assert re.fullmatch(r"EAGAIN at 9\d|EAGAIN at 8\d", rows["fork-flood"]["detail"]), rows["fork-flood"]
+    assert re.fullmatch(r"EAGAIN at \d\d", rows["fork-flood"]["detail"]), rows["fork-flood"]
     assert through(others) == set()
     assert leftovers(machine) == ""
     machine.run("rm", "-r", directory)

@@ -250,8 +250,8 @@ def test_stop_and_start_give_a_running_turn_back(product: Product, machine: Mach
     product.ctl("agent", "start", agent)
 
     # What the person stopped is no failed attempt.
-    assert wait_reply(sending) == "attempt 2, already sent: nothing"
-    assert_answered_once(product, agent, attempt=2)
+    assert wait_reply(sending) == "attempt 1, already sent: nothing"
+    assert_answered_once(product, agent, attempt=1)
 
 
 def test_restart_takes_the_new_configuration_and_gives_a_running_turn_back(
@@ -266,7 +266,7 @@ def test_restart_takes_the_new_configuration_and_gives_a_running_turn_back(
 
     product.ctl("agent", "restart", agent)
 
-    assert wait_reply(sending) == "attempt 2, already sent: nothing"
+    assert wait_reply(sending) == "attempt 1, already sent: nothing"
     assert product.runner_pid(agent) != first
     assert machine.unit(product.session(agent)["unit"], "TasksMax") == {"TasksMax": "44"}
 

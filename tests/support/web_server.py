@@ -2,8 +2,8 @@
 
     web_server DIRECTORY PORT TLS_PORT
 
-Serves DIRECTORY on 127.0.0.2:PORT and, with DIRECTORY/../key.pem, on TLS_PORT. /echo answers with what was
-asked.
+Serves DIRECTORY on PORT of 127.0.0.1 and 127.0.0.2 and, with DIRECTORY/../key.pem, on TLS_PORT. /echo
+answers with what was asked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(f"{directory}/../key.pem")
     secure.socket = context.wrap_socket(secure.socket, server_side=True)
-    threading.Thread(target=secure.serve_forever, daemon=True).start()
+    named = ThreadingHTTPServer(("127.0.0.1", port), handler)  # as localhost
+    for server in (secure, named):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     ThreadingHTTPServer((ADDRESS, port), handler).serve_forever()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from nanoclawd.gateway import addresses
 from nanoclawd.gateway.addresses import Address, refusal, resolve
 from nanoclawd.policy import Denied, Rule
+from tests.support.varlink_peer import eventually
 
 
 @pytest.mark.parametrize(
@@ -144,4 +146,35 @@ def test_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
                 with pytest.raises(Denied, match=r"nowhere\.invalid"):
                     await resolve("nowhere.invalid", 443, Rule(host="nowhere.invalid"), threads, slots)
 
+    asyncio.run(run())
+
+
+def test_lookup_that_was_given_up_keeps_its_slot_until_its_thread_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on, asked = threading.Event(), []
+
+    def getaddrinfo(host: str, port: int, **_: object) -> list[object]:
+        asked.append(host)
+        go_on.wait(20)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("9.9.9.9", port))]
+
+    async def run() -> None:
+        with ThreadPoolExecutor(4) as threads:
+            slots = asyncio.Semaphore(1)
+
+            def look_up(host: str) -> asyncio.Task[list[Address]]:
+                return asyncio.create_task(resolve(host, 443, Rule(host=host), threads, slots))
+
+            first = look_up("a.example")
+            await eventually(lambda: asked)
+            first.cancel()
+            await asyncio.wait([first])
+            second = look_up("b.example")
+            await asyncio.wait([second], timeout=0.05)
+            assert asked == ["a.example"] and not second.done()
+            go_on.set()
+            assert [str(address) for address in await second] == ["9.9.9.9"]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     asyncio.run(run())

@@ -202,7 +202,25 @@ def test_policy_that_changes_cuts_off_what_it_allows_no_more(directory: Path) ->
 
             table.gateway.set_policy(AGENT, (replace(here, deny=True),))
             assert await reader.read() == b""
+
+            table.gateway.set_policy(AGENT, (replace(here, addresses=("10.0.0.0/8",)),))
+            _, reader, writer = await connect(table)
+            table.gateway.set_policy(AGENT, (here,))
+            assert await reader.read() == b""
+
+            table.gateway.set_policy(AGENT, ())
             assert (await connect(table))[0] == 403
+
+    asyncio.run(main())
+
+
+def test_tunnel_does_not_hold_up_the_gateways_stop(directory: Path) -> None:
+    async def main() -> None:
+        async with bench(directory, echo, rules=(HERE,)) as table:
+            _, reader, _ = await connect(table)
+            async with asyncio.timeout(limits.DRAIN_S / 2):
+                await table.gateway.drain()
+                assert await reader.read() == b""
 
     asyncio.run(main())
 
@@ -210,7 +228,7 @@ def test_policy_that_changes_cuts_off_what_it_allows_no_more(directory: Path) ->
 def test_agent_without_a_policy_may_nothing(directory: Path) -> None:
     async def main() -> list[int]:
         async with bench(directory, echo) as table:
-            table.gateway.policies.clear()
+            table.gateway.allowances.clear()
             plain = await table.ask(b"GET /anthropic/v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
             return [(await connect(table))[0], plain.status]
 

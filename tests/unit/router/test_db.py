@@ -642,6 +642,22 @@ def test_damage_is_told_after_the_start_before_anything_is_written_into_the_file
     asyncio.run(look())
 
 
+@pytest.mark.parametrize("how", ["overwritten", "removed"])
+def test_a_file_that_is_no_database_any_more_can_be_closed(tmp_path: Path, how: str) -> None:
+    async def run() -> None:
+        async with opened(tmp_path / "db") as db:
+            await db.write(lambda tx: add(tx, "berta"))
+            if how == "removed":
+                (tmp_path / "db").unlink()
+                return
+            (tmp_path / "db").write_bytes(b"a note to myself\n" * 5000)
+
+            with pytest.raises(ConfigError):
+                await db.check()
+
+    asyncio.run(run())
+
+
 def test_a_check_ends_with_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = "WITH RECURSIVE n AS (SELECT 1 AS x UNION ALL SELECT x FROM n) SELECT x FROM n WHERE x = 2"
     path = tmp_path / "db"

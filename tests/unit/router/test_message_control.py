@@ -221,7 +221,7 @@ def test_no_more_dead_messages_are_retried_than_may_wait(
 
             refused = await operator.refused("RetryDeadLetter", "Refused", id=last)
 
-            assert " wait for this chat and " in refused["message"]
+            assert refused["message"] == "2 messages wait for this chat and 2 in all"
             assert await operator.dead() == [last]
 
     place.run(run)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from nanoclawd import images, limits
+from nanoclawd.db import now_ms
 from nanoclawd.errors import Failed, NotFound
 from nanoclawd.systemd import UnitChange
 from tests.support.commits import HeldCommits
@@ -19,8 +20,9 @@ UNIT = "nanoclaw-berta@test_1.service"
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BACKOFF_FIRST_S", 0.1)
+def not_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second attempt waits for hasten(), so that there is time to look."""
+    monkeypatch.setattr(limits, "BACKOFF_FIRST_S", 600.0)
 
 
 async def lines(router: Router) -> list[str]:
@@ -33,6 +35,13 @@ async def shown(router: Router, *patterns: str) -> None:
     async with asyncio.timeout(WAIT_S):
         while not re.fullmatch("\n".join(patterns), "\n".join(await lines(router))):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
+
+
+async def hasten(router: Router) -> None:
+    """Let what waits for its next attempt have it now."""
+    times = {"latest": now_ms(), "soon": now_ms()}
+    await router.db.write(lambda tx: tx.all("hasten_messages", **times))
+    await router.start_waiting()
 
 
 def ends(result: str, status: int = 0) -> Callable[[Container], Awaitable[None]]:
@@ -65,7 +74,8 @@ def test_container_that_ends_in_mid_turn_is_replaced_after_a_while(
         async with place.router() as router:
             adapter = await router.attach()
             await router.deliver("hello")
-            await shown(router, rf"attempt 2 in 0 s: {re.escape(words)}")
+            await shown(router, rf"attempt 2 in \d+ s: {re.escape(words)}")
+            await hasten(router)
 
             assert await adapter.reply() == "echo: hello"
             assert [row["attempts"] for row in await router.inbox()] == [2]
@@ -90,7 +100,8 @@ def test_runner_that_hangs_is_seen_to_hang_and_replaced(
             adapter = await router.attach()
             await router.deliver("hello")
             await shown(router, r"its runner says nothing since \d+ s, and is stopped at \d+ s")
-            await shown(router, "attempt 2 in 0 s: its runner was silent for 45 s")
+            await shown(router, r"attempt 2 in \d+ s: its runner was silent for 45 s")
+            await hasten(router)
 
             assert await adapter.reply() == "echo: hello"
             assert place.systemd.stops == [UNIT]
@@ -146,7 +157,8 @@ def test_unit_that_does_not_start(
                 assert await adapter.reply() == "Your message could not be answered: Unit is masked."
             else:
                 words = "its container was started too often in a short time"
-                await shown(router, f"attempt 2 in 0 s: {words}.*")
+                await shown(router, rf"attempt 2 in \d+ s: {words}.*")
+                await hasten(router)
                 assert await adapter.reply() == "echo: hello"
             assert forgotten == [UNIT]
 
@@ -197,6 +209,8 @@ def test_container_that_ends_while_a_message_is_leased_to_it(place: Place) -> No
             await place.systemd.end(UNIT)
             commits.release()
             await delivering
+            await shown(router, r"attempt 2 in \d+ s: its container ended")
+            await hasten(router)
 
             assert await adapter.reply() == "echo: two"
             assert await router.states() == ["answered", "answered"]
