@@ -155,7 +155,8 @@ def _take_over(tx: Transaction, life: str, records: Sequence[Json]) -> None:
         detail = {key: value for key, value in record.items() if value not in ("", 0)}
         for key in ("number", "at", "event", "agent"):
             detail.pop(key, None)
-        at = round(record["at"] * 1000)
+        # One from the future would keep retention from all later ones.
+        at = round(max(0, min(record["at"] * 1000, now_ms())))
         append(tx, Kind.REQUEST, record["event"], detail, agent=record["agent"], at=at)
     tx.all("set_gateway_read", life=life, number=number)
 

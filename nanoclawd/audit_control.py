@@ -50,15 +50,16 @@ class AuditControl:
             try:
                 reply = await method.handler(call)
             except NanoclawError as exc:
-                await self._note_late(name, {**detail, "failed": exc.code}, agent)
+                await self.note_late(name, {**detail, "failed": exc.code}, agent)
                 raise
             if name in STOPS:
-                await self._note_late(name, detail, agent)
+                await self.note_late(name, detail, agent)
             return reply
 
         return Method(handler=answer, more=method.more)
 
-    async def _note_late(self, name: str, detail: Json, agent: str) -> None:
+    async def note_late(self, name: str, detail: Json, agent: str = "") -> None:
+        """Add a row of what is done in any case."""
         try:
             await self._audit.note(name, detail, agent=agent)
         except Unavailable as exc:

@@ -164,8 +164,9 @@ class ControlService:
         return {"agents": len(self.registry.names()), "problems": problems}
 
     async def reload(self) -> list[str]:
-        """Read all configuration again; returns what is wrong with agents. Raises ConfigError, …"""
-        await self.audit.note("Reload", {})
+        """Read all configuration again; returns what is wrong with agents. Raises ConfigError."""
+        # What it takes from agents must not fail for want of room.
+        await self._audit_control.note_late("Reload", {})
         self.registry.settings = read_settings()
         self.sessions.resize(self.registry.settings.max_sessions)
         self.on_reload()

@@ -10,10 +10,12 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from nanoclawd import journal, limits, paths, varlink
 from nanoclawd.errors import Unavailable
+from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.policy import Rules, to_json
-from nanoclawd.wire import Json, VarlinkError
+from nanoclawd.wire import Json, VarlinkError, WireError
 
+_INTERFACE = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
 _RETRY_S = 2.0
 _ANSWER_S = 10.0
 Key = tuple[AgentName, SessionName]
@@ -100,14 +102,19 @@ class GatewayLink:
         try:
             after = 0
             while True:
-                try:
-                    read = await varlink.call(
-                        connection, "io.nanoclaw.Gateway.ReadRecords", {"after": after}, more=True
-                    )
-                except Unavailable:
-                    return
+                method = f"{_INTERFACE.name}.ReadRecords"
+                reply = await varlink.call(connection, method, {"after": after}, more=True)
+                # It has credentials and the Internet; what it says must not harm more than itself.
+                read = _INTERFACE.check_reply("ReadRecords", reply)
+                if not read["records"]:
+                    raise WireError("records", "must not be empty")
                 await self._store(read["life"], read["records"])
                 after = read["records"][-1]["number"]
+        except Unavailable:
+            return
+        except (VarlinkError, WireError) as exc:
+            hint = "'systemctl --user restart nanoclaw-gateway' starts one that should"
+            journal.error("records-not-read", f"the gateway does not tell what it decides: {exc}; {hint}")
         finally:
             connection.close()
 

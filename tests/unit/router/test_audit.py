@@ -244,12 +244,13 @@ def test_a_restored_trail_says_so(store: Store, tmp_path: Path, version: int) ->
 
 def test_each_record_of_the_gateway_is_stored_once(store: Store) -> None:
     async def body() -> None:
-        await store.audit.take_over("a", [record(1), record(2)])
+        await store.audit.take_over("a", [record(1, at=1e308), record(2)])
         await store.audit.take_over("a", [record(2), record(3, event="denied", reason="no-rule")])
         await store.audit.take_over("a", [record(3)])
         assert store.events() == ["gateway-started", "allowed", "allowed", "denied"]
 
     store.run(body)
+    assert store.rows()[1]["at"] <= now_ms()
     row = store.rows()[-1]
     assert (row["at"], row["kind"], row["agent"]) == (1500, "request", "berta")
     assert json.loads(row["detail"]) == {
@@ -307,6 +308,7 @@ def test_records_wait_for_the_router_and_come_once(
                 await eventually(lambda: len(store.rows()) == 4)
                 gateway.put(4)
                 await eventually(lambda: len(store.rows()) == 5)
+                await eventually(lambda: not gateway.trail._waiting)  # and it need not keep them any more
         assert store.events() == ["gateway-started", *["allowed"] * 4]
         assert [json.loads(row["detail"])["status"] for row in store.rows()[1:]] == [1, 2, 3, 4]
 

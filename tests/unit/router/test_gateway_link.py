@@ -43,6 +43,7 @@ class GatewayDouble:
         self.has: dict[str, int] = {}  #: inode of the listener by session
         self.policies: dict[str, Rules] = {}
         self.trail = Trail()
+        self.nonsense: Json | None = None  #: what it says of its records
         self.hang = asyncio.Event()
         self.hang.set()
         interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
@@ -69,6 +70,8 @@ class GatewayDouble:
         return {}
 
     async def _read_records(self, call: Call) -> Json:
+        if self.nonsense is not None:
+            return self.nonsense
         return {"life": self.trail.life, "records": await self.trail.read(call.parameters["after"])}
 
     async def _detach(self, call: Call) -> Json:
@@ -198,6 +201,37 @@ def test_gateway_that_does_not_answer_is_asked_again(
                 await eventually(lambda: "did not answer" in capfd.readouterr().err)
                 gateway.hang.set()
                 await eventually(lambda: list(gateway.has) == ["a"])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {},
+        {"life": "x", "records": []},
+        {"life": "x", "records": [{"number": "1"}]},
+        {"life": 1, "records": []},
+    ],
+)
+def test_gateway_that_tells_nonsense_of_what_it_decides_still_gets_its_sessions(
+    capfd: pytest.CaptureFixture[str], nonsense: Json
+) -> None:
+    told = []
+
+    def tell() -> str:
+        told.append(capfd.readouterr().err)
+        return "".join(told)
+
+    async def run() -> None:
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway.nonsense = nonsense
+        with socket.socket(socket.AF_UNIX) as listener:
+            async with gateway.served(), running(link):
+                link.attach(BERTA, SessionName("a"), listener)
+                await eventually(lambda: list(gateway.has) == ["a"])
+                await eventually(lambda: "records-not-read" in tell())
+        assert "gateway-away" not in tell()
 
     asyncio.run(run())
 
