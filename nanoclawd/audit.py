@@ -144,7 +144,7 @@ def _take_over(tx: Transaction, life: str, records: Sequence[Json]) -> None:
     (read,) = tx.all("gateway_read")
     number = read["gateway_read"]
     if life != read["gateway_life"]:
-        append(tx, Kind.TRAIL, "gateway-started", {"life": life})
+        append(tx, Kind.TRAIL, "gateway_started", {"life": life})
         number = 0
     for record in records:
         if record["number"] <= number:

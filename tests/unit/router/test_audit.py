@@ -247,7 +247,7 @@ def test_each_record_of_the_gateway_is_stored_once(store: Store) -> None:
         await store.audit.take_over("a", [record(1, at=1e308), record(2)])
         await store.audit.take_over("a", [record(2), record(3, event="denied", reason="no-rule")])
         await store.audit.take_over("a", [record(3)])
-        assert store.events() == ["gateway-started", "allowed", "allowed", "denied"]
+        assert store.events() == ["gateway_started", "allowed", "allowed", "denied"]
 
     store.run(body)
     assert store.rows()[1]["at"] <= now_ms()
@@ -271,8 +271,8 @@ def test_what_the_gateway_had_no_room_for_is_counted(store: Store) -> None:
         await store.audit.take_over("b", [record(3)])
 
     store.run(body)
-    first = ["gateway-started", "allowed", "lost", "allowed"]
-    assert store.events() == [*first, "gateway-started", "lost", "allowed"]
+    first = ["gateway_started", "allowed", "lost", "allowed"]
+    assert store.events() == [*first, "gateway_started", "lost", "allowed"]
     assert [json.loads(r["detail"])["records"] for r in store.rows() if r["event"] == "lost"] == [3, 2]
 
 
@@ -309,7 +309,7 @@ def test_records_wait_for_the_router_and_come_once(
                 gateway.put(4)
                 await eventually(lambda: len(store.rows()) == 5)
                 await eventually(lambda: not gateway.trail._waiting)  # and it need not keep them any more
-        assert store.events() == ["gateway-started", *["allowed"] * 4]
+        assert store.events() == ["gateway_started", *["allowed"] * 4]
         assert [json.loads(row["detail"])["status"] for row in store.rows()[1:]] == [1, 2, 3, 4]
 
     store.run(body)
