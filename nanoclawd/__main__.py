@@ -148,7 +148,9 @@ async def _route(
     started: asyncio.Event,
 ) -> None:
     settings = read_settings()
-    checks = sandbox.run_checks(sandbox.ROUTER, required=settings.require_sandbox)
+    checks = sandbox.run_checks(sandbox.ROUTER)
+    if settings.require_sandbox:
+        sandbox.require(checks)
     db = await Database.open(paths.state() / DATABASE)
     try:
         async with connect() as systemd, asyncio.TaskGroup() as tasks:

@@ -12,7 +12,7 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,8 @@ class Check:
     detail: str  #: what was tried and what came back
 
 
-def run_checks(table: Mapping[str, Try], *, required: bool = False) -> list[Check]:
-    """Try all of ROUTER or GATEWAY, and warn in the journal of what does not hold. Leaves nothing behind.
-
-    Raises ConfigError instead of going on if something does not hold and it is `required`.
-    """
+def run_checks(table: Mapping[str, Try]) -> list[Check]:
+    """Try all of ROUTER or GATEWAY, and warn in the journal of what does not hold. Leaves nothing behind."""
     checks = []
     for name, check in table.items():
         try:
@@ -44,13 +41,15 @@ def run_checks(table: Mapping[str, Try], *, required: bool = False) -> list[Chec
             active, detail = False, str(exc)
         checks.append(Check(name=name, active=active, detail=detail))
         if not active:
-            going_on = "giving up" if required else "going on without"
-            journal.warning("sandbox-inactive", f"{detail}, {going_on}", check=name)
-    missing = ", ".join(check.name for check in checks if not check.active)
-    if required and missing:
+            journal.warning("sandbox-inactive", detail, check=name)
+    return checks
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Raise ConfigError unless all of the sandbox is active."""
+    if missing := ", ".join(check.name for check in checks if not check.active):
         hint = "see SECURITY in nanoclawd(8); or go on without: remove require_sandbox= from nanoclaw.toml"
         raise ConfigError(f"parts of the sandbox are not active: {missing}", hint=hint)
-    return checks
 
 
 def _user_namespace() -> tuple[bool, str]:

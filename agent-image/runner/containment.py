@@ -142,26 +142,18 @@ def call(name: str, arguments: tuple[Any, ...], _: Json) -> str:
 
 def join_namespace(_: Json) -> str:
     with open("/proc/1/ns/net") as file:
-        system_call("setns", file.fileno(), 0)
-    return "joined one"
+        return do(system_call, "setns", file.fileno(), 0, _)
 
 
 def open_by_handle(_: Json) -> str:
     """The file system's root by its inode, whatever is mounted: the way out of many a container."""
     directory = os.open("/workspace", os.O_RDONLY)
-    try:
-        system_call("open_by_handle_at", directory, struct.pack("=IiQ", 8, 1, 2), os.O_RDONLY)
-    except OSError as exc:
-        if exc.errno in REFUSALS:
-            raise
-        return f"the kernel looked at it: {code(exc)}"
-    return "opened it"
+    return call("open_by_handle_at", (directory, struct.pack("=IiQ", 8, 1, 2), os.O_RDONLY), _)
 
 
 def set_clock(_: Json) -> str:
     now = time.time_ns()
-    system_call("clock_settime", 0, struct.pack("=qq", now // 10**9, now % 10**9))
-    return "set it"
+    return call("clock_settime", (0, struct.pack("=qq", now // 10**9, now % 10**9)), _)
 
 
 def old_call(_: Json) -> str:
@@ -177,35 +169,33 @@ def old_call(_: Json) -> str:
     return f"it returned {result}"
 
 
-def family(number: int, kind: int, protocol: int, _: Json) -> str:
-    socket.socket(number, kind, protocol).close()
-    return "made one"
+def do(function: Callable[..., object], *line: Any) -> str:
+    """Call `function` with all that stands in the row."""
+    function(*line[:-1])
+    return "did so"
+
+
+def listed(found: list[str], otherwise: str) -> str:
+    """Return what was found; if that is nothing, it is held."""
+    if not found:
+        raise Held(otherwise)
+    return ", ".join(found[:3])
 
 
 # --- the network -----------------------------------------------------------------------------------------
 
 
-def ask(number: int, kind: int, address: Any, parameters: Json, question: bytes = b"?") -> str:
+def ask(number: int, kind: int, host: str, key: str, parameters: Json) -> str:
     """Say something to a listener of the host, and see whether it is the host that answers."""
     with socket.socket(number, kind) as sock:
         sock.settimeout(ANSWER_S)
-        sock.connect(address)
-        sock.send(question)
-        if parameters["token"].encode() in sock.recv(4096):
-            return "the host answered"
-    raise Held("somebody else answered")
-
-
-def tcp(number: int, address: str, key: str, parameters: Json) -> str:
-    return ask(number, socket.SOCK_STREAM, (address, parameters[key]), parameters)
-
-
-def udp(parameters: Json) -> str:
-    return ask(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", parameters["udp"]), parameters)
-
-
-def abstract(parameters: Json) -> str:
-    return ask(socket.AF_UNIX, socket.SOCK_STREAM, f"\0{parameters['abstract']}", parameters)
+        sock.connect((host, parameters[key]) if host else f"\0{parameters[key]}")
+        if kind == socket.SOCK_STREAM:  # nothing else listens there
+            return "connected"
+        sock.send(b"?")
+        return listed(
+            ["the host answered"] * (parameters["token"].encode() in sock.recv(4096)), "not the host"
+        )
 
 
 def route(number: int, address: str, _: Json) -> str:
@@ -284,9 +274,7 @@ def any_socket(_: Json) -> str:
             if stat.S_ISSOCK(os.lstat(path).st_mode) and path not in OURS:
                 sock.connect(path)
                 found.append(path)
-    if not found:
-        raise Held("no other can be connected to")
-    return f"connected to {', '.join(found[:3])}"
+    return listed(found, "no other can be connected to")
 
 
 def walk(top: str) -> Iterator[str]:
@@ -343,9 +331,7 @@ def inherited(parameters: Json) -> str:
             path = f"/proc/1/fd/{name}"
             if os.path.isdir(path) and not os.path.samefile(path, "/workspace"):
                 found.append(f"{name} is {os.readlink(path)}")
-    if not found:
-        raise Held("none leads out")
-    return ", ".join(found)
+    return listed(found, "none leads out")
 
 
 def leave_links(parameters: Json) -> str:
@@ -357,11 +343,6 @@ def leave_links(parameters: Json) -> str:
                 os.symlink(source, f"{place}/{name}")
     os.link("/run/nanoclaw/host.sock", "/workspace/hard", follow_symlinks=False)
     return "made a hard link to what is ours to connect to only"
-
-
-def replace_socket(_: Json) -> str:
-    os.unlink(HOST)
-    return "unlinked host.sock"
 
 
 def sees_process(key: str, parameters: Json) -> str:
@@ -401,10 +382,9 @@ def shared_memory(parameters: Json) -> str:
 
 def has_capabilities(_: Json) -> str:
     status = file_text("/proc/self/status")
-    sets = {name: int(value, 16) for name, value in re.findall(r"^(Cap\w+):\s+(\w+)$", status, re.MULTILINE)}
-    if not any(sets.values()):
-        raise Held("all five sets are empty")
-    return ", ".join(f"{name} {value:x}" for name, value in sets.items() if value)
+    return listed(
+        re.findall(r"^(Cap\w+:\s+0*[1-9a-f]\w*)$", status, re.MULTILINE), "all five sets are empty"
+    )
 
 
 def gain_by_exec(_: Json) -> str:
@@ -427,11 +407,6 @@ def is_privileged(path: str) -> bool:
     return False
 
 
-def become_root(_: Json) -> str:
-    os.setresuid(0, 0, 0)
-    return "is root"
-
-
 def own_identity(parameters: Json) -> str:
     """A file that we make belongs to somebody; to the person, and we are the person."""
     with open("/proc/self/uid_map") as file:
@@ -450,11 +425,6 @@ def give_away(_: Json) -> str:
     return "gave a file to root"
 
 
-def raw_disk(_: Json) -> str:
-    os.mknod("/tmp/disk", 0o600 | stat.S_IFBLK, os.makedev(8, 0))
-    return "made one"
-
-
 def open_device(_: Json) -> str:
     names = "mem kmsg port kvm fuse net/tun vhost-net loop-control sda vda nvme0 dri/card0 uinput vsock"
     found = []
@@ -462,9 +432,7 @@ def open_device(_: Json) -> str:
         with contextlib.suppress(OSError):
             os.close(os.open(f"/dev/{name}", os.O_RDONLY))
             found.append(name)
-    if not found:
-        raise Held("none of them is there")
-    return f"opened {', '.join(found)}"
+    return listed(found, "none of them is there")
 
 
 def masked(_: Json) -> str:
@@ -474,9 +442,7 @@ def masked(_: Json) -> str:
             if file.read(64):
                 found.append(path)
     found += ["/sys/firmware"] if os.path.isdir("/sys/firmware") and os.listdir("/sys/firmware") else []
-    if not found:
-        raise Held("all are empty")
-    return f"read {', '.join(found)}"
+    return listed(found, "all are empty")
 
 
 def escape_cgroup(_: Json) -> str:
@@ -487,16 +453,6 @@ def escape_cgroup(_: Json) -> str:
             return f"may write to {top}/cgroup.procs"
     os.mkdir("/sys/fs/cgroup/out")
     return "made one of its own"
-
-
-def raise_priority(_: Json) -> str:
-    os.setpriority(os.PRIO_PROCESS, 0, -5)
-    return "did so"
-
-
-def real_time(_: Json) -> str:
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    return "did so"
 
 
 def spare_from_oom(_: Json) -> str:
@@ -587,9 +543,7 @@ def search(places: Iterator[str], what: str) -> str:
                 count += 1
                 if CANARY.search(file.read(SEARCHED_BYTES)):
                     found.append(path)
-    if found:
-        return f"a canary is in {', '.join(found[:3])}"
-    raise Held(f"in none of {count} {what}")
+    return listed(found, f"in none of {count} {what}")
 
 
 def secret_in_environments(_: Json) -> str:
@@ -617,11 +571,14 @@ def secret_in_memory(_: Json) -> str:
 
 
 def secret_in_errors(parameters: Json) -> str:
-    requests = [
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"TRACE /anthropic/v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
-    ]
-    requests += [b"GET /%s/v1 HTTP/1.1\r\nHost: x\r\n\r\n" % name for name in (b"credentials", b"..", b"r")]
+    lines = (
+        b"GET /",
+        b"TRACE /anthropic/v1/models",
+        b"GET /credentials",
+        b"GET /../v1",
+        b"PUT /anthropic/v1",
+    )
+    requests = [head(line) for line in lines]
     said = b"".join(gateway(request)[1] for request in requests)
     if CANARY.search(said):
         return "a canary is in the gateway's answers"
@@ -642,7 +599,7 @@ def gateway(request: bytes) -> tuple[int, bytes]:
     answer = b""
     with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
         sock.settimeout(GATEWAY_S)
-        sock.connect(GATEWAY)
+        present(sock, GATEWAY)
         with contextlib.suppress(OSError):  # it may hang up before it has all
             sock.sendall(request)
         while data := sock.recv(1 << 16):
@@ -653,6 +610,14 @@ def gateway(request: bytes) -> tuple[int, bytes]:
                 break
     status = re.match(rb"HTTP/1\.1 (\d{3})", answer)
     return int(status[1]) if status else 0, answer
+
+
+def present(sock: socket.socket, path: str) -> None:
+    """Connect. That nobody is there is no refusal. Raises Untried."""
+    try:
+        sock.connect(path)
+    except OSError as exc:
+        raise Untried(f"{path} does not answer: {code(exc)}") from exc
 
 
 def smuggle(request: bytes | Callable[[Json], bytes], parameters: Json) -> str:
@@ -727,28 +692,26 @@ REQUESTS: tuple[tuple[str, str, bytes | Callable[[Json], bytes]], ...] = (
 # --- the router ------------------------------------------------------------------------------------------
 
 
-def varlink(method: str, parameters: Json, flags: Json | None = None) -> str:
+def varlink(method: str, parameters: Json) -> str:
     """Introduce ourselves as a runner and make a call; return what came, if it is no error."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
-        sock.connect(HOST)
-        for name, values in (
-            ("io.nanoclaw.Agent.Hello", {"protocol": 1, "version": "x"}),
-            (method, parameters),
-        ):
-            sock.sendall(
-                json.dumps({"method": name, "parameters": values, **(flags or {})}).encode() + b"\0"
-            )
-            answer = b""
-            while not answer.endswith(b"\0"):
-                data = sock.recv(1 << 16)
-                if not data:
-                    raise Held("it hung up")
-                answer += data
-    reply = json.loads(answer[:-1])
-    if "error" in reply:
-        raise Held(str(reply["error"]).removeprefix("io.nanoclaw.").removeprefix("org.varlink."))
-    return f"answered {answer[:80]!r}"
+        sock.settimeout(ANSWER_S * 5)
+        present(sock, HOST)
+        if b"error" in exchange(sock, "io.nanoclaw.Agent.Hello", {"protocol": 1, "version": "x"}):
+            raise Untried("the router does not know us")
+        answer = exchange(sock, method, parameters)
+    if error := json.loads(answer or b"{}").get("error"):
+        raise Held(error.removeprefix("io.nanoclaw.").removeprefix("org.varlink."))
+    return listed([f"answered {answer[:80]!r}"] * bool(answer), "it hung up")
+
+
+def exchange(sock: socket.socket, method: str, parameters: Json) -> bytes:
+    """Return the answer to a call, b"" if there is none but a hang-up."""
+    sock.sendall(json.dumps({"method": method, "parameters": parameters}).encode() + b"\0")
+    answer = b""
+    while not answer.endswith(b"\0") and (data := sock.recv(1 << 16)):
+        answer += data
+    return answer.removesuffix(b"\0")
 
 
 def order(method: str, values: Json, parameters: Json) -> str:
@@ -768,27 +731,33 @@ def large_call(_: Json) -> str:
 # --- the table -------------------------------------------------------------------------------------------
 
 # fmt: off
-_INET, _INET6, _RAW, _STREAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_RAW, socket.SOCK_STREAM
+_INET, _INET6 = socket.AF_INET, socket.AF_INET6
+_STREAM, _DATAGRAM, _RAW = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW
 _FINISH, _SEND = {"outcome": "answered", "replies": ["owned"]}, {"key": "k", "text": "owned"}
+_DISK, _FIRST = 0o600 | stat.S_IFBLK, os.sched_param(1)
 _ORDER = {"name": "agent", "instructions": "owned"}
 _FORGED = {"channel": "terminal", "chat": "agent", "text": "owned"}
+# Rows are tried later: each of these makes an attempt of what stands behind it.
+doing: Callable[..., Any] = partial(partial, do)
+sock: Callable[..., Any] = partial(doing, socket.socket)
+reach: Callable[..., Any] = partial(partial, ask)
 _ROWS: tuple[tuple[Any, ...], ...] = (
     # The network
-    ("tcp", "reach a service on the host's loopback", "namespace", partial(tcp, _INET, "127.0.0.1", "tcp")),
-    ("tcp6", "the same over IPv6", "namespace", partial(tcp, _INET6, "::1", "tcp6"), "ipv6"),
-    ("udp", "the same by UDP", "namespace", udp),
+    ("tcp", "reach a port on the host's loopback", "namespace", reach(_INET, _STREAM, "127.0.0.1", "tcp")),
+    ("tcp6", "the same over IPv6", "namespace", reach(_INET6, _STREAM, "::1", "tcp6"), "ipv6"),
+    ("udp", "the same by UDP", "namespace", reach(_INET, _DATAGRAM, "127.0.0.1", "udp")),
     ("internet", "find a way to the Internet", "namespace", partial(route, _INET, "192.0.2.1"), "route"),
     ("internet6", "the same over IPv6", "namespace", partial(route, _INET6, "2001:db8::1"), "route6"),
     ("metadata", "reach the cloud's metadata service", "namespace", metadata, "route"),
     ("dns", "ask the host's name server", "namespace", resolve, "dns"),
     ("icmp", "ping the host", "namespace", ping, "ping"),
-    ("abstract", "reach an abstract socket of the host", "namespace", abstract),
+    ("abstract", "reach an abstract socket of the host", "namespace", reach(1, _STREAM, "", "abstract")),
     ("configure", "configure the network", "capability", configure_network),
-    ("raw-ip", "make a raw IP socket", "capability", partial(family, _INET, _RAW, 1)),
-    ("raw-link", "make a raw packet socket", "seccomp", partial(family, 17, _RAW, 0), "packet"),
-    ("vsock", "make a socket to a hypervisor", "seccomp", partial(family, 40, _STREAM, 0), "vsock"),
-    ("alg", "make a socket to the kernel's ciphers", "seccomp", partial(family, 38, 5, 0), "alg"),
-    ("netlink", "make a socket to the kernel's events", "seccomp", partial(family, 16, _RAW, 15), "netlink"),
+    ("raw-ip", "make a raw IP socket", "capability", sock(_INET, _RAW, 1)),
+    ("raw-link", "make a raw packet socket", "seccomp", sock(17, _RAW, 0), "packet"),
+    ("vsock", "make a socket to a hypervisor", "seccomp", sock(40, _STREAM, 0), "vsock"),
+    ("alg", "make a socket to the kernel's ciphers", "seccomp", sock(38, 5, 0), "alg"),
+    ("netlink", "make a socket to the kernel's events", "seccomp", sock(16, _RAW, 15), "netlink"),
     # Sockets and files of the host
     ("podman", "reach podman.sock", "mount", partial(connect, "podman")),
     ("session-bus", "reach the session's D-Bus", "mount", partial(connect, "session bus")),
@@ -801,7 +770,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("other-host", "be another session at the router", "mount", partial(connect, "other host.sock")),
     ("other-gateway", "be another session at the gateway", "mount", partial(connect, "other gateway.sock")),
     ("any-socket", "connect to whatever socket there is", "mount", any_socket),
-    ("unlink-socket", "put a socket in host.sock's place", "mount", replace_socket),
+    ("unlink-socket", "put a socket in host.sock's place", "mount", doing(os.unlink, HOST)),
     ("home", "read the person's home", "mount", partial(read, "home")),
     ("other-files", "read another agent's workspace", "mount", partial(read, "other workspace")),
     ("database", "read the router's database", "mount", partial(read, "database")),
@@ -827,17 +796,17 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     # Privileges
     ("capabilities", "have any capability", "capability", has_capabilities),
     ("setuid-program", "gain privileges by running a program", "kernel", gain_by_exec),
-    ("root", "become root", "capability", become_root),
+    ("root", "become root", "capability", doing(os.setresuid, 0, 0, 0)),
     ("identity", "be the person", "uid", own_identity),
     ("chown", "give a file to root", "capability", give_away),
-    ("device-node", "make a device node", "capability", raw_disk),
+    ("device-node", "make a device", "capability", doing(os.mknod, "/tmp/disk", _DISK, os.makedev(8, 0))),
     ("devices", "open devices", "mount", open_device),
     ("proc-hidden", "read what /proc and /sys tell of the host", "mount", masked),
     ("sysctl", "choose who gets core dumps", "mount", partial(write, "/proc/sys/kernel/core_pattern")),
     ("sysrq", "press the kernel's magic key", "mount", partial(write, "/proc/sysrq-trigger")),
     ("cgroup", "leave its cgroup", "mount", escape_cgroup),
-    ("priority", "be served before others", "capability", raise_priority),
-    ("real-time", "keep a CPU to itself", "capability", real_time),
+    ("priority", "be served before others", "capability", doing(os.setpriority, os.PRIO_PROCESS, 0, -5)),
+    ("real-time", "keep a CPU busy", "capability", doing(os.sched_setscheduler, 0, os.SCHED_FIFO, _FIRST)),
     ("oom-score", "be spared when memory is short", "capability", spare_from_oom),
     ("namespace", "join another namespace", "seccomp", join_namespace, "setns"),
     ("clock", "set the clock", "seccomp", set_clock, "clock_settime"),
@@ -889,6 +858,8 @@ def judge(probe: Probe, parameters: Json) -> tuple[str, str, str]:
         return "untried", "", str(exc)
     except Held as exc:
         return "held", probe.by, str(exc)
+    except TimeoutError:  # silence is no refusal
+        return "untried", "", "no answer in time"
     except OSError as exc:
         return "held", layer(probe.by, exc.errno or 0), code(exc)
 
@@ -952,7 +923,7 @@ def control(parameters: Json) -> dict[str, str]:
         ("packet", 17, _RAW, 0),
         ("netlink", 16, _RAW, 15),
     ):
-        attempt = partial(family, number, kind, protocol)
+        attempt = doing(socket.socket, number, kind, protocol)
         look(name, "this kernel does not have it", attempt, ("EAFNOSUPPORT", "EPROTONOSUPPORT"))
     look("32-bit", "this kernel runs no 32-bit programs", old_call)
     look("route", "this host has no way itself", partial(route, _INET, "192.0.2.1"))

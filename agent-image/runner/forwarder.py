@@ -45,7 +45,9 @@ class Forwarder:
                 up = _start(_copy, client, gateway)
                 _copy(gateway, client)
                 up.join(_LINGER_S)
-                client.shutdown(socket.SHUT_RDWR)  # wakes `up`, which close() would not
+                for sock in (client, gateway):  # wakes `up`, which close() would not
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
                 up.join()
         except OSError:
             pass  # whoever hung up knows

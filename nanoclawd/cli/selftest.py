@@ -35,6 +35,7 @@ from nanoclawd.cli.conversation import Conversation, Delivery
 from nanoclawd.cli.screen import Screen
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused
 from nanoclawd.ids import AgentName, SessionName, parse_credential_name, unit_name
+from nanoclawd.policy import Rule, to_json
 from nanoclawd.wire import Json
 
 PROGRAM = paths.SHARE / "agent-image/runner/containment.py"
@@ -163,6 +164,9 @@ class _Attack:
         self._write(_bait() / "canary")
         turn, other = self._start_other()
         added = self._add()
+        # What stops a request must not be that the agent may reach nothing at all.
+        for rule in (Rule(route="anthropic"), Rule(host="localhost", port=parameters["tcp"])):
+            control.call_agent("AddRule", AGENT, {"rule": to_json(rule)})
         self._write(paths.workspace(AGENT) / "private")
         parameters |= {
             "sockets": _sockets(other),
@@ -349,6 +353,8 @@ def _answer(listeners: list[socket.socket], token: bytes, ended: Event) -> None:
                     sock.sendto(token, sock.recvfrom(64)[1])
                 else:
                     with sock.accept()[0] as peer:
+                        peer.settimeout(0.5)
+                        peer.recv(1 << 16)  # what is not read takes the answer with it, man 7 unix
                         peer.sendall(token)
 
 

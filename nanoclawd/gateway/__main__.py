@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from systemd import daemon
@@ -63,8 +64,8 @@ async def run(listener: socket.socket) -> None:
     checks = sandbox.run_checks(sandbox.GATEWAY)
     async with asyncio.TaskGroup() as tasks:
         gateway = Gateway(tasks, make_tls())
-        read_configuration(gateway)
-        loop.add_signal_handler(signal.SIGHUP, reload, gateway)
+        read_configuration(gateway, checks)
+        loop.add_signal_handler(signal.SIGHUP, reload, gateway, checks)
         service = GatewayService(gateway, checks).service
         serving = tasks.create_task(Server(service, listener, max_fds=1).run(), name="varlink")
         watching = tasks.create_task(feed_watchdog(), name="watchdog")
@@ -79,22 +80,30 @@ async def run(listener: socket.socket) -> None:
         watching.cancel()
 
 
-def read_configuration(gateway: Gateway) -> None:
+def read_configuration(gateway: Gateway, checks: Sequence[sandbox.Check]) -> None:
     """Take over what nanoclaw.toml says now; if it is wrong, keep what is there."""
     try:
-        gateway.settings = read_settings()
+        settings = read_settings()
     except ConfigError as exc:
         kept = not isinstance(gateway.settings, ConfigError)
         going_on = "keeping the former settings" if kept else "refusing all requests until it is corrected"
         journal.error("bad-config", f"{exc}, {going_on}")
         if not kept:
             gateway.settings = exc
+        return
+    gateway.settings = settings
+    if settings.require_sandbox:
+        try:
+            sandbox.require(checks)
+        except ConfigError as exc:
+            journal.error("sandbox-required", f"{exc}, refusing all requests")
+            gateway.settings = exc
 
 
-def reload(gateway: Gateway) -> None:
+def reload(gateway: Gateway, checks: Sequence[sandbox.Check]) -> None:
     """What 'systemctl --user reload' does. See "notify-reload" in systemd.service(5)."""
     daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
-    read_configuration(gateway)
+    read_configuration(gateway, checks)
     gateway.report_status()
     daemon.notify("READY=1")
 

@@ -28,8 +28,13 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def do_POST(self) -> None:
-        length = int(self.headers["Content-Length"])
-        self._answer(json.dumps({"path": self.path, "bytes": len(self.rfile.read(length))}).encode())
+        size = 0
+        if self.headers["Transfer-Encoding"] == "chunked":
+            while length := int(self.rfile.readline() or b"0", 16):
+                size += len(self.rfile.read(length + 2)) - 2
+        else:
+            size = len(self.rfile.read(int(self.headers["Content-Length"])))
+        self._answer(json.dumps({"path": self.path, "bytes": size}).encode())
 
     def _answer(self, body: bytes) -> None:
         self.send_response(200)

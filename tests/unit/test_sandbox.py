@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nanoclawd.errors import ConfigError
-from nanoclawd.sandbox import Try, run_checks
+from nanoclawd.sandbox import Try, require, run_checks
 
 
 def refuse() -> tuple[bool, str]:
@@ -26,9 +26,9 @@ def test_what_does_not_hold_or_cannot_be_tried_is_not_active() -> None:
 
 
 def test_a_required_sandbox_must_hold_as_a_whole() -> None:
-    assert run_checks({"good": TABLE["good"]}, required=True)[0].active
+    require(run_checks({"good": TABLE["good"]}))
 
     with pytest.raises(ConfigError, match="not active: bad, unclear") as refused:
-        run_checks(TABLE, required=True)
+        require(run_checks(TABLE))
 
     assert "require_sandbox" in refused.value.hint

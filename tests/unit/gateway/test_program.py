@@ -262,6 +262,21 @@ def test_broken_settings_at_a_reload_change_nothing(
     assert "nonsense" in program.log.read_text()
 
 
+def test_sandbox_that_is_required_and_not_active_ends_all_requests(
+    api: MessagesApi, program: Program, client: anthropic.Anthropic
+) -> None:
+    settings = Path(os.environ["XDG_CONFIG_HOME"]) / "nanoclaw" / "nanoclaw.toml"
+    settings.write_text(f"require_sandbox = true\n{settings.read_text()}")
+    program.signal(signal.SIGHUP)
+    program.wait_notified("RELOADING=1")
+    program.wait_notified("READY=1")
+
+    with pytest.raises(anthropic.InternalServerError, match="parts of the sandbox are not active"):
+        client.messages.create(**QUESTION)
+
+    assert not api.requests
+
+
 def test_status_tells_what_there_is(program: Program, listener: socket.socket) -> None:
     status = program.call("io.nanoclaw.Gateway.Status")
 

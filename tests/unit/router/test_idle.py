@@ -128,4 +128,4 @@ def test_whoever_comes_while_the_router_leaves_is_answered_by_the_next(tmp_path:
                 await asyncio.wait([serving])
 
     assert asyncio.run(run()) == [str(number) for number in range(callers)]
-    assert lives > callers / 10
+    assert lives > 5  # some leave while somebody comes

@@ -63,6 +63,24 @@ def test_tool_that_never_ends_is_ended_after_the_gateway(
             assert read_all(client) == b""
 
 
+def test_tool_that_sends_what_nobody_reads_is_ended_too(
+    gateway: socket.socket, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder, "_LINGER_S", 0.01)
+    before = threading.active_count()
+    with socket.create_connection(address, WAIT_S) as client, gateway.accept()[0] as server:
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                client.send(bytes(1 << 16))
+        server.shutdown(socket.SHUT_WR)
+        client.settimeout(WAIT_S)
+        assert client.recv(1) == b""
+        for thread in threading.enumerate()[before:]:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
 def test_connections_wait_for_a_slot(gateway: socket.socket, address: tuple[str, int]) -> None:
     clients = [socket.create_connection(address, WAIT_S) for _ in range(forwarder.CONNECTIONS + 1)]
     served = [gateway.accept()[0] for _ in range(forwarder.CONNECTIONS)]

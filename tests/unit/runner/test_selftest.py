@@ -54,6 +54,7 @@ def test_rows_have_names_of_their_own_and_a_layer() -> None:
         ("refuse(13)", "mount", ["held", "uid", "EACCES"]),
         ("refuse(30)", "uid", ["held", "mount", "EROFS"]),
         ("refuse(38)", "capability", ["held", "seccomp", "ENOSYS"]),
+        ("say(TimeoutError())", "mount", ["untried", "", "no answer in time"]),
         ("say(Untried('why'))", "mount", ["untried", "", "why"]),
         ("say(KeyError('bug'))", "mount", ["untried", "", "KeyError: 'bug'"]),
         ("os.kill(os.getpid(), signal.SIGSYS)", "mount", ["held", "seccomp", "SIGSYS"]),
