@@ -26,6 +26,7 @@ from systemd import daemon
 
 from nanoclawd import journal, limits, paths, recovery, retention, sandbox
 from nanoclawd.agent_service import AgentService
+from nanoclawd.audit import Audit
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
@@ -157,7 +158,8 @@ async def _route(
             tasks.create_task(systemd.watch(), name="units")
             await systemd.watching.wait()
             registry = Registry(db=db, systemd=systemd, settings=settings)
-            outlets, gateway = Outlets(db), GatewayLink(registry.policy)
+            audit, outlets = Audit(db), Outlets(db)
+            gateway = GatewayLink(registry.policy, audit.take_over)
             sessions = Sessions(
                 db=db,
                 systemd=systemd,
@@ -176,6 +178,7 @@ async def _route(
                 sessions=sessions,
                 outlets=outlets,
                 gateway=gateway,
+                audit=audit,
                 sandbox=checks,
             )
             channel_service = ChannelService(db=db, registry=registry, sessions=sessions, outlets=outlets)
@@ -193,7 +196,7 @@ async def _route(
             for server in idle.servers:
                 tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
-            tasks.create_task(retention.run(db, lambda: registry.settings.retention_days), name="retention")
+            tasks.create_task(retention.run(db, audit, lambda: registry.settings), name="retention")
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")
             await control_service.start_waiting()

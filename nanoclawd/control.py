@@ -13,6 +13,8 @@ from typing import Any
 
 from nanoclawd import images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
+from nanoclawd.audit import Audit
+from nanoclawd.audit_control import AuditControl
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
@@ -56,32 +58,36 @@ class ControlService:
     sessions: Sessions
     outlets: Outlets
     gateway: GatewayLink
+    audit: Audit
     sandbox: list[Check]
 
     def __post_init__(self) -> None:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
+        self._audit_control = AuditControl(self.db, self.audit)
+        methods = {
+            "Status": Method(handler=self._status),
+            "AddAgent": Method(handler=self._add_agent),
+            "SetAgent": Method(handler=self._set_agent),
+            "ListAgents": Method(handler=self._list_agents),
+            "ShowAgent": Method(handler=self._show_agent),
+            "RemoveAgent": Method(handler=self._remove_agent),
+            "StartAgent": Method(handler=self._start_agent),
+            "StopAgent": Method(handler=self._stop_agent),
+            "RestartAgent": Method(handler=self._restart_agent),
+            "ListSessions": Method(handler=self._list_sessions),
+            "BuildImage": Method(handler=self._build_image),
+            "Reload": Method(handler=self._reload),
+            "Backup": Method(handler=self._backup),
+            "StopAll": Method(handler=self._stop_all),
+            "StartAll": Method(handler=self._start_all),
+            **PolicyControl(registry=self.registry, gateway=self.gateway).methods,
+            **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
+            **self._audit_control.methods,
+        }
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
-            methods={
-                "Status": Method(handler=self._status),
-                "AddAgent": Method(handler=self._add_agent),
-                "SetAgent": Method(handler=self._set_agent),
-                "ListAgents": Method(handler=self._list_agents),
-                "ShowAgent": Method(handler=self._show_agent),
-                "RemoveAgent": Method(handler=self._remove_agent),
-                "StartAgent": Method(handler=self._start_agent),
-                "StopAgent": Method(handler=self._stop_agent),
-                "RestartAgent": Method(handler=self._restart_agent),
-                "ListSessions": Method(handler=self._list_sessions),
-                "BuildImage": Method(handler=self._build_image),
-                "Reload": Method(handler=self._reload),
-                "Backup": Method(handler=self._backup),
-                "StopAll": Method(handler=self._stop_all),
-                "StartAll": Method(handler=self._start_all),
-                **PolicyControl(registry=self.registry, gateway=self.gateway).methods,
-                **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
-            },
+            methods={name: self._audit_control.noted(name, method) for name, method in methods.items()},
         )
 
     # --- the whole ---------------------------------------------------------------------------------
@@ -159,6 +165,8 @@ class ControlService:
 
     async def reload(self) -> list[str]:
         """Read all configuration again; returns what is wrong with agents. Raises ConfigError."""
+        # What it takes from agents must not fail for want of room.
+        await self._audit_control.note_late("Reload", {})
         self.registry.settings = read_settings()
         self.sessions.resize(self.registry.settings.max_sessions)
         self.on_reload()

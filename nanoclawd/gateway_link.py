@@ -1,32 +1,38 @@
 """The router's side of io.nanoclaw.Gateway: hands over session listeners and policies, again after a restart
-of the gateway.
+of the gateway; and reads what that has decided.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 
-from nanoclawd import journal, paths, varlink
+from nanoclawd import journal, limits, paths, varlink
 from nanoclawd.errors import Unavailable
+from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.policy import Rules, to_json
-from nanoclawd.wire import Json, VarlinkError
+from nanoclawd.wire import Json, VarlinkError, WireError
 
+_INTERFACE = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
 _RETRY_S = 2.0
 _ANSWER_S = 10.0
 Key = tuple[AgentName, SessionName]
+#: Stores records of io.nanoclaw.Gateway.ReadRecords(), of one life of the gateway. May raise Unavailable.
+TakeOver = Callable[[str, Sequence[Json]], Awaitable[None]]
 
 
 class GatewayLink:
     """Keeps the gateway supplied with the listeners of live sessions, and with the policies of their agents.
 
-    run() must run as a task. `policy_of` tells an agent's policy at this moment.
+    run() must run as a task. `policy_of` tells an agent's policy at this moment; what agents have asked for
+    goes to `take_over`, again if it was not on disk yet when the router before us ended.
     """
 
-    def __init__(self, policy_of: Callable[[AgentName], Rules]) -> None:
+    def __init__(self, policy_of: Callable[[AgentName], Rules], take_over: TakeOver) -> None:
         self._policy_of = policy_of
+        self._take_over = take_over
         self._wanted: dict[Key, socket.socket] = {}
         self._changed = asyncio.Event()
         self._supplied = asyncio.Event()  #: the gateway has all that it should have
@@ -75,14 +81,51 @@ class GatewayLink:
             try:
                 connection = await varlink.connect(paths.gateway_socket())
                 try:
-                    await self._keep_supplied(connection)
+                    async with asyncio.TaskGroup() as tasks:
+                        reading = tasks.create_task(self._keep_reading(), name="gateway's records")
+                        await self._keep_supplied(connection)
+                        reading.cancel()
                 finally:
                     connection.close()
                     self._supplied.clear()
-            except (Unavailable, VarlinkError) as exc:
-                journal.warning("gateway-away", f"{exc}, retrying in {_RETRY_S:.0f} s")
+            except* (Unavailable, VarlinkError) as group:
+                journal.warning("gateway-away", f"{group.exceptions[0]}, retrying in {_RETRY_S:.0f} s")
                 await asyncio.sleep(_RETRY_S)
             self._changed.set()
+
+    async def _keep_reading(self) -> None:
+        """Take over what the gateway decides, until it hangs up."""
+        try:
+            connection = await varlink.connect(paths.gateway_socket())
+        except Unavailable:
+            return  # the other connection tells
+        try:
+            after = 0
+            while True:
+                method = f"{_INTERFACE.name}.ReadRecords"
+                reply = await varlink.call(connection, method, {"after": after}, more=True)
+                # It has credentials and the Internet; what it says must not harm more than itself.
+                read = _INTERFACE.check_reply("ReadRecords", reply)
+                if not read["records"]:
+                    raise WireError("records", "must not be empty")
+                await self._store(read["life"], read["records"])
+                after = read["records"][-1]["number"]
+        except Unavailable:
+            return
+        except (VarlinkError, WireError) as exc:
+            hint = "'systemctl --user restart nanoclaw-gateway' starts one that should"
+            journal.error("records-not-read", f"the gateway does not tell what it decides: {exc}; {hint}")
+        finally:
+            connection.close()
+
+    async def _store(self, life: str, records: Sequence[Json]) -> None:
+        """Store records, however long that takes: the gateway keeps what comes meanwhile, within bounds."""
+        while True:
+            try:
+                return await self._take_over(life, records)
+            except Unavailable as exc:
+                journal.warning("records-not-stored", f"{exc}, retrying in {limits.STORE_AGAIN_S:.0f} s")
+                await asyncio.sleep(limits.STORE_AGAIN_S)
 
     async def _keep_supplied(self, connection: varlink.Connection) -> None:
         """Make the gateway's set equal to ours, until it hangs up."""

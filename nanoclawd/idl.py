@@ -47,7 +47,7 @@ class Interface:
         return _struct(self, self.methods[method].parameters, parameters, "")
 
     def check_reply(self, method: str, parameters: Json) -> Json:
-        """The same for what we answer ourselves; for tests."""
+        """The same for an answer."""
         return _struct(self, self.methods[method].reply, parameters, "")
 
 

@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Callable
 
 from nanoclawd import journal, limits
-from nanoclawd.db import Database
+from nanoclawd.audit import Kind, append
+from nanoclawd.db import Database, Transaction
 from nanoclawd.errors import NanoclawError
 from nanoclawd.systemd import Systemd, UnitChange
 
@@ -100,7 +101,7 @@ class KillSwitch:
                 await self._systemd.stop_unit(SLICE)
                 return False
             if held or seen != manager:
-                await self._note(held=False, seen=manager)
+                await self._note(held=False, seen=manager, event="slice_started" if held else "")
             if held:
                 journal.info("agents-released", f"{SLICE} was started")
             self.thrown = False
@@ -108,7 +109,7 @@ class KillSwitch:
             pass  # everything is stopped: that is not about agents
         elif held or seen == manager:
             if seen:
-                await self._note(held=True, seen="")
+                await self._note(held=True, seen="", event="slice_stopped")
                 journal.info("agents-held", f"{SLICE} was stopped")
             self._throw()
         else:
@@ -148,5 +149,12 @@ class KillSwitch:
             self.thrown = True
             self._on_throw()
 
-    async def _note(self, *, held: bool, seen: str) -> None:
-        await self._db.write(lambda tx: tx.all("set_router", held=int(held), seen=seen))
+    async def _note(self, *, held: bool, seen: str, event: str = "") -> None:
+        """Record the state, and in the audit trail the `event` at systemd that has led to it."""
+
+        def note(tx: Transaction) -> None:
+            tx.all("set_router", held=int(held), seen=seen)
+            if event:
+                append(tx, Kind.CONTROL, event, {"unit": SLICE})
+
+        await self._db.write(note)

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from nanoclawd.db import open_writer
-from nanoclawd.dbfile import check, copy, migrations, opened_whole, take_lock, upgrade
+from nanoclawd import paths
+from nanoclawd.audit import Kind, append
+from nanoclawd.db import Transaction, open_writer, read_queries
+from nanoclawd.dbfile import check, copy, identify, migrations, opened_whole, take_lock, upgrade
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import sync_directory
 from nanoclawd.sqlitefile import Value, read_pages, read_rows
+from nanoclawd.wire import Json
 
 LOGS = ("-wal", "-shm", "-journal")  #: what SQLite keeps beside a database
 USER_VERSION = slice(60, 64)  #: in page 1: sqlite.org/fileformat2.html
@@ -24,7 +27,8 @@ UNKNOWN_AGENT = "?"  #: no agent has this name, so its chats are told that it is
 def create(path: Path) -> str:
     """Make an empty database where one is missing, whatever is beside it. Raises as Database.open() does."""
     with _locked(path):
-        open_writer(path, create=True, whole=True).close()
+        with closing(open_writer(path, create=True, whole=True)) as made:
+            _note(made, "created", {})
         return f"created: '{path}'"
 
 
@@ -40,7 +44,7 @@ def restore(file: Path, path: Path) -> str:
         try:
             with opened_whole(file) as backup:
                 words = _describe(backup)
-                with _staged(backup, path, file):
+                with _staged(backup, path, file, "restored"):
                     pass
         except ConfigError as exc:
             hint = f"take another one; 'nanoclawd --salvage-database {file}' takes what can be read of it"
@@ -63,7 +67,7 @@ def salvage(file: Path, path: Path) -> str:
         with closing(sqlite3.connect(":memory:", isolation_level=None)) as new:
             lost = _fill(new, file)
             lines = [f"saved: {_describe(new)}", *lost]
-            with _staged(new, path, file):
+            with _staged(new, path, file, "salvaged"):
                 if in_place:
                     lines.append(f"the damaged database is kept as '{_set_aside(path)}'")
         return "\n".join(lines)
@@ -105,18 +109,29 @@ def _require_damaged(file: Path) -> None:
 
 
 @contextmanager
-def _staged(connection: sqlite3.Connection, path: Path, source: Path) -> Iterator[None]:
-    """Write and check a copy of what `source` has, and after the block put it in place of `path`."""
+def _staged(connection: sqlite3.Connection, path: Path, source: Path, event: str) -> Iterator[None]:
+    """Write and check a copy of what `source` has, and after the block put it in place of `path`.
+
+    Its audit trail says so, for which it is brought to the newest version.
+    """
     staged = path.with_name(f"{path.name}.new")
     copy(connection, staged, replace=True)
     try:
-        with closing(sqlite3.connect(staged)) as written:
+        with closing(sqlite3.connect(staged, isolation_level=None)) as written:
             check(written, source)
+            upgrade(written, identify(written, source), len(migrations()))
+            _note(written, event, {"file": str(source)})
         yield
         staged.rename(path)
         sync_directory(path.parent)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def _note(connection: sqlite3.Connection, event: str, detail: Json) -> None:
+    connection.row_factory = sqlite3.Row
+    queries = read_queries((paths.SQL / "queries.sql").read_text())
+    append(Transaction(connection, queries), Kind.CONTROL, event, detail)
 
 
 def _set_aside(path: Path) -> Path:
@@ -164,7 +179,7 @@ def _insert(
     new: sqlite3.Connection, columns: Mapping[str, Sequence[str]], rowid: int, values: Sequence[Value]
 ) -> bool:
     """Insert a row into the table that takes it: STRICT and CHECK know it. Returns whether there was one."""
-    if len(values) in (5, 2) and values[0] in ("table", "index", *columns):
+    if len(values) in (5, 2) and values[0] in ("table", "index", "trigger", *columns):
         return True  # of sqlite_schema or sqlite_sequence
     if values and values[0] is None:
         values = [rowid, *values[1:]]  # INTEGER PRIMARY KEY

@@ -1,4 +1,5 @@
-"""Messages that ended long ago are deleted with their deliveries: at start, and then once a day.
+"""Messages that ended long ago are deleted with their deliveries, and old rows of the audit trail: at start,
+and then once a day.
 
 The file does not shrink, but what becomes free in it is used again. Giving pages back would need
 auto_vacuum, which must be there from the first table on and moves pages at each commit.
@@ -11,20 +12,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from nanoclawd import journal, limits
+from nanoclawd.audit import Audit
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
+from nanoclawd.settings import Settings
 
 DAY_S = 86_400
 
 
-async def run(db: Database, days: Callable[[], int]) -> None:
-    """Prune once a day until cancelled; `days` says how long what has ended is kept, 0 is for ever."""
+async def run(db: Database, audit: Audit, settings: Callable[[], Settings]) -> None:
+    """Prune once a day until cancelled, as the settings at that moment say."""
     while True:
-        if kept := days():
-            try:
-                await prune(db, before=now_ms() - kept * DAY_S * 1000)
-            except Unavailable as exc:
-                journal.warning("prune-failed", f"{exc}, trying again in a day")
+        try:
+            if days := settings().retention_days:
+                await prune(db, before=now_ms() - days * DAY_S * 1000)
+            if days := settings().audit_days:
+                await audit.prune(before=now_ms() - days * DAY_S * 1000)
+            await audit.tell_head()
+        except Unavailable as exc:
+            journal.warning("prune-failed", f"{exc}, trying again in a day")
         await asyncio.sleep(DAY_S)
 
 

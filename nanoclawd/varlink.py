@@ -132,10 +132,12 @@ async def connect(path: Path) -> Connection:
     return connection
 
 
-async def call(connection: Connection, method: str, parameters: Json, *, fd: int | None = None) -> Json:
-    """Call `method` and return the reply's parameters. Raises VarlinkError, Unavailable."""
+async def call(
+    connection: Connection, method: str, parameters: Json, *, fd: int | None = None, more: bool = False
+) -> Json:
+    """Call `method` and return the (first) reply's parameters. Raises VarlinkError, Unavailable."""
     try:
-        await connection.write({"method": method, "parameters": parameters}, fd)
+        await connection.write({"method": method, "parameters": parameters, "more": more}, fd)
         reply = await connection.read()
     except (OSError, wire.WireError) as exc:
         raise Unavailable(f"{method}: {exc}") from exc

@@ -1,6 +1,6 @@
 """The secret commands: the value is typed without echo, or comes from a pipe; it is never an argument.
 
-They work on files and systemd's credential service alone: no secret passes the router.
+They work on files and systemd's credential service: no secret passes the router, which is told the name.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import sys
 from argparse import Namespace
 
 from nanoclawd import credentials
-from nanoclawd.cli import output
-from nanoclawd.errors import Refused
+from nanoclawd.cli import control, output
+from nanoclawd.errors import NanoclawError, Refused
 from nanoclawd.ids import parse_credential_name
 
 VALUE_BYTES = 64 << 10  #: read at most; what may be stored is less
@@ -29,6 +29,7 @@ def secret_set(options: Namespace) -> None:
     else:
         value = sys.stdin.buffer.read(VALUE_BYTES)
     set_secret(options.NAME, value)
+    _note(options.NAME, "secret_set")
     output.done(options, {"name": options.NAME}, f"Stored '{options.NAME}'.")
 
 
@@ -68,4 +69,13 @@ def secret_remove(options: Namespace) -> None:
     if not options.yes:
         output.confirm(f"Remove the secret '{options.NAME}'?")
     credentials.remove(parse_credential_name(options.NAME))
+    _note(options.NAME, "secret_removed")
     output.done(options, {"removed": options.NAME}, f"Removed '{options.NAME}'.")
+
+
+def _note(name: str, event: str) -> None:
+    """Have the audit trail know; a router that is away is no reason to fail."""
+    try:
+        control.call("NoteSecret", {"secret": name, "event": event})
+    except NanoclawError as exc:
+        output.talk(f"warning: the audit trail has no row of this: {exc.message}")

@@ -44,6 +44,21 @@ def size(value: str) -> int:
     return count(number) << 10 * " KMGT".index(unit or " ")
 
 
+def moment(value: str) -> float:
+    """SPAN ago as in 30m, 12h or 7d, or a time of the person's clock; returns seconds since 1970."""
+    from datetime import datetime
+    from time import time
+
+    unit = {"m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
+    if unit:
+        return time() - count(value[:-1]) * unit
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError):
+        message = f"'{value[:32]}' is neither 30m, 12h, 7d nor a time like 2026-11-22T08:00"
+        raise ArgumentTypeError(message) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option, or one positional argument if its name has no dash."""
@@ -92,6 +107,7 @@ class Command:
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
+AUDIT_KINDS = ("request", "control", "trail")
 
 #: By the first word of a command; imported only when it runs.
 MODULES = {
@@ -113,6 +129,10 @@ _OPTIONS = (
     Option("--all", "each that there is"),
     Option("--state", "only those in one state", "STATE", choices=MESSAGE_STATES),
     Option("--limit", "at most N of them, the newest", "N", count, default=50),
+    Option(
+        "--since", "only from then on: 30m, 12h or 7d ago, or a time like 2026-11-22T08:00", "TIME", moment
+    ),
+    Option("--kind", "only rows of one kind", "KIND", choices=AUDIT_KINDS),
     Option("--yes", "do not ask", short="-y"),
     Option("--floor", "only what must be there before the installation"),
     Option("--follow", "go on with new lines as they come", short="-f"),
@@ -165,6 +185,7 @@ NOUNS = {
     "message": "look at messages: what became of each",
     "deadletter": "see to messages and deliveries that were given up",
     "policy": "say what an agent may reach through the gateway",
+    "audit": "see what agents asked for at the gateway, and what was changed here",
     "image": "make the image that agents run in",
     "secret": "keep the credentials that the gateway uses",
 }
@@ -234,6 +255,19 @@ COMMANDS = (
         "say whether an agent may ask for something, and which rule decides",
         more="Fails with code 5 if it may not.",
     ),
+    Command(
+        "audit list",
+        "[AGENT] --since --kind --limit --json",
+        "list the newest rows of the audit trail",
+        more="Requests of agents at the gateway, changes that a person made, and what befell the trail.",
+    ),
+    Command(
+        "audit verify",
+        "--json",
+        "check that nobody changed or took out a row of the audit trail",
+        more="Fails with code 1 if somebody has, and names the first such row.",
+    ),
+    Command("audit export", "[AGENT] --since --kind", "print the audit trail, one JSON document a line"),
     Command("backup", "FILE --json", "write a copy of the database to a new file, while everything runs"),
     Command("restore", "FILE --json", "put a backup in the place of a database that was lost"),
     Command("image build", "--base --base-directory --image --json", "build the agent image"),

@@ -74,8 +74,9 @@ async def run(listener: socket.socket) -> None:
         await stop.wait()
         # The listener stays open in systemd: who calls now reaches our successor.
         daemon.notify("STOPPING=1")
-        serving.cancel()
         await gateway.drain()
+        await gateway.trail.hand_over()
+        serving.cancel()
         watching.cancel()
 
 

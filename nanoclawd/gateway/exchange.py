@@ -9,6 +9,9 @@ from typing import Any
 from nanoclawd.gateway.headers import too_large
 from nanoclawd.policy import Ask, Decision, Way, authority
 
+HUNG_UP = 499  #: a status for our records only: the agent went before its answer was complete
+PATH_CHARACTERS = 256  #: of a path in the audit trail
+
 
 @dataclass(slots=True)
 class Exchange:
@@ -24,6 +27,7 @@ class Exchange:
     up_bytes: int = 0  #: from the agent
     down_bytes: int = 0  #: to the agent
     is_head_sent: bool = False
+    credential: str = ""  #: name of the one that was lent to it
 
     @property
     def is_tunnel(self) -> bool:
@@ -45,6 +49,24 @@ class Exchange:
         assert self.decision is not None and self.decision.rule is not None
         if down > self.decision.rule.max_down_bytes:
             raise too_large(self.decision.rule.max_down_bytes)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the audit trail gets of it, as io.nanoclaw.Gateway has it: no query."""
+        ask, decision = self.ask, self.decision
+        refused = self.reason is not None and not self.is_head_sent and 400 <= self.status < HUNG_UP
+        return {
+            "event": "denied" if refused else "allowed",
+            "rule": decision.number if decision else 0,
+            "reason": self.reason or "",
+            "method": self.method,
+            "route": ask.route if ask else "",
+            "host": authority(ask.host, ask.port) if ask and ask.host else "",
+            "path": ask.path[:PATH_CHARACTERS] if ask else "",
+            "status": self.status,
+            "credential": self.credential,
+            "upBytes": self.up_bytes,
+            "downBytes": self.down_bytes,
+        }
 
     def is_allowed_by(self, now: Decision) -> bool:
         """Say whether what was begun might go on if it had been decided like this."""

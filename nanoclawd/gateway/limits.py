@@ -33,6 +33,14 @@ INFORMATIONAL = 8  #: 1xx answers before the real one
 POOL_IDLE_S = 60.0  #: an unused connection is kept so long
 POOL_SIZE = 16  #: unused connections of one endpoint
 
+# --- what the router is told for its audit trail ---------------------------------------------------
+RECORDS = 4096  #: that wait for it; of further ones it gets the number
+RECORDS_AT_ONCE = 256
+RECORDS_PER_S = 1 / 6  #: of one agent in the long run; the rest is summed up
+RECORDS_BURST = 1000
+SUM_S = 60.0  #: what is alike for so long is one record
+HAND_OVER_S = 3.0  #: at SIGTERM; with DRAIN_S below TimeoutStopSec=
+
 # --- the program ----------------------------------------------------------------------------------
 DRAIN_S = 10.0  #: what runs at SIGTERM may go on so long; below TimeoutStopSec=
 THREADS = 8  #: for decryption, and for the names of endpoints; with the next below TasksMax=

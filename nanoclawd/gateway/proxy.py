@@ -12,7 +12,7 @@ import h11
 from nanoclawd import journal, policy
 from nanoclawd.errors import NanoclawError
 from nanoclawd.gateway import limits, tunnel
-from nanoclawd.gateway.exchange import Exchange
+from nanoclawd.gateway.exchange import HUNG_UP, Exchange
 from nanoclawd.gateway.forward import Forward
 from nanoclawd.gateway.headers import Header, body_headers, plain_headers, route_headers
 from nanoclawd.gateway.http import Stream, deadline
@@ -23,8 +23,6 @@ from nanoclawd.policy import Ask, Denied, Rule, Way
 
 if TYPE_CHECKING:
     from nanoclawd.gateway.sessions import Session
-
-HUNG_UP = 499  #: in the journal only: the agent went before its answer was complete
 
 
 class AgentConnection:
@@ -74,9 +72,12 @@ class AgentConnection:
             journal.error("protocol-bug", repr(exc), agent=self.session.agent, session=self.session.name)
             exchange.reason = "bug"
             return False
+        except asyncio.CancelledError:
+            exchange.reason = exchange.reason or "cut-off"
+            raise
         finally:
             self.exchange = None
-            if exchange.status:
+            if exchange.status or exchange.ask:
                 self.session.log(exchange)
         if self._http.our_state is h11.SWITCHED_PROTOCOL:
             return False
@@ -140,6 +141,7 @@ class AgentConnection:
         if route.credential is not None:
             try:
                 secret = await gateway.keys.get(route.credential)
+                exchange.credential = route.credential
             except NanoclawError as exc:
                 message = f"The gateway has no usable key for {route.name}: {exc}."
                 raise Denied(401, f"credential-{exc.code}", message) from exc

@@ -31,6 +31,8 @@ class GatewayService:
                 "Attach": Method(handler=self._attach),
                 "Detach": Method(handler=self._detach),
                 "Status": Method(handler=self._status),
+                # With "more" a reader that hangs up is noticed, though there is nothing to tell it.
+                "ReadRecords": Method(handler=self._read_records, more=True),
             },
         )
 
@@ -60,6 +62,10 @@ class GatewayService:
         self._gateway.detach(agent, session)
         journal.info("detached", agent=agent, session=session, unit=unit_name(agent, session))
         return {}
+
+    async def _read_records(self, call: Call) -> Json:
+        trail = self._gateway.trail
+        return {"life": trail.life, "records": await trail.read(call.parameters["after"])}
 
     async def _status(self, call: Call) -> Json:
         settings = self._gateway.settings

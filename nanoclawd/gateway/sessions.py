@@ -19,6 +19,7 @@ from nanoclawd.gateway.addresses import resolve
 from nanoclawd.gateway.exchange import Exchange
 from nanoclawd.gateway.keys import Keys
 from nanoclawd.gateway.proxy import AgentConnection
+from nanoclawd.gateway.trail import Trail
 from nanoclawd.gateway.upstream import Pool, dial
 from nanoclawd.ids import AgentName, SessionName, unit_name
 from nanoclawd.policy import Ask, Decision, Denied, Rule, Rules, decide
@@ -90,7 +91,8 @@ class Session:
         return await dial(ask.host, ask.port, addresses)
 
     def log(self, exchange: Exchange) -> None:
-        """Write one line about a finished request."""
+        """Write one line about a finished request, and one for the audit trail."""
+        self.gateway.trail.add(self.agent, self.name, exchange)
         if exchange.reason == "too-fast":
             if time.monotonic() < self._quiet_until:
                 return
@@ -107,10 +109,12 @@ class Gateway:
         self.settings: Settings | ConfigError = ConfigError("nanoclaw.toml was not read yet")
         self.allowances: dict[AgentName, Allowance] = {}  #: as the router told them
         self.keys = Keys()
+        self.trail = Trail()
         self.threads = ThreadPoolExecutor(limits.LOOKUP_THREADS, thread_name_prefix="lookup")
         self.pool = Pool(tasks, tls)
         self.sessions: dict[tuple[AgentName, SessionName], Session] = {}
         self._tasks = tasks
+        self._stopping = False
 
     def route(self, name: str) -> Route:
         """Return the route `name`. Raises Denied."""
@@ -134,6 +138,8 @@ class Gateway:
 
     def attach(self, agent: AgentName, name: SessionName, listener: socket.socket) -> None:
         """Serve `listener` in place of the session's older one; closed at the end. Raises Refused."""
+        if self._stopping:
+            raise Refused("the gateway is stopping", hint="the next one takes it")
         session = self.sessions.get((agent, name))
         if session is None:
             if len(self.sessions) >= limits.ATTACHED:
@@ -164,6 +170,7 @@ class Gateway:
 
     async def drain(self) -> None:
         """Take no more requests; return when those that run are answered, or DRAIN_S have passed."""
+        self._stopping = True
         for session in self.sessions.values():
             session.stop_accepting()
         connections = {c: task for session in self.sessions.values() for c, task in session.open.items()}

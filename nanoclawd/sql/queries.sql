@@ -331,3 +331,38 @@ SELECT held, slice_boot FROM router;
 
 -- set_router --
 UPDATE router SET held = :held, slice_boot = :seen;
+
+-- newest_audit --
+-- The number that was given last, and the hash of the newest row that is there.
+SELECT (SELECT seq FROM sqlite_sequence WHERE name = 'audit') AS seq,
+       (SELECT hash FROM audit ORDER BY seq DESC LIMIT 1) AS hash;
+
+-- add_audit --
+INSERT INTO audit VALUES (:seq, :at, :kind, :event, :agent, :detail, :before, :hash);
+
+-- list_audit --
+SELECT * FROM audit
+ WHERE seq >= :first AND at >= :since AND (:agent IS NULL OR agent = :agent) AND (:kind IS NULL OR kind = :kind)
+ ORDER BY seq LIMIT :limit;
+
+-- find_audit --
+-- The first of the :limit newest of such rows.
+SELECT min(seq) AS first FROM
+       (SELECT seq FROM audit
+         WHERE at >= :since AND (:agent IS NULL OR agent = :agent) AND (:kind IS NULL OR kind = :kind)
+         ORDER BY seq DESC LIMIT :limit);
+
+-- audit_anchor --
+SELECT detail FROM audit WHERE event = 'pruned' AND kind = 'trail' ORDER BY seq DESC LIMIT 1;
+
+-- oldest_audit --
+SELECT seq, at, hash FROM audit ORDER BY seq LIMIT :limit;
+
+-- prune_audit --
+DELETE FROM audit WHERE seq <= :through;
+
+-- gateway_read --
+SELECT gateway_life, gateway_read FROM router;
+
+-- set_gateway_read --
+UPDATE router SET gateway_life = :life, gateway_read = :number;

@@ -21,6 +21,7 @@ from nanoclawd import __main__ as nanoclawd
 from nanoclawd import containers, paths
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
+from nanoclawd.audit import Audit
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row
 from nanoclawd.errors import ConfigError, Failed, NotFound
@@ -371,6 +372,8 @@ class Router:
         self.channel: Server
         self.channel_task: asyncio.Task[None]
         self.outlets: Outlets
+        self.audit: Audit
+        self.gateway: GatewayLink
         self._slots = slots
 
     async def run(self) -> None:
@@ -382,12 +385,14 @@ class Router:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(db.run(), name="database")
                 self.outlets = outlets = Outlets(db)
+                self.audit = Audit(db)
+                self.gateway = GatewayLink(lambda _: (), self.audit.take_over)
                 self.sessions = Sessions(
                     db=db,
                     systemd=systemd,
                     registry=registry,
                     outlets=outlets,
-                    gateway=GatewayLink(lambda _: ()),
+                    gateway=self.gateway,
                     tasks=tasks,
                     slots=self._slots,
                 )

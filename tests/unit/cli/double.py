@@ -98,6 +98,13 @@ DELIVERY: Json = {
     "reason": "no such chat",
     "dropped": False,
 }
+AUDIT: list[Json] = [
+    {"seq": 6, "at": 1.001, "kind": "control", "event": "StopAgent", "agent": "berta"}
+    | {"detail": '{"n":1}', "before": "0" * 64, "hash": "e" * 64},
+    {"seq": 7, "at": 2.0, "kind": "request", "event": "denied", "agent": "berta"}
+    | {"detail": '{"count":3,"host":"a.example:80","method":"GET","path":"/\\u001b","reason":"no-rule"}'}
+    | {"before": "e" * 64, "hash": "f" * 64},
+]
 CHECK: Json = {"name": "network", "active": True, "detail": "connect: EPERM"}
 STATUS: Json = {
     "version": "0.1.0",
@@ -155,6 +162,8 @@ class RouterDouble:
         self.calls: list[tuple[str, Json]] = []
         self.trash: str | None = None
         self.rules: policy.Rules = ()
+        self.trail: list[Json] = list(AUDIT)
+        self.verdict: Json = {"rows": 2, "head": "f" * 64, "broken": None, "problem": ""}
         self.messages: dict[str, Json] = {}  #: by event
         self.pending: list[Json] = []  #: deliveries that are not reported
         self.reports: list[str] = []  #: keys
@@ -284,6 +293,14 @@ class RouterDouble:
 
     async def _DropDeadLetter(self, call: Call) -> Json:
         return {"id": call.parameters["id"]}
+
+    async def _ListAudit(self, call: Call) -> Json:
+        for row in self.trail[:-1]:
+            await call.send({"row": row})
+        return {"row": self.trail[-1] if self.trail else None}
+
+    async def _VerifyAudit(self, call: Call) -> Json:
+        return self.verdict
 
     async def _AddAgent(self, call: Call) -> Json:
         self.agents[call.parameters["name"]] = dict(RUNTIME)

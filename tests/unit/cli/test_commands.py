@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
 from tests.unit.cli.conftest import COMMAND, Run, fake_program
-from tests.unit.cli.double import SESSION, RouterDouble
+from tests.unit.cli.double import AUDIT, SESSION, RouterDouble
 
 
 def test_version_is_printed(run: Run) -> None:
@@ -46,6 +47,9 @@ def test_version_is_printed(run: Run) -> None:
         ["message", "show"],
         ["deadletter", "retry"],
         ["deadletter", "drop", "m1", "--all"],
+        ["audit", "list", "--since", "yesterday"],
+        ["audit", "list", "--since", "m"],
+        ["audit", "list", "--kind", "decision"],
     ],
 )
 def test_wrong_usage_is_told_in_two_lines_with_exit_code_2(run: Run, arguments: list[str]) -> None:
@@ -442,3 +446,69 @@ def test_command_imports_no_event_loop() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert not {"asyncio", "subprocess", "readline", "tomllib", "systemd"} & set(done.stdout.split())
+
+
+def test_audit_lists_what_was_asked_for_in_columns(router: RouterDouble, run: Run) -> None:
+    done = run("audit", "list", "berta", "--kind", "request", "--since", "2d", "--limit", "7")
+
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0][:5] == ["ROW", "TIME", "EVENT", "AGENT", "TIMES"]
+    assert (lines[1][0], lines[1][3], lines[1][6:8]) == ("6", "StopAgent", ["n", "1"])
+    assert lines[2][3:6] == ["denied", "berta", "3"] and "no-rule" in lines[2]
+    assert "\x1b" not in done.stdout
+    ((_, wanted),) = router.calls
+    assert abs(wanted.pop("since") + 2 * 86_400 - time.time()) < 60
+    assert wanted == {"agent": "berta", "kind": "request", "limit": 7}
+
+
+def test_audit_list_of_a_time_of_the_clock(router: RouterDouble, run: Run) -> None:
+    rows = json.loads(run("audit", "list", "--since", "2026-11-22T08:00+00:00", "--json").stdout)["rows"]
+
+    assert rows[0]["detail"] == {"n": 1}
+    assert router.calls[0][1]["since"] == 1795334400.0
+
+
+def test_audit_export_has_what_is_hashed(router: RouterDouble, run: Run) -> None:
+    lines = run("audit", "export").stdout.splitlines()
+
+    first, second = map(json.loads, lines)
+    assert first == {**AUDIT[0], "at": 1001}
+    assert second["detail"] == AUDIT[1]["detail"]
+    assert router.calls[0][1]["limit"] is None
+
+
+def test_audit_verify_names_the_row_that_is_broken(router: RouterDouble, run: Run) -> None:
+    done = run("audit", "verify")
+    assert (done.returncode, done.stdout[:22]) == (0, "2 rows, all in order. ")
+
+    router.verdict |= {"broken": 3, "problem": "it was changed after it was written"}
+    done = run("audit", "verify")
+    assert done.returncode == 1
+    assert done.stdout == "2 rows are in order. Row 3 is not: it was changed after it was written.\n"
+
+    done = run("audit", "verify", "--json")
+    assert (done.returncode, json.loads(done.stdout)["broken"]) == (1, 3)
+
+
+def test_audit_row_that_somebody_wrote_anew_is_shown(router: RouterDouble, run: Run) -> None:
+    router.trail[1]["detail"] = "no JSON"
+
+    done = run("audit", "list")
+
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+
+
+def test_secret_that_is_set_is_noted_by_name(router: RouterDouble, run: Run) -> None:
+    run("secret", "set", "anthropic", stdin="sk-secret\n")
+    run("secret", "remove", "anthropic", "--yes")
+
+    assert router.calls == [
+        ("NoteSecret", {"secret": "anthropic", "event": event}) for event in ("secret_set", "secret_removed")
+    ]
+
+
+def test_secret_is_set_without_the_router(run: Run) -> None:
+    done = run("secret", "set", "anthropic", stdin="sk-secret\n")
+
+    assert done.returncode == 0
+    assert "the audit trail has no row of this" in done.stderr

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import pytest
 
 from nanoclawd import gateway_link, paths
 from nanoclawd.errors import Unavailable
+from nanoclawd.gateway.exchange import Exchange
+from nanoclawd.gateway.trail import Trail
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
@@ -30,19 +32,29 @@ def policy_of(agent: AgentName) -> Rules:
     return RULES
 
 
+async def take_over(life: str, records: Sequence[Json]) -> None:
+    raise AssertionError("nobody asked for anything")
+
+
 class GatewayDouble:
     """The gateway's side of io.nanoclaw.Gateway: keeps what it is given."""
 
     def __init__(self) -> None:
         self.has: dict[str, int] = {}  #: inode of the listener by session
         self.policies: dict[str, Rules] = {}
+        self.trail = Trail()
+        self.nonsense: Json | None = None  #: what it says of its records
         self.hang = asyncio.Event()
         self.hang.set()
         interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
         handlers = {"Attach": self._attach, "Detach": self._detach, "Status": self._status}
-        handlers["SetPolicy"] = self._set_policy
+        handlers |= {"SetPolicy": self._set_policy, "ReadRecords": self._read_records}
         methods = {name: Method(handler=handler) for name, handler in handlers.items()}
         self.service = Service(interface=interface, methods=methods)
+
+    def put(self, status: int) -> None:
+        """Record that a request has ended."""
+        self.trail.add(BERTA, SessionName("s1"), Exchange(status=status))
 
     async def _set_policy(self, call: Call) -> Json:
         self.policies[call.parameters["agent"]] = tuple(map(from_json, call.parameters["rules"]))
@@ -56,6 +68,11 @@ class GatewayDouble:
         self.has[call.parameters["session"]] = os.fstat(fd).st_ino
         os.close(fd)
         return {}
+
+    async def _read_records(self, call: Call) -> Json:
+        if self.nonsense is not None:
+            return self.nonsense
+        return {"life": self.trail.life, "records": await self.trail.read(call.parameters["after"])}
 
     async def _detach(self, call: Call) -> Json:
         del self.has[call.parameters["session"]]
@@ -103,7 +120,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gateway_has_what_lives_also_after_its_restart() -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(5)}
             inodes = {name: os.fstat(sock.fileno()).st_ino for name, sock in listeners.items()}
@@ -128,7 +145,11 @@ def test_gateway_has_what_lives_also_after_its_restart() -> None:
 @pytest.mark.parametrize("adopted", [[], ["1"]])
 def test_gateway_keeps_nothing_that_ended_without_a_router(adopted: list[str]) -> None:
     async def run() -> None:
-        gateway, link, next_link = GatewayDouble(), GatewayLink(policy_of), GatewayLink(policy_of)
+        gateway, link, next_link = (
+            GatewayDouble(),
+            GatewayLink(policy_of, take_over),
+            GatewayLink(policy_of, take_over),
+        )
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(3)}
             async with gateway.served():
@@ -148,7 +169,7 @@ def test_session_that_ends_while_others_are_handed_over_disturbs_none(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
         gateway.hang.clear()
         listeners = {name: socket.socket(socket.AF_UNIX) for name in "abc"}
         async with gateway.served(), running(link):
@@ -172,7 +193,7 @@ def test_gateway_that_does_not_answer_is_asked_again(
 ) -> None:
     async def run() -> None:
         monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
-        gateway, link = GatewayDouble(), GatewayLink(policy_of)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
         gateway.hang.clear()
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
@@ -184,15 +205,46 @@ def test_gateway_that_does_not_answer_is_asked_again(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {},
+        {"life": "x", "records": []},
+        {"life": "x", "records": [{"number": "1"}]},
+        {"life": 1, "records": []},
+    ],
+)
+def test_gateway_that_tells_nonsense_of_what_it_decides_still_gets_its_sessions(
+    capfd: pytest.CaptureFixture[str], nonsense: Json
+) -> None:
+    told = []
+
+    def tell() -> str:
+        told.append(capfd.readouterr().err)
+        return "".join(told)
+
+    async def run() -> None:
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway.nonsense = nonsense
+        with socket.socket(socket.AF_UNIX) as listener:
+            async with gateway.served(), running(link):
+                link.attach(BERTA, SessionName("a"), listener)
+                await eventually(lambda: list(gateway.has) == ["a"])
+                await eventually(lambda: "records-not-read" in tell())
+        assert "gateway-away" not in tell()
+
+    asyncio.run(run())
+
+
 def test_status_of_a_gateway_that_is_away() -> None:
     with pytest.raises(Unavailable, match="cannot connect"):
-        asyncio.run(GatewayLink(policy_of).status())
+        asyncio.run(GatewayLink(policy_of, take_over).status())
 
 
 def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
     async def run() -> None:
         rules: Rules = RULES
-        gateway, link = GatewayDouble(), GatewayLink(lambda _: rules)
+        gateway, link = GatewayDouble(), GatewayLink(lambda _: rules, take_over)
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
                 link.attach(BERTA, SessionName("a"), listener)
@@ -206,13 +258,13 @@ def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
 
 
 def test_refresh_does_not_wait_for_a_gateway_that_nobody_needs() -> None:
-    asyncio.run(GatewayLink(policy_of).refresh())
+    asyncio.run(GatewayLink(policy_of, take_over).refresh())
 
 
 def test_refresh_tells_of_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
-        link = GatewayLink(policy_of)
+        link = GatewayLink(policy_of, take_over)
         with socket.socket(socket.AF_UNIX) as listener:
             async with running(link):
                 link.attach(BERTA, SessionName("a"), listener)

@@ -64,6 +64,10 @@ def test_messages_wait_until_the_person_starts_agents_again(place: Place, how: s
             else:
                 place.systemd.start_slice()
             await expect_answers(router, "one", "two", "three")
+            trail = await router.db.read("list_audit", first=0, since=0, agent=None, kind="control", limit=9)
+            # What nanoclawctl does is noted where it calls.
+            noted = [] if how == "nanoclawctl" else ["slice_stopped", "slice_started"]
+            assert [row["event"] for row in trail] == noted
 
     place.run(run)
 

@@ -12,7 +12,6 @@ import pytest
 
 from nanoclawd import limits
 from nanoclawd.control import ControlService
-from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server
 from nanoclawd.sockets import bind_listener
@@ -76,7 +75,8 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         registry=cast(Registry, place.registry),
         sessions=router.sessions,
         outlets=router.outlets,
-        gateway=GatewayLink(lambda _: ()),
+        gateway=router.gateway,
+        audit=router.audit,
         sandbox=[],
     )
     serving = asyncio.create_task(Server(control.service, listener).run())

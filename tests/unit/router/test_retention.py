@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from nanoclawd import limits, retention
+from nanoclawd.audit import Audit
 from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import Unavailable
+from nanoclawd.settings import parse_settings
 
 DAY_MS = retention.DAY_S * 1000
 OLD, NEW = 31, 29  #: days
@@ -228,6 +230,7 @@ def test_it_is_done_at_start_and_once_a_day_unless_all_is_kept(
 ) -> None:
     async def body() -> None:
         slept: list[float] = []
+        settings = parse_settings(f"retention_days = {days}")
         store.message("m0", "answered", OLD)
 
         async def sleep(seconds: float) -> None:
@@ -239,7 +242,7 @@ def test_it_is_done_at_start_and_once_a_day_unless_all_is_kept(
 
         monkeypatch.setattr(retention.asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
-            await retention.run(store.database, lambda: days)
+            await retention.run(store.database, Audit(store.database), lambda: settings)
 
         assert slept == [86_400] * 3
 
@@ -261,7 +264,7 @@ def test_a_full_disk_is_met_again_the_next_day(store: Store, monkeypatch: pytest
         monkeypatch.setattr(store.database, "write", write)
         monkeypatch.setattr(retention.asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
-            await retention.run(store.database, lambda: 30)
+            await retention.run(store.database, Audit(store.database), lambda: parse_settings(""))
 
         assert store.ids() == {"m"}
 
