@@ -199,6 +199,12 @@ def claim_turn(tx: Transaction, session: SessionRow, *, attempts: int) -> Turn |
     return turn
 
 
+def next_due(tx: Transaction, session: SessionRow) -> int | None:
+    """Return when the session's oldest message may be tried (ms); None: there is none, or it runs."""
+    row = tx.one("next_message", session=session.id)
+    return None if row is None or row["state"] == MessageState.LEASED else row["not_before"]
+
+
 def join_turn(tx: Transaction, session: SessionRow, turn: Turn) -> list[Message]:
     """Lease to a running first attempt what has arrived behind its messages, oldest first; returns it.
 

@@ -52,9 +52,10 @@ class Turns:
         """
         taker: Session | None = None
         passed = False  #: the runner did not get what is due, since others wait for its slot
+        due_at: int | None = None  #: when it may get what is not due yet (ms)
 
         def write(tx: Transaction) -> tuple[T, Turn | None]:
-            nonlocal taker, passed
+            nonlocal taker, passed, due_at
             result = operation(tx)
             session = self._find(row) if row is not None else None
             if session is None or not session.can_take():
@@ -62,7 +63,9 @@ class Turns:
             session.taking, taker = True, session
             if passed := self._must_leave(tx, session):
                 return result, None
-            return result, queue.claim_turn(tx, session.row, attempts=self._attempts())
+            turn = queue.claim_turn(tx, session.row, attempts=self._attempts())
+            due_at = None if turn else queue.next_due(tx, session.row)
+            return result, turn
 
         try:
             result, turn = await self._db.write(write)
@@ -74,6 +77,8 @@ class Turns:
             self._take(taker, turn)
             if passed:  # and looks again, should another have left in its place
                 taker.wanted.set()
+            elif due_at is not None:  # also if a timer was set for it: that knows nothing of the wall clock
+                self._retry_later(taker, due_at)
         return result
 
     async def resume(self, session: Session) -> None:

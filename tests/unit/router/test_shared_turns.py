@@ -320,6 +320,28 @@ def test_chat_is_told_once_that_it_must_wait_for_long(place: Place) -> None:
     place.run(run)
 
 
+def test_message_that_is_not_due_yet_when_its_timer_ends_is_looked_at_again(place: Place) -> None:
+    """Timers follow another clock than the schedule: that one is slewed and set."""
+    failed = asyncio.Event()
+
+    async def runner(container: Container) -> None:
+        await container.begin()
+        await fail(container, await container.take(), "rate_limit", after_s=0.2)
+        failed.set()
+        await container.finish(await container.take(), "at last")
+
+    async def run() -> None:
+        place.systemd.program = runner
+        async with place.router() as router:
+            adapter = await router.attach()
+            await router.deliver("a")
+            await failed.wait()
+            await router.db.write(lambda tx: tx.all("shift_messages", by=200))
+            assert await adapter.reply() == "at last"
+
+    place.run(run)
+
+
 def test_later_attempt_alone_knows_what_the_shared_one_sent(place: Place) -> None:
     sent: dict[str, list[Json]] = {}
 
