@@ -35,6 +35,7 @@ from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
 from nanoclawd.outlets import Outlets
+from nanoclawd.pairing import Pairings
 from nanoclawd.queue import Treatment, fail_turn, leased_turn, put_back, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server
@@ -171,6 +172,10 @@ async def _route(
             )
             agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             sessions.containers.service = agent_service.service
+            pairings = Pairings()
+            channel_service = ChannelService(
+                db=db, registry=registry, sessions=sessions, outlets=outlets, pairings=pairings
+            )
             control_service = ControlService(
                 db=db,
                 systemd=systemd,
@@ -179,9 +184,10 @@ async def _route(
                 outlets=outlets,
                 gateway=gateway,
                 audit=audit,
+                channels=channel_service,
+                pairings=pairings,
                 sandbox=checks,
             )
-            channel_service = ChannelService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             await registry.load()
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             tasks.create_task(outlets.run(), name="outlets")

@@ -114,7 +114,9 @@ class AgentService:
     async def _report_activity(self, call: Call) -> Json:
         session, turn = _running(call)
         text = call.parameters["text"].encode()[: limits.ACTIVITY_BYTES].decode(errors="ignore")
-        self._outlets.report_activity(session.row, call.parameters["kind"], text, turn.events)
+        self._outlets.report_activity(
+            session.row.agent, turn.place, call.parameters["kind"], text, turn.events
+        )
         return {}
 
     async def _send(self, call: Call) -> Json:
@@ -128,7 +130,7 @@ class AgentService:
             if session.turn is not turn:  # ended meanwhile
                 raise _no_such_turn(turn.id)
             queue.send_message(tx, session.row, turn, key, text)
-            return self._outlets.claim(tx, session.row.place)
+            return self._outlets.claim(tx)
 
         self._outlets.publish(await self._db.write(send))
         return {}
@@ -140,13 +142,13 @@ class AgentService:
 
     async def _list_deliveries(self, call: Call) -> Json:
         session = _introduced(call)
-        row = session.row
+        channel, chat, thread = session.row.place if session.turn is None else session.turn.place
         recent = await self._db.read(
             "recent_deliveries",
-            agent=row.agent,
-            channel=row.channel,
-            chat=row.chat,
-            thread=row.thread,
+            agent=session.row.agent,
+            channel=channel,
+            chat=chat,
+            thread=thread,
             limit=limits.RECENT_DELIVERIES,
         )
         deliveries = [

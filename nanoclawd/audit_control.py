@@ -18,6 +18,8 @@ from nanoclawd.wire import Json
 NOTED = {
     *("AddAgent", "SetAgent", "RemoveAgent", "StartAgent", "StopAgent", "RestartAgent", "AddRule"),
     *("RetryDeadLetter", "DropDeadLetter", "BuildImage", "Backup", "StopAll", "StartAll"),
+    *("WireChat", "UnwireChat", "BlockChat", "LinkPerson", "SetRole", "SetRoleOf", "Pair"),
+    *("ResetSession", "CloseSession"),
 }
 STOPS = {"StopAgent", "StopAll"}  #: done at once, whatever becomes of the row
 
@@ -42,7 +44,7 @@ class AuditControl:
 
         async def answer(call: Call) -> Json:
             detail = {key: value for key, value in call.parameters.items() if value is not None}
-            agent = detail.pop("name", "")
+            agent = detail.pop("name", None) or detail.pop("agent", "")
             if text := detail.pop("instructions", ""):
                 detail["instructions"] = f"sha256 {sha256(text.encode()).hexdigest()}"
             if name not in STOPS:

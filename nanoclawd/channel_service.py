@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from nanoclawd import journal, limits, outbox, paths, queue
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Refused
 from nanoclawd.idl import read_interface
-from nanoclawd.ids import AgentName, MessageId
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlet, Outlets
+from nanoclawd.pairing import Pairings
 from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
+from nanoclawd.routing import TERMINAL, Arrival, Taken, add_chat, find_chat, reconsider, take, take_back
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
-from nanoclawd.states import DeliveryState
+from nanoclawd.states import ChatState, DeliveryState
 from nanoclawd.wire import Json
 
 INTERFACE = "io.nanoclaw.Channel"
 
 
 class ChannelService:
-    def __init__(self, *, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets) -> None:
+    def __init__(
+        self,
+        *,
+        db: Database,
+        registry: Registry,
+        sessions: Sessions,
+        outlets: Outlets,
+        pairings: Pairings,
+    ) -> None:
         self._db = db
         self._registry = registry
         self._sessions = sessions
         self._turns = sessions.turns
         self._outlets = outlets
+        self._pairings = pairings
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
                 "Deliver": Method(handler=self._deliver),
+                "Invite": Method(handler=self._invite),
+                "Retract": Method(handler=self._retract),
                 "Attach": Method(handler=self._attach, more=True),
                 "ReportPart": Method(handler=self._report_part),
                 "ReportSent": Method(handler=self._report_sent),
@@ -42,7 +56,8 @@ class ChannelService:
         parameters = call.parameters
         for name in ("channel", "chat", "event", "sender"):
             _check_name(name, parameters[name], empty=False)
-        _check_name("thread", parameters["thread"])
+        for name in ("thread", "agent", "senderName", "title"):
+            _check_name(name, parameters[name] or "")
         size = len(parameters["text"].encode())
         if size > limits.TEXT_BYTES:
             raise Refused(
@@ -54,29 +69,74 @@ class ChannelService:
         if parameters["revision"] < 0:
             raise Refused("revision: must not be negative")
         event = Event(**{name: parameters[name] for name in Event.__dataclass_fields__})
-        agent = self._find_agent(parameters["agent"], event)
-        message, session = await self._enqueue(agent, event)
-        if session is not None:
+        taken = await self._take(event, parameters)
+        for session in taken.sessions:
             self._sessions.wake(session)
-            if hint := self._sessions.explain_hold(agent):
-                self._outlets.report_activity(session, "queued", hint, [event.event])
-        return {"message": message, "duplicate": session is None}
+            if hint := self._sessions.explain_hold(session.agent):
+                self._outlets.report_activity(session.agent, event.place, "queued", hint, [event.event])
+        return {"outcome": taken.outcome, "message": taken.message, "duplicate": taken.duplicate}
 
-    async def _enqueue(self, agent: AgentName, event: Event) -> tuple[MessageId, SessionRow | None]:
-        # A session that lives already gets its turn in the same commit.
-        place = {"agent": agent, "channel": event.channel, "chat": event.chat, "thread": event.thread}
-        known = await self._db.read("find_session", **place)
-        row = session_row(known[0]) if known else None
-        return await self._turns.write(row, lambda tx: queue.enqueue(tx, agent, event))
+    async def _take(self, event: Event, parameters: Json) -> Taken:
+        def first(taken: Taken) -> SessionRow | None:
+            # A session that lives already gets its turn in the same commit.
+            return taken.sessions[0] if taken.sessions else None
 
-    def _find_agent(self, name: str | None, event: Event) -> AgentName:
-        if name is None:
-            raise Refused(
-                f"chat '{event.chat}' of channel '{event.channel}' belongs to no agent",
-                hint="name the agent",
-            )
-        # A broken one is refused now, while somebody is there to read why.
-        return self._registry.config(name).name
+        if event.channel == TERMINAL:
+            # Whoever may open this socket is the owner. A broken agent is refused while somebody reads why.
+            agent = self._registry.config(_required_agent(parameters["agent"], event)).name
+
+            def store(tx: Transaction) -> Taken:
+                taken = Taken()
+                taken.add(*queue.enqueue(tx, agent, event))
+                return taken
+
+            return await self._turns.write(store, first)
+        if self._pairings.is_code(event.channel, event.text):
+            if (deliveries := await self._db.write(partial(self._pair, event=event))) is not None:
+                await self.reconsider()
+                self._outlets.publish(deliveries)
+            return Taken()
+        arrival = Arrival(
+            event=event,
+            agent=parameters["agent"] or "",
+            mentioned=bool(parameters["mentioned"]),
+            program=parameters["writer"] == "program",
+            sender_name=parameters["senderName"] or "",
+            direct=parameters["kind"] == "direct",
+            title=parameters["title"] or "",
+        )
+        return await self._turns.write(lambda tx: take(tx, arrival, self._registry.names()), first)
+
+    def _pair(self, tx: Transaction, event: Event) -> list[Delivery] | None:
+        """Link the sender of a code to whom it was made for, and say so; None if it is no good."""
+        if self._pairings.pair(tx, event) is None:
+            return None
+        return self._outlets.claim(tx)
+
+    async def reconsider(self, chat: int | None = None) -> None:
+        """Let messages go that waited for what has been answered now."""
+        names = self._registry.names()
+        for session in await self._db.write(lambda tx: reconsider(tx, names, chat=chat)):
+            self._sessions.wake(session)
+
+    async def _invite(self, call: Call) -> Json:
+        for name in ("channel", "chat", "sender"):
+            _check_name(name, call.parameters[name], empty=False)
+        for name in ("senderName", "title"):
+            _check_name(name, call.parameters[name] or "")
+        channel, chat, title = (call.parameters[name] or "" for name in ("channel", "chat", "title"))
+        direct = call.parameters["kind"] == "direct"
+
+        def invite(tx: Transaction) -> ChatState:
+            row = find_chat(tx, channel, chat, direct=direct, title=title)
+            row = row or add_chat(tx, channel, chat, direct=direct, title=title)
+            return ChatState.BLOCKED if row is None else ChatState(row["state"])
+
+        return {"state": await self._db.write(invite)}
+
+    async def _retract(self, call: Call) -> Json:
+        place = [call.parameters[name] for name in ("channel", "chat", "thread", "event")]
+        return {"unseen": await self._db.write(lambda tx: take_back(tx, *place))}
 
     async def _attach(self, call: Call) -> Json:
         for name in ("channel", "chat", "event"):
@@ -160,12 +220,17 @@ class ChannelService:
         self._outlets.publish(deliveries)
 
     async def _stop_turn(self, call: Call) -> Json:
-        parameters = call.parameters
+        place = tuple(call.parameters[name] for name in ("channel", "chat", "thread"))
         stopped = False
-        for row in await self._db.read("list_sessions", agent=None):
-            if all(row[name] == parameters[name] for name in ("channel", "chat", "thread")):
-                stopped |= await self._turns.stop_turn(session_row(row))
+        for row in await self._db.read("busy_sessions", **call.parameters):
+            stopped |= await self._turns.stop_turn(session_row(row), place)
         return {"stopped": stopped}
+
+
+def _required_agent(name: str | None, event: Event) -> str:
+    if name is None:
+        raise Refused(f"chat '{event.chat}' of the terminal belongs to no agent", hint="name the agent")
+    return name
 
 
 def _check_name(name: str, value: str, *, empty: bool = True) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from nanoclawd import images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
 from nanoclawd.audit import Audit
 from nanoclawd.audit_control import AuditControl
+from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
@@ -23,8 +24,10 @@ from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
+from nanoclawd.pairing import Pairings
+from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy_control import PolicyControl
-from nanoclawd.queue import session_row
+from nanoclawd.queue import SessionRow, session_row
 from nanoclawd.registry import Agent, Registry, config_file
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
@@ -59,6 +62,8 @@ class ControlService:
     outlets: Outlets
     gateway: GatewayLink
     audit: Audit
+    channels: ChannelService
+    pairings: Pairings
     sandbox: list[Check]
 
     def __post_init__(self) -> None:
@@ -76,6 +81,8 @@ class ControlService:
             "StopAgent": Method(handler=self._stop_agent),
             "RestartAgent": Method(handler=self._restart_agent),
             "ListSessions": Method(handler=self._list_sessions),
+            "ResetSession": Method(handler=self._reset_session),
+            "CloseSession": Method(handler=self._close_session),
             "BuildImage": Method(handler=self._build_image),
             "Reload": Method(handler=self._reload),
             "Backup": Method(handler=self._backup),
@@ -83,6 +90,13 @@ class ControlService:
             "StartAll": Method(handler=self._start_all),
             **PolicyControl(registry=self.registry, gateway=self.gateway).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
+            **PeopleControl(
+                db=self.db,
+                registry=self.registry,
+                outlets=self.outlets,
+                pairings=self.pairings,
+                channels=self.channels,
+            ).methods,
             **self._audit_control.methods,
         }
         self.service = Service(
@@ -199,11 +213,9 @@ class ControlService:
         await self.sessions.stop_containers(agent)
 
         def bury(tx: Transaction) -> list[Delivery]:
-            deliveries = []
             for session in map(session_row, tx.all("list_sessions", agent=agent)):
-                if queue.bury_session(tx, session, reason):
-                    deliveries += self.outlets.claim(tx, session.place)
-            return deliveries
+                queue.bury_session(tx, session, reason)
+            return self.outlets.claim(tx)
 
         self.outlets.publish(await self.db.write(bury))
 
@@ -296,12 +308,36 @@ class ControlService:
         sessions = self._describe_sessions(call.parameters["agent"])
         return await call.send_all(({"session": session} async for session in sessions), {"session": None})
 
+    async def _reset_session(self, call: Call) -> Json:
+        return {"trash": await self._forget(call, self.sessions.begin_anew)}
+
+    async def _close_session(self, call: Call) -> Json:
+        return {"trash": await self._forget(call, self.sessions.close)}
+
+    async def _forget(self, call: Call, act: Callable[[SessionRow], Awaitable[Path | None]]) -> str | None:
+        """Do `act` to the session that a call names, and return where went what was kept of it."""
+        agent, name = call.parameters["agent"], call.parameters["session"]
+        self.registry.get(agent)
+        rows = await self.db.read("list_sessions", agent=agent)
+        session = next((session_row(row) for row in rows if row["name"] == name), None)
+        if session is None:
+            hint = f"'nanoclawctl session list {agent}' shows all"
+            raise NotFound(f"agent '{agent}' has no session '{name[:64]}'", hint=hint)
+        try:
+            trash = await act(session)
+        except TimeoutError:
+            hint = f"'systemctl --user status {unit_name(session.agent, session.name)}' says more"
+            raise Unavailable(f"the container of session '{name}' does not end", hint=hint) from None
+        return None if trash is None else str(trash)
+
     async def _describe_sessions(self, agent: str | None) -> AsyncIterator[Json]:
         heads = {row["id"]: row for row in await self.db.read("find_work")}
         for row in await self.db.read("list_sessions", agent=agent):
             session = session_row(row)
             live = self.sessions.find(session)
             head = heads.get(session.id)
+            if row["closed_at"] is not None and head is None:
+                continue
             yield {
                 "agent": session.agent,
                 "session": session.name,

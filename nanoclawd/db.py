@@ -70,6 +70,8 @@ class Transaction:
         self._connection = connection
         self._queries = queries
         self.told: list[Callable[[], None]] = []  #: lines for the journal
+        #: Where something was published: channel, chat, thread. The adapters there get what is next.
+        self.places: list[tuple[str, str, str]] = []
 
     def tell(self, level: Callable[..., None], event: str, text: str = "", **fields: Any) -> None:
         """Write to the journal, with a function of journal.py, as soon as all this is on disk."""
@@ -280,7 +282,7 @@ class Database:
             clock_ms = self._follow_clock(transaction)
             for write in batch:
                 self._writer.execute("SAVEPOINT write")
-                transaction.told = []
+                transaction.told, transaction.places = [], []
                 try:
                     outcomes.append((write, write.operation(transaction), None))
                     told += transaction.told

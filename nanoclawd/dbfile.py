@@ -151,6 +151,8 @@ def migrate(connection: sqlite3.Connection, path: Path, *, beside_agents: bool) 
 
 def upgrade(connection: sqlite3.Connection, version: int, wanted: int) -> None:
     """Bring the schema from one version to another: each migration and its record in one transaction."""
+    # What refers to a table that is made anew refers to the new one; SQLite builds may have other defaults.
+    connection.execute("PRAGMA foreign_keys = OFF")
     for number, file in enumerate(migrations()[version:wanted], start=version + 1):
         # executescript() commits what is open first, so the transaction is part of the script.
         connection.executescript(

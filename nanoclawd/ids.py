@@ -11,6 +11,7 @@ from nanoclawd.errors import NotFound, Refused
 
 AgentName = NewType("AgentName", str)  #: [a-z][a-z0-9_]{0,31}; also part of unit and directory names
 SessionName = NewType("SessionName", str)  #: [a-z0-9_]{1,48}; the instance of the agent's unit
+PersonName = NewType("PersonName", str)  #: [a-z][a-z0-9_-]{0,31}; the owner's word for somebody
 MessageId = NewType("MessageId", str)  #: "m" and 16 hex digits
 TurnId = NewType("TurnId", str)  #: "t" and 16 hex digits
 CredentialName = NewType("CredentialName", str)  #: [a-z][a-z0-9_-]{0,63}; part of a file's name
@@ -21,6 +22,7 @@ AGENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 #: nanoclaw-channel@.service is an adapter's, and so on: not names for agents.
 RESERVED = ("agents", "channel", "gateway", "podman")
 SESSION_NAME = re.compile(r"[a-z0-9_]{1,48}", re.ASCII)
+PERSON_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 CREDENTIAL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
 
 
@@ -44,6 +46,12 @@ def no_agent(name: str, known: Iterable[str]) -> NotFound:
 def parse_session_name(text: str) -> SessionName:
     """Return `text` as a session's name, or raise Refused."""
     return SessionName(_parse(text, SESSION_NAME, "a session", "1 to 48 of a-z, 0-9 and _"))
+
+
+def parse_person_name(text: str) -> PersonName:
+    """Return `text` as a person's name, or raise Refused."""
+    form = "1 to 32 of a-z, 0-9, _ and -, beginning with a letter"
+    return PersonName(_parse(text, PERSON_NAME, "a person", form))
 
 
 def parse_credential_name(text: str) -> CredentialName:

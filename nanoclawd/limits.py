@@ -75,3 +75,25 @@ STOP_TURN_S = 10.0  #: a runner that does not stop its turn by then is stopped i
 IDLE_EXIT_MAX_S = 86_400
 SESSIONS = 32  #: agent containers at once, unless nanoclaw.toml says otherwise
 FDSTORE = 512  # FileDescriptorStoreMax= of nanoclaw.service
+
+# --- people and chats -----------------------------------------------------------------------------
+CHATS_NEW = 200  #: chats that wait for an answer; messages of more are not taken
+HELD_PER_CHAT = 50  #: messages that wait for an answer
+HELD_BYTES = 256 << 10  #: of the texts of these
+HELD_TOTAL = 1000
+HELD_DAYS = 7  #: then nobody wants an answer any more
+CONTEXT_MESSAGES = 50  #: kept for an agent that they were not for
+CONTEXT_BYTES = 16 << 10
+PATTERN_CHARACTERS = 256
+PATTERN_TEXT_CHARACTERS = 8192  #: of a message, that a pattern is looked for in
+STICKY_MAX_S = 86_400
+PROGRAM_HOPS = (
+    4  #: messages of programs that agents of a chat are given before a person has to say something
+)
+PROGRAM_PER_S = 0.1  #: of one chat, in the long run
+PROGRAM_BURST = 6
+STRANGER_PER_S = 0.2  #: messages of all strangers in a public chat
+STRANGER_BURST = 10
+PAIRING_S = 600.0  #: a code is good for so long
+PAIRING_GUESSES = 20  #: wrong ones from all together, before a code is worth nothing
+PAIRINGS = 16  #: codes at once

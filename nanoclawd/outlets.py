@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from nanoclawd import journal, limits, outbox
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
+from nanoclawd.ids import AgentName
 from nanoclawd.outbox import Delivery
-from nanoclawd.queue import SessionRow
+from nanoclawd.queue import Place
+from nanoclawd.states import ChatState
 from nanoclawd.wire import Json
 
 
@@ -101,12 +103,17 @@ class Outlets:
 
         await self._db.write(release)
 
-    def claim(self, tx: Transaction, place: tuple[str, str, str]) -> list[Delivery]:
-        """Within a write that changed a chat (`place`: channel, chat, thread): lease what is next in it.
+    def claim(self, tx: Transaction, *places: Place) -> list[Delivery]:
+        """Within a write: lease what is next in `places`, and wherever it has published something.
 
         One at a time, so that one that fails holds back the younger ones. Only who waits for the answer to
         one event gets that at once, whatever else waits in the chat.
         """
+        return [
+            delivery for place in dict.fromkeys((*places, *tx.places)) for delivery in self._claim(tx, place)
+        ]
+
+    def _claim(self, tx: Transaction, place: Place) -> list[Delivery]:
         takers = [outlet for outlet in self._outlets if outlet.live and outlet.sees(*place[:2])]
         claimed = []
         for outlet in takers:
@@ -132,23 +139,21 @@ class Outlets:
                 self._give_back(delivery.channel, [delivery.key])
 
     def report_activity(
-        self, session: SessionRow, kind: str, text: str = "", events: Collection[str] = ()
+        self, agent: AgentName, place: Place, kind: str, text: str = "", events: Collection[str] = ()
     ) -> None:
         """Tell adapters what an agent does; those that are behind miss it."""
-        activity = {
-            "chat": session.chat,
-            "thread": session.thread,
-            "agent": session.agent,
-            "kind": kind,
-            "text": text,
-            "events": list(events),
-        }
+        channel, chat, thread = place
+        what = {"agent": agent, "kind": kind, "text": text, "events": list(events)}
+        self._tell(channel, chat, events, {"activity": {"chat": chat, "thread": thread, **what}})
+
+    def report_chat(self, channel: str, chat: str, state: ChatState) -> None:
+        """Tell adapters what has been said about a chat; one that is away asks again, see Invite()."""
+        self._tell(channel, chat, (), {"chat": {"chat": chat, "state": state}})
+
+    def _tell(self, channel: str, chat: str, events: Collection[str], item: Json) -> None:
         for outlet in self._outlets:
-            if (
-                outlet.wants(session.channel, session.chat, events)
-                and outlet.queue.qsize() < limits.STREAM_QUEUE // 2
-            ):
-                outlet.queue.put_nowait({"activity": activity, "delivery": None})
+            if outlet.wants(channel, chat, events) and outlet.queue.qsize() < limits.STREAM_QUEUE // 2:
+                outlet.queue.put_nowait({"delivery": None, "activity": None, "chat": None, **item})
 
     def reported(self, key: str, *, ended: bool = True) -> None:
         """An adapter has reported a delivery; unless it has `ended`, a part of it only."""
@@ -212,7 +217,7 @@ class Outlets:
         if outlet.deadline is None:
             self._expect_report(outlet)
         try:
-            outlet.queue.put_nowait({"delivery": delivery.shown, "activity": None})
+            outlet.queue.put_nowait({"delivery": delivery.shown, "activity": None, "chat": None})
         except asyncio.QueueFull:
             self._hang_up(outlet, "it reads too slowly")
 

@@ -46,9 +46,13 @@ def treatment(code: str, *, retryable: bool, shared: bool) -> Treatment:
     return Treatment.SPLIT if shared and code not in _LASTING else Treatment.BURY
 
 
+#: channel, chat, thread
+Place = tuple[str, str, str]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionRow:
-    """One session, as the database has it."""
+    """One session, as the database has it. What it is about has "" for what is all the same to it."""
 
     id: int
     agent: AgentName
@@ -58,7 +62,7 @@ class SessionRow:
     thread: str
 
     @property
-    def place(self) -> tuple[str, str, str]:
+    def place(self) -> Place:
         return self.channel, self.chat, self.thread
 
 
@@ -74,16 +78,26 @@ class Event:
     sender: str
     text: str
 
+    @property
+    def key(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("channel", "chat", "thread", "event", "revision")}
+
+    @property
+    def place(self) -> Place:
+        return self.channel, self.chat, self.thread
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
     """One message of a turn."""
 
     id: MessageId
+    place: Place  #: where it was said
     event: str
     sender: str
     text: str
     received_at: int  #: ms
+    context: str  #: what was said before it, as JSON, or ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,6 +115,11 @@ class Turn:
     def message(self) -> MessageId:
         """The oldest message, which names the turn in the journal and in keys."""
         return self.messages[0].id
+
+    @property
+    def place(self) -> Place:
+        """Where all of it was said: what is said in one chat is never answered in another."""
+        return self.messages[0].place
 
     @property
     def events(self) -> list[str]:
@@ -125,6 +144,14 @@ class Failure:
     def events(self) -> list[str]:
         return [row["event"] for row in self.messages]
 
+    @property
+    def place(self) -> Place:
+        return place_of(self.messages[0])
+
+
+def place_of(row: Row) -> Place:
+    return row["channel"], row["chat"], row["thread"]
+
 
 def session_row(row: Row) -> SessionRow:
     return SessionRow(**{field.name: row[field.name] for field in fields(SessionRow)})
@@ -141,27 +168,33 @@ def backoff_ms(attempt: int) -> int:
     return int(wait_s * 1000 * random.uniform(0.9, 1.1))
 
 
-def enqueue(tx: Transaction, agent: AgentName, event: Event) -> tuple[MessageId, SessionRow | None]:
+def enqueue(
+    tx: Transaction, agent: AgentName, event: Event, *, conversation: Place | None = None, context: str = ""
+) -> tuple[MessageId, SessionRow | None]:
     """Store a message for an agent and return its id and session; the session is None if it was stored
     before.
 
-    Raises Refused if too many wait already.
+    `conversation` is what the session is about, by default chat and thread. Raises Refused if too many wait
+    already.
     """
-    key = {name: getattr(event, name) for name in ("channel", "chat", "thread", "event", "revision")}
-    if (known := tx.one("find_delivered", **key)) is not None:
+    if (known := tx.one("find_delivered", agent=agent, **event.key)) is not None:
         return MessageId(known["id"]), None
-    place = {"agent": agent, "channel": event.channel, "chat": event.chat, "thread": event.thread}
-    row = tx.one("find_session", **place)
+    about = dict(zip(("channel", "chat", "thread"), conversation or event.place, strict=True))
+    row = tx.one("find_session", agent=agent, **about)
     if row is None:
-        prefix = "".join(c if c.isascii() and c.isalnum() else "_" for c in event.channel.lower())[:32]
-        row = tx.one("add_session", prefix=prefix, now=now_ms(), **place)
+        prefix = "".join(c if c.isascii() and c.isalnum() else "_" for c in about["channel"].lower())[:32]
+        row = tx.one("add_session", prefix=prefix or "all", now=now_ms(), agent=agent, **about)
     assert row is not None
     session = session_row(row)
+    if row["closed_at"] is not None:
+        tx.all("open_session", session=session.id)
+    if event.revision:
+        for old in tx.all("supersede", session=session.id, now=now_ms(), **event.key):
+            _tell(tx, "message-superseded", session, old["id"], None)
     _require_room(tx, session.id)
     message = new_message_id()
-    tx.all(
-        "enqueue", id=message, session=session.id, sender=event.sender, body=event.text, now=now_ms(), **key
-    )
+    stored = {"session": session.id, "sender": event.sender, "body": event.text, "context": context}
+    tx.all("enqueue", id=message, now=now_ms(), **stored, **event.key)
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session
@@ -218,11 +251,11 @@ def join_turn(tx: Transaction, session: SessionRow, turn: Turn) -> list[Message]
 
 def _join(tx: Transaction, session: SessionRow, turn: Turn, first_turn: str | None) -> list[Message]:
     room = limits.TURN_MESSAGES - len(turn.messages)
-    space = limits.TURN_BYTES - sum(_wire_bytes(message.text) for message in turn.messages)
+    space = limits.TURN_BYTES - sum(_wire_bytes(message.text + message.context) for message in turn.messages)
     joining = []
     for row in tx.all("behind_turn", session=session.id, limit=max(0, room)):
-        space -= _wire_bytes(row["body"])
-        if row["first_turn"] != first_turn or space < 0:
+        space -= _wire_bytes(row["body"] + row["context"])
+        if row["first_turn"] != first_turn or place_of(row) != turn.place or space < 0:
             break
         tx.all("join_turn", seq=row["seq"], turn=turn.id, expires=_lease_end())
         joining.append(_message(row))
@@ -257,10 +290,12 @@ def _turn(tx: Transaction, rows: Sequence[Row]) -> Turn:
 def _message(row: Row) -> Message:
     return Message(
         id=MessageId(row["id"]),
+        place=place_of(row),
         event=row["event"],
         sender=row["sender"],
         text=row["body"],
         received_at=row["received_at"],
+        context=row["context"],
     )
 
 
@@ -441,18 +476,21 @@ def one_line(reason: str) -> str:
     return line if len(line) <= limits.REASON_CHARACTERS else f"{line[: limits.REASON_CHARACTERS - 1]}…"
 
 
-def stop_session(tx: Transaction, session: SessionRow) -> tuple[list[str], bool]:
-    """The person said stop: end all that waits for a session. What its turn has is not tried again.
+def stop_session(tx: Transaction, session: SessionRow, place: Place) -> tuple[list[str], bool]:
+    """The person said stop: end all that waits for a session in one chat. What its turn has is not tried
+    again.
 
-    Returns the events of what has ended, and whether there is a turn.
+    Returns the events of what has ended, and whether there is such a turn.
     """
-    return _end(tx, session, "finish_queued"), bool(tx.all("mark_stopping", session=session.id))
+    where = dict(zip(("channel", "chat", "thread"), place, strict=True))
+    ended = _end(tx, session, "finish_queued", **where)
+    return ended, bool(tx.all("mark_stopping", session=session.id, **where))
 
 
-def _end(tx: Transaction, session: SessionRow, query: str) -> list[str]:
+def _end(tx: Transaction, session: SessionRow, query: str, **where: str) -> list[str]:
     """End messages as stopped, and say so in their chat; returns the events."""
-    state = MessageState.STOPPED
-    stopped = tx.all(query, session=session.id, state=state, now=now_ms(), reason="stopped by the person")
+    end = {"state": MessageState.STOPPED, "now": now_ms(), "reason": "stopped by the person"}
+    stopped = tx.all(query, session=session.id, **end, **where)
     for row in stopped:
         _notify(tx, session, _message(row), None, "Stopped.", life=row["revived"])
         _tell(tx, "message-stopped", session, row["id"], None)
@@ -525,16 +563,19 @@ def _publish(
     turn: TurnId | None,
 ) -> None:
     """Queue something for the chat: about a whole turn, or about `message` alone."""
-    place: dict[str, Any] = {"agent": session.agent, "channel": session.channel, "chat": session.chat}
+    channel, chat, thread = message.place
     tx.all(
         "publish",
         key=key,
         message=message.id,
         turn=turn,
-        thread=session.thread,
+        agent=session.agent,
+        channel=channel,
+        chat=chat,
+        thread=thread,
         kind=kind,
         body=text,
         in_reply_to=message.event,
         now=now_ms(),
-        **place,
     )
+    tx.places.append(message.place)

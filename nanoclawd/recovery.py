@@ -165,8 +165,9 @@ def _fill(new: sqlite3.Connection, file: Path) -> list[str]:
         new.execute(f"DELETE FROM {table}")
     lost = sum(row is None or not _insert(new, columns, *row) for row in read_rows(pages))
     for table, rows in presets.items():
-        for row in rows:
-            _insert_into(new, table, columns[table], row)
+        if rows and not new.execute(f"SELECT 1 FROM {table}").fetchone():
+            for row in rows:
+                _insert_into(new, table, columns[table], row)
     lines = [f"lost: {lost} rows or pages of rows that could not be read"] if lost else []
     lines += _mend_references(new)
     new.execute("COMMIT")
@@ -218,14 +219,23 @@ def _mend_references(new: sqlite3.Connection) -> list[str]:
         name = f"{re.sub('[^a-z0-9]', '_', place[0].lower())[:32]}_{session}"
         for owner in (agent, UNKNOWN_AGENT):  # the second if another session has the name
             new.execute(
-                "INSERT OR IGNORE INTO session VALUES (?, ?, ?, ?, ?, ?, 0)", (session, owner, name, *place)
+                "INSERT OR IGNORE INTO session VALUES (?, ?, ?, ?, ?, ?, 0, NULL)",
+                (session, owner, name, *place),
             )
             where = "(agent, channel, chat, thread) = (?, ?, ?, ?)"
             if row := new.execute(f"SELECT id FROM session WHERE {where}", (owner, *place)).fetchone():
                 new.execute("UPDATE inbox SET session = ? WHERE session = ?", (*row, session))
                 break
     new.execute("UPDATE outbox SET message = NULL WHERE message NOT IN (SELECT id FROM inbox)")
+    _remove_orphans(new)
     return [f"made anew: {len(sessions)} sessions whose messages there are"] if sessions else []
+
+
+def _remove_orphans(new: sqlite3.Connection) -> None:
+    """Remove what is about people, chats or agents in chats that are lost: nobody gets a right by a loss."""
+    while orphans := new.execute("PRAGMA foreign_key_check").fetchall():
+        for table, rowid, *_ in orphans:
+            new.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
 
 
 def _describe(connection: sqlite3.Connection) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,8 +16,10 @@ from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refus
 from nanoclawd.ids import AgentName, no_agent, parse_agent_name
 from nanoclawd.policy import Rule, Rules, with_rule
 from nanoclawd.quadlet import UnitSpec
+from nanoclawd.routing import forget_agent
 from nanoclawd.settings import Settings
 from nanoclawd.systemd import Systemd
+from nanoclawd.trash import move_to_trash
 from nanoclawd.version import VERSION
 
 
@@ -195,7 +195,7 @@ class Registry:
             await self._systemd.reload()
             await self._db.write(lambda tx: _remove_rows(tx, agent.name))
             del self._agents[agent.name]
-            trash = await asyncio.to_thread(_move_to_trash, agent.name)
+            trash = await asyncio.to_thread(move_to_trash, paths.agent_state(agent.name), agent.name)
         journal.info("agent-removed", agent=agent.name)
         return trash
 
@@ -289,20 +289,6 @@ def _read_or_none(path: Path) -> str | None:
         return None
 
 
-def _move_to_trash(name: AgentName) -> Path | None:
-    """Move the agent's files out of the way; nothing in them is opened. A name may be used again later."""
-    if not paths.agent_state(name).exists():
-        return None
-    trash = paths.state() / "trash"
-    _make_directory(trash)
-    target = trash / f"{name}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"
-    try:
-        paths.agent_state(name).rename(target)
-    except OSError as exc:
-        raise files.failed(paths.agent_state(name), f"cannot be moved to '{trash}'", exc) from None
-    return target
-
-
 def _ensure_rows(tx: Transaction, names: Iterable[AgentName]) -> dict[AgentName, Row]:
     rows = {AgentName(row["name"]): row for row in tx.all("list_agents")}
     for name in names:
@@ -314,3 +300,4 @@ def _ensure_rows(tx: Transaction, names: Iterable[AgentName]) -> dict[AgentName,
 def _remove_rows(tx: Transaction, name: AgentName) -> None:
     tx.all("remove_agent", name=name)
     tx.all("remove_sessions", agent=name)
+    forget_agent(tx, name)

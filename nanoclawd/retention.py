@@ -1,5 +1,5 @@
-"""Messages that ended long ago are deleted with their deliveries, and old rows of the audit trail: at start,
-and then once a day.
+"""Messages that ended long ago are deleted with their deliveries, as are those that nobody let through and
+old rows of the audit trail: at start, and then once a day.
 
 The file does not shrink, but what becomes free in it is used again. Giving pages back would need
 auto_vacuum, which must be there from the first table on and moves pages at each commit.
@@ -28,6 +28,7 @@ async def run(db: Database, audit: Audit, settings: Callable[[], Settings]) -> N
                 await prune(db, before=now_ms() - days * DAY_S * 1000)
             if days := settings().audit_days:
                 await audit.prune(before=now_ms() - days * DAY_S * 1000)
+            await db.write(_drop_held)
             await audit.tell_head()
         except Unavailable as exc:
             journal.warning("prune-failed", f"{exc}, trying again in a day")
@@ -56,6 +57,13 @@ def _delete(tx: Transaction, ids: Sequence[str]) -> None:
 
 
 def _remove_sessions(tx: Transaction) -> None:
-    """Delete the sessions of agents that were removed, once no message names them."""
+    """Delete the sessions that were closed, or whose agents were removed, once no message names them."""
     for row in tx.all("find_gone_agents"):
         tx.all("remove_sessions", agent=row["agent"])
+    tx.all("remove_closed_sessions")
+
+
+def _drop_held(tx: Transaction) -> None:
+    """Give up messages that nobody has answered for about their senders or chats."""
+    for row in tx.all("drop_old_held", before=now_ms() - limits.HELD_DAYS * DAY_S * 1000):
+        tx.all("count_dropped", id=row["chat"], number=1)

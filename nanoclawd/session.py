@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from nanoclawd import limits, queue
 from nanoclawd.db import Row, now_ms
 from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import TurnId, unit_name
-from nanoclawd.queue import Message, SessionRow, Turn
+from nanoclawd.queue import Message, Place, SessionRow, Turn
 from nanoclawd.rates import Rate
 from nanoclawd.slots import Claim
 from nanoclawd.states import MessageState
@@ -49,12 +51,15 @@ class Session:
     slot: Claim | None = None  #: what allows it a container, or is waited for
     seq: int = 0  #: of the oldest message, while it waits for a container
     waiting_events: Sequence[str] = ()  #: of the same
+    waiting_at: Place = ("", "", "")  #: of the same
     taking: bool = False  #: a write is under way that may lease a turn
     hello: bool = False  #: the runner of this life has introduced itself
     worked: bool = False  #: this life has taken a turn
     left: bool = False  #: the runner said good-bye, or has been sent away
     ending: str = ""  #: why the container of this life is being stopped
     stopped_by_person: bool = False
+    #: What the agent has kept is to go as soon as there is no container; then this has where it went.
+    anew: asyncio.Future[Path | None] | None = None
     idle_since: float | None = None  #: the loop's time when there was nothing for the runner to do
     alive: bool = False  #: systemd has said that the unit runs
     result: str = ""  #: systemd's Result= of the unit
@@ -178,6 +183,7 @@ def describe_messages(messages: Iterable[Message]) -> list[Json]:
             "sender": message.sender,
             "receivedAt": message.received_at / 1000,
             "text": message.text,
+            "context": json.loads(message.context or "[]"),
         }
         for message in messages
     ]

@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 from systemd import daemon
 
-from nanoclawd import journal, paths
+from nanoclawd import journal, limits, paths
 from nanoclawd.containers import Containers, remove_runtime
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.diagnosis import explain_start
-from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
+from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.killswitch import KillSwitch
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import SessionRow, session_row
+from nanoclawd.queue import SessionRow, place_of, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.session import Session, SessionState, explain_wait
 from nanoclawd.slots import Slots
 from nanoclawd.systemd import Systemd, UnitChange
+from nanoclawd.trash import move_to_trash
 from nanoclawd.turns import Turns
 
 
@@ -176,6 +178,32 @@ class Sessions:
             if isinstance(failure, BaseException):
                 raise failure
 
+    async def begin_anew(self, row: SessionRow) -> Path | None:
+        """Let an agent forget a conversation, its container being ended first; returns where that went.
+
+        What its turn has goes back to the queue, and is no attempt. Raises Failed, Unavailable.
+        """
+        session = self._live.get(row.id)
+        if session is None or session.state in (SessionState.QUEUED, SessionState.IDLE):
+            return _forget(row)  # no container begins while we do this
+        if session.anew is None:
+            session.anew = asyncio.get_running_loop().create_future()
+        anew = session.anew
+        session.stopped_by_person = True
+        session.wanted.set()
+        await self.containers.end(session)
+        async with asyncio.timeout(limits.UNIT_STOP_S):
+            return await asyncio.shield(anew)
+
+    async def close(self, row: SessionRow) -> Path | None:
+        """The same, and what waits for the session ends as stopped; it is listed no more until there is
+        more.
+        """
+        await self._db.write(lambda tx: tx.all("close_session", id=row.id, now=now_ms()))
+        for place in {place_of(message) for message in await self._db.read("open_messages", session=row.id)}:
+            await self.turns.stop_turn(row, place)
+        return await self.begin_anew(row)
+
     # --- the life of one session -------------------------------------------------------------------
 
     def _add(self, session: Session) -> None:
@@ -187,8 +215,7 @@ class Sessions:
         try:
             if orphan:
                 await self.containers.stop(session)
-                self.containers.discard(session)
-                session.state, session.ending = SessionState.QUEUED, ""
+                self._discard(session)
             while adopted or await self._has_work(session):
                 try:
                     if adopted:
@@ -208,7 +235,7 @@ class Sessions:
 
     async def _take_slot(self, session: Session) -> bool:
         """Wait for a slot; who only waits for more work makes room. Returns whether it is still needed."""
-        self._outlets.report_activity(session.row, "queued", events=session.waiting_events)
+        self._report(session, "queued")
         session.slot = self._slots.ask(session.row.agent, session.seq)
         if session.slot.granted.is_set():
             return True
@@ -263,19 +290,32 @@ class Sessions:
         if not rows or not self.may_run(session.row.agent):
             return None
         session.seq, session.waiting_events = rows[0]["seq"], [rows[0]["event"]]
+        session.waiting_at = place_of(rows[0])
         wait_ms: int = rows[0]["not_before"] - now_ms()
         return max(0, wait_ms) / 1000
 
     async def _run_container(self, session: Session, *, adopted: bool = False) -> None:
         if not adopted:
             session.begin_life()
-            self._outlets.report_activity(session.row, "starting", events=session.waiting_events)
+            self._report(session, "starting")
         self._report_status()
         problem = await self.containers.run(session, adopted=adopted)
         await self._account(session, problem)
+        self._discard(session)
+        self._report_status()
+
+    def _discard(self, session: Session) -> None:
+        """Remove what there is of a container that is gone, and what the agent kept if it is to begin
+        anew.
+        """
         self.containers.discard(session)
         session.state, session.ending = SessionState.QUEUED, ""
-        self._report_status()
+        anew, session.anew = session.anew, None
+        if anew is not None and not anew.done():
+            try:
+                anew.set_result(_forget(session.row))
+            except Failed as exc:
+                anew.set_exception(exc)
 
     async def _account(self, session: Session, problem: NanoclawError | None) -> None:
         """The container is gone: say why, and have its turn or its message put back or buried."""
@@ -300,6 +340,12 @@ class Sessions:
         await self.turns.put_back(session, reason, stopped=by_person, final=final)
         if problem is not None or session.result not in ("", "success"):
             await self.containers.forget_failure(session)
+
+    def _report(self, session: Session, kind: str) -> None:
+        """Tell the chat of the oldest message what becomes of it."""
+        self._outlets.report_activity(
+            session.row.agent, session.waiting_at, kind, events=session.waiting_events
+        )
 
     def _report_status(self) -> None:
         """Say in `systemctl status` what goes on."""
@@ -326,3 +372,8 @@ class Sessions:
         session = self._by_unit.get(change.unit)
         if session is not None:
             self.containers.unit_changed(session, change)
+
+
+def _forget(row: SessionRow) -> Path | None:
+    """Move what an agent has kept of a conversation to the trash. Raises Failed."""
+    return move_to_trash(paths.session_state(row.agent, row.name), f"{row.agent}-{row.name}")

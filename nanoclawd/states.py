@@ -22,6 +22,12 @@ class DeliveryState(StrEnum):
     DEAD = "dead"  #: attempts used up, or the platform does not take it
 
 
+class ChatState(StrEnum):
+    NEW = "new"  #: nobody has said yet what is to become of it: nothing of it gets to an agent
+    OPEN = "open"  #: agents listen there
+    BLOCKED = "blocked"  #: nothing is taken from it
+
+
 #: From, to: what does it. ARCHITECTURE.md has the same as a picture.
 MESSAGE_TRANSITIONS = {
     (MessageState.QUEUED, MessageState.LEASED): "a turn claims it; counts as an attempt",

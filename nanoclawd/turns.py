@@ -12,7 +12,7 @@ from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Unavailable
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import Failure, Message, SessionRow, Treatment, Turn
+from nanoclawd.queue import Failure, Message, Place, SessionRow, Treatment, Turn
 from nanoclawd.session import Session, SessionState, describe_turn
 from nanoclawd.states import MessageState
 
@@ -45,10 +45,11 @@ class Turns:
 
     # --- leased ------------------------------------------------------------------------------------
 
-    async def write(self, row: SessionRow | None, operation: Callable[[Transaction], T]) -> T:
-        """Run a write that may give the session `row` something to do, and lease that to its runner at once.
+    async def write(self, operation: Callable[[Transaction], T], of: Callable[[T], SessionRow | None]) -> T:
+        """Run a write that may give a session something to do, and lease that to its runner at once.
 
-        One commit for both: a message that finds its runner waiting is on disk and on its way together.
+        `of` says which, by the write's result. One commit for both: a message that finds its runner waiting
+        is on disk and on its way together.
         """
         taker: Session | None = None
         passed = False  #: the runner did not get what is due, since others wait for its slot
@@ -57,6 +58,7 @@ class Turns:
         def write(tx: Transaction) -> tuple[T, Turn | None]:
             nonlocal taker, passed, due_at
             result = operation(tx)
+            row = of(result)
             session = self._find(row) if row is not None else None
             if session is None or not session.can_take():
                 return result, None
@@ -93,7 +95,7 @@ class Turns:
     async def offer(self, session: Session) -> None:
         """Lease the runner the next message that is due, if it can take one."""
         if session.can_take():
-            await self.write(session.row, _nothing)
+            await self.write(_nothing, lambda _: session.row)
 
     async def offer_due(self, session: Session) -> None:
         """The same for a session that nobody waits for: if the database cannot write now, later."""
@@ -113,7 +115,7 @@ class Turns:
         session.state = SessionState.WORKING
         self.start_lease(session)
         session.push(describe_turn(turn))
-        self._outlets.report_activity(session.row, "thinking", events=turn.events)
+        self._outlets.report_activity(session.row.agent, turn.place, "thinking", events=turn.events)
 
     def _note_idle(self, session: Session) -> None:
         if session.idle_since is None:
@@ -174,10 +176,10 @@ class Turns:
             # Ended as far as this transaction goes, so that the next turn can be leased in it.
             ended, session.turn = True, None
             session.state = SessionState.READY if session.state is SessionState.WORKING else session.state
-            return result, self._outlets.claim(tx, session.row.place)
+            return result, self._outlets.claim(tx)
 
         try:
-            result, deliveries = await self.write(session.row, write)
+            result, deliveries = await self.write(write, lambda _: session.row)
         except BaseException:
             if ended:
                 session.turn, session.state = turn, SessionState.WORKING
@@ -210,7 +212,7 @@ class Turns:
             turn,
             lambda tx: queue.finish_turn(tx, session.row, turn, state, replies, answers, last),
         )
-        self._outlets.report_activity(session.row, "idle", events=turn.events)
+        self._outlets.report_activity(session.row.agent, turn.place, "idle", events=turn.events)
 
     async def fail_turn(
         self, session: Session, turn: Turn, *, reason: str, how: Treatment, retry_after_ms: int = 0
@@ -264,7 +266,7 @@ class Turns:
             return queue.fail_start(tx, session.row, reason=reason, final=final, attempts=self._attempts())
 
         def write(tx: Transaction) -> tuple[Failure | None, list[Delivery]]:
-            return account(tx), self._outlets.claim(tx, session.row.place)
+            return account(tx), self._outlets.claim(tx)
 
         failure, deliveries = await self._store(write)
         session.turn = None
@@ -283,18 +285,18 @@ class Turns:
     def _note_failure(self, session: Session, failure: Failure, reason: str) -> None:
         dead = failure.not_before is None
         kind, text = ("idle", "") if dead else ("retrying", queue.one_line(reason))
-        self._outlets.report_activity(session.row, kind, text, events=failure.events)
+        self._outlets.report_activity(session.row.agent, failure.place, kind, text, failure.events)
 
     # --- stopped -----------------------------------------------------------------------------------
 
-    async def stop_turn(self, row: SessionRow) -> bool:
-        """The person says stop: end what the session does and what waits for it. Returns whether there was
-        any.
+    async def stop_turn(self, row: SessionRow, place: Place) -> bool:
+        """The person says stop in a chat: end what the session does there, and what waits for it. Returns
+        whether there was any.
         """
         session = self._find(row)
-        (events, running), deliveries = await self._db.write(lambda tx: _stop(tx, self._outlets, row))
+        (events, running), deliveries = await self._db.write(lambda tx: _stop(tx, self._outlets, row, place))
         self._outlets.publish(deliveries)
-        self._outlets.report_activity(row, "idle", events=events)
+        self._outlets.report_activity(row.agent, place, "idle", events=events)
         if running and session is not None and session.turn is not None:
             session.turn.stopping = True
             self._tell_to_stop(session, session.turn)
@@ -327,6 +329,6 @@ def _nothing(tx: Transaction) -> None:
 
 
 def _stop(
-    tx: Transaction, outlets: Outlets, row: SessionRow
+    tx: Transaction, outlets: Outlets, row: SessionRow, place: Place
 ) -> tuple[tuple[list[str], bool], list[Delivery]]:
-    return queue.stop_session(tx, row), outlets.claim(tx, row.place)
+    return queue.stop_session(tx, row, place), outlets.claim(tx)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from nanoclawd.cli import output, parser
-from nanoclawd.cli.table import MODULES
 from nanoclawd.errors import NanoclawError
 
 #: Exit codes, by the code of the error; also what nanoclawctl(1) promises.
@@ -49,8 +48,7 @@ def _run(arguments: Sequence[str]) -> int:
             import_module("nanoclawd.cli.completion").answer(arguments[1:])
             return 0
         command, options = parser.parse(arguments)
-        module = MODULES.get(command.words[0], command.words[0])
-        function = getattr(import_module(f"nanoclawd.cli.{module}"), "_".join(command.words))
+        function = getattr(import_module(f"nanoclawd.cli.{command.module}"), "_".join(command.words))
         return function(options) or 0
     except parser.Help as wanted:
         print(wanted.text)

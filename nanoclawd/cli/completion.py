@@ -36,12 +36,12 @@ def _offers(before: Sequence[str], current: str) -> Iterable[tuple[str, str]]:
         nouns = {command.words[0]: command.help for command in COMMANDS} | NOUNS
         return [*nouns.items(), *end, ("--version", "print the version")]
     command = next((c for c in COMMANDS if c.words == tuple(before[: len(c.words)])), None)
+    verbs = [(c.words[1], c.help) for c in COMMANDS if [*c.words[:-1]] == [*before]]
     if command is None:
-        verbs = [(c.words[1], c.help) for c in COMMANDS if len(before) == 1 and c.words[0] == before[0]]
         return verbs + end if verbs else []
     wanted = _wanted(command, before[len(command.words) :])
     if wanted is not None and (wanted.metavar or not current.startswith("-")):
-        if values := _values(wanted):
+        if values := verbs + _values(wanted):
             return values
         if wanted.metavar:
             return []
@@ -70,6 +70,11 @@ def _values(option: Option) -> list[tuple[str, str]]:
             letters = control.dead_letters(timeout_s=control.COMPLETION_S)
             return [(letter.get("id") or letter["key"], letter["reason"] or "") for letter in letters]
         return []
+    if option.complete == "chats":
+        chats = control.listed("ListChats", "chat")
+        return [(str(chat["number"]), chat["title"] or chat["chat"]) for chat in chats]
+    if option.complete == "people":
+        return [(person["name"], "") for person in control.listed("ListPeople", "person")]
     if option.complete:
         return [(f":{option.complete}", "")]
     return [(choice, "") for choice in option.choices]

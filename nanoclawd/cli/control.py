@@ -57,8 +57,13 @@ def list_all(method: str, parameters: Json | None = None, *, timeout_s: float = 
 
 def agent_names() -> list[str]:
     """Return the names of all agents, or none if they do not come at once."""
+    return [str(name) for name in listed("ListAgents", "name")]
+
+
+def listed(method: str, field: str) -> list[Json]:
+    """Return that field of all of a method's answers, or none if they do not come at once."""
     with suppress(errors.NanoclawError):
-        return [str(agent["name"]) for agent in list_all("ListAgents", timeout_s=COMPLETION_S)]
+        return [reply[field] for reply in list_all(method, timeout_s=COMPLETION_S)]
     return []
 
 

@@ -6,8 +6,10 @@ import time
 from argparse import Namespace
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 from nanoclawd.cli import control, output
+from nanoclawd.cli.agent import purge
 from nanoclawd.cli.output import GREEN, RED, YELLOW, say_field
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.errors import ConfigError
@@ -109,6 +111,20 @@ def reload(options: Namespace) -> None:
 def session_list(options: Namespace) -> None:
     empty = "There are no sessions: one begins with the first message."
     output.say_list(options, "sessions", control.sessions(options.AGENT), _SESSIONS, empty)
+
+
+def _forget(method: str, done: str, options: Namespace) -> None:
+    parameters = {"agent": options.AGENT, "session": options.CONVERSATION}
+    trash = control.call(method, parameters)["trash"]
+    if trash and options.purge:
+        purge(Path(trash))
+    kept = None if options.purge else trash
+    where = f" What the agent kept of it is in '{kept}'." if kept else ""
+    output.done(options, {"session": options.CONVERSATION, "trash": kept}, f"{done}{where}")
+
+
+session_reset = partial(_forget, "ResetSession", "The conversation begins anew.")
+session_close = partial(_forget, "CloseSession", "The conversation is closed.")
 
 
 def version(options: Namespace) -> None:

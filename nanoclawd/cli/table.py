@@ -95,6 +95,10 @@ class Command:
     more: str = ""  #: a paragraph for --help
 
     @property
+    def module(self) -> str:
+        return MODULES.get(self.name) or MODULES.get(self.words[0], self.words[0])
+
+    @property
     def words(self) -> tuple[str, ...]:
         return tuple(self.name.split())
 
@@ -105,12 +109,23 @@ class Command:
         )
 
 
+def number(value: str) -> int:
+    return -count(value[1:]) if value.startswith("-") else seconds(value)
+
+
+def yes_or_no(value: str) -> bool:
+    return value == "yes"
+
+
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
+ENGAGEMENTS = ("every", "mention", "pattern", "sticky")
 AUDIT_KINDS = ("request", "control", "trail")
 
-#: By the first word of a command; imported only when it runs.
+#: By the name of a command, or its first word; imported only when it runs.
 MODULES = {
+    **dict.fromkeys(("chat list", "chat show", "chat wire", "chat unwire", "chat block"), "people"),
+    **dict.fromkeys(("person", "member", "pair"), "people"),
     "logs": "agent",
     "deadletter": "message",
     **dict.fromkeys(("backup", "restore"), "database"),
@@ -167,7 +182,31 @@ _OPTIONS = (
     Option("--max-down", "bytes that one may get", "SIZE", size),
     Option("--per-minute", "how many there may be in a minute", "N", count),
     Option("--time-limit", "how long one may take", "SECONDS", count),
-    Option("--purge", "delete the workspace too"),
+    Option("NUMBER", "number of a chat, as 'chat list' shows it", read=count, complete="chats"),
+    Option("PERSON", "name of somebody, as you call them", complete="people"),
+    Option("WHO", "name of a person, or an account of the chat's channel", complete="people"),
+    Option("CHANNEL", "name of a channel, e.g. matrix"),
+    Option("USER", "the platform's id of an account, e.g. @ada:example.org"),
+    Option("ROLE", "owner, admin, or none", choices=("owner", "admin", "none")),
+    Option("CONVERSATION", "name of a session, as 'session list' shows it"),
+    Option(
+        "--engage", "which messages the agent takes, beside what mentions it", "WHEN", choices=ENGAGEMENTS
+    ),
+    Option("--pattern", "with --engage pattern: what fits this; see PATTERNS in nanoclawctl(1)", "PATTERN"),
+    Option("--sticky", "with --engage sticky: so long after a mention", "SECONDS", count),
+    Option("--priority", "who of several agents comes first; the highest does", "N", number),
+    Option("--exclusive", "what it takes is for no other agent", "YES", yes_or_no, choices=("yes", "no")),
+    Option(
+        "--sessions", "what of the chat is one conversation", "MODE", choices=("chat", "thread", "agent")
+    ),
+    Option(
+        "--access", "who may talk to it beside its members", "ACCESS", choices=("strict", "ask", "public")
+    ),
+    Option("--context", "how many messages that are not for it are told with the next", "N", seconds),
+    Option("--agent", "the agent that it is about", "AGENT", complete="agents"),
+    Option("--account", "it is an account, though it looks like a name"),
+    Option("--unlink", "the account is nobody's any more"),
+    Option("--purge", "delete what goes to the trash"),
     Option("--session", "which one, if several run", "SESSION"),
     Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
     Option(
@@ -181,7 +220,10 @@ OPTIONS = {option.name: option for option in _OPTIONS}
 
 NOUNS = {
     "agent": "configure, start and stop agents",
-    "session": "look at sessions: one agent in one chat",
+    "session": "see to sessions: one agent in one chat",
+    "chat": "say which agents listen in which chats of platforms; or talk to an agent here",
+    "person": "say who is who, and who may all",
+    "member": "say who may talk to agents",
     "message": "look at messages: what became of each",
     "deadletter": "see to messages and deliveries that were given up",
     "policy": "say what an agent may reach through the gateway",
@@ -212,12 +254,36 @@ COMMANDS = (
     Command("start", "--all --json", "let all agents work again after 'stop --all'"),
     Command("reload", "--json", "read all configuration again"),
     Command("logs", "[AGENT] --follow --lines --json", "show the journal of the daemons, or of one agent"),
+    Command("chat list", "--json", "list the chats of platforms"),
+    Command("chat show", "NUMBER --json", "show a chat: who is what there, which agents listen, what waits"),
+    Command(
+        "chat wire",
+        "NUMBER AGENT --engage --pattern --sticky --priority --exclusive --sessions --access --context"
+        " --json",
+        "have an agent listen in a chat, or change how it does",
+        more="What is not named stays. At first: mentions, strict, each thread a conversation.",
+    ),
+    Command("chat unwire", "NUMBER [AGENT] --json", "have an agent, or all, listen no more in a chat"),
+    Command("chat block", "NUMBER --json", "take nothing more from a chat; what waits there is dropped"),
+    Command("person list", "--json", "list people, their accounts and roles"),
+    Command("person link", "PERSON CHANNEL USER --unlink --json", "say whose an account is"),
+    Command("person role", "PERSON ROLE --agent --json", "make somebody an owner, or an admin of agents"),
+    Command("member add", "WHO [NUMBER] --agent --account --json", "let somebody talk to agents"),
+    Command("member deny", "WHO NUMBER --account --json", "let somebody talk to no agent of a chat"),
+    Command("member remove", "WHO [NUMBER] --agent --account --json", "take either back"),
+    Command(
+        "pair",
+        "CHANNEL [PERSON] --json",
+        "make a code by which somebody, by default you, proves that an account is theirs",
+        more="It is sent as a message by that account, once, within 10 minutes.",
+    ),
     Command(
         "chat",
         "AGENT --chat",
         "talk to an agent in this terminal",
         more="Ctrl-C stops what the agent is doing; at the prompt, Ctrl-D leaves. "
-        "A line that ends in a backslash goes on in the next one.",
+        "A line that ends in a backslash goes on in the next one. "
+        "Chats of platforms are 'chat list' and others; an agent of such a name is 'chat -- NAME'.",
     ),
     Command("send", "AGENT [TEXT] --chat --wait --timeout --json", "send one message to an agent"),
     Command("agent add", f"AGENT {_KEYS} --json", "add an agent"),
@@ -233,6 +299,16 @@ COMMANDS = (
     Command("agent logs", "AGENT --follow --lines --json", "show the journal of an agent"),
     Command("agent shell", "AGENT --session", "open a shell in a running container of the agent"),
     Command("session list", "[AGENT] --json", "list sessions, of one agent or of all"),
+    Command(
+        "session reset",
+        "AGENT CONVERSATION --purge --json",
+        "have a conversation begin anew; what the agent kept of it goes to the trash",
+    ),
+    Command(
+        "session close",
+        "AGENT CONVERSATION --purge --json",
+        "the same, and stop what waits for it; it is listed again with its next message",
+    ),
     Command("message list", "[AGENT] --state --limit --json", "list the newest messages"),
     Command("message show", "ID --json", "show all that is known of a message, and its deliveries"),
     Command("deadletter list", "--json", "list messages and deliveries that were given up"),

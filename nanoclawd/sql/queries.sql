@@ -1,9 +1,10 @@
 -- Every statement of the router, by name. Parameters are named; times are milliseconds since 1970, UTC.
 
 -- find_delivered --
--- The message that an earlier delivery of the same event made.
-SELECT id FROM inbox
- WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND revision = :revision;
+-- The message that an earlier delivery of the same event made for an agent.
+SELECT inbox.id, session FROM inbox JOIN session ON session.id = session
+ WHERE inbox.channel = :channel AND inbox.chat = :chat AND inbox.thread = :thread AND event = :event
+   AND revision = :revision AND agent = :agent;
 
 -- find_session --
 SELECT * FROM session WHERE agent = :agent AND channel = :channel AND chat = :chat AND thread = :thread;
@@ -26,8 +27,21 @@ SELECT session.*, count(inbox.seq) FILTER (WHERE inbox.state = 'queued') AS queu
 SELECT count(*) FILTER (WHERE session = :session) AS in_session, count(*) AS total FROM inbox WHERE state = 'queued';
 
 -- enqueue --
-INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at)
-VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now);
+INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at, context)
+VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now, :context);
+
+-- close_session --
+UPDATE session SET closed_at = :now WHERE id = :id;
+
+-- open_session --
+UPDATE session SET closed_at = NULL WHERE id = :session;
+
+-- supersede --
+-- What its sender has written anew before an agent had it.
+UPDATE inbox SET state = 'stopped', ended_at = :now, reason = 'its sender has written it anew'
+ WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND revision < :revision
+   AND session = :session AND state = 'queued'
+RETURNING id;
 
 -- find_work --
 -- Sessions with something to do: their oldest open message, and when it may be tried.
@@ -106,12 +120,21 @@ UPDATE inbox SET state = 'queued', lease_expires_at = NULL, not_before = 0, reas
 SELECT * FROM inbox WHERE session = :session AND state IN ('queued', 'leased') ORDER BY seq;
 
 -- finish_queued --
--- Everything of one session that waits, e.g. when the person stops it.
+-- Everything that waits for a session in one chat, e.g. when the person stops it.
 UPDATE inbox SET state = :state, ended_at = :now, reason = :reason
- WHERE session = :session AND state = 'queued' RETURNING *;
+ WHERE session = :session AND channel = :channel AND chat = :chat AND thread = :thread AND state = 'queued'
+RETURNING *;
 
 -- mark_stopping --
-UPDATE inbox SET stopping = 1 WHERE session = :session AND state = 'leased' RETURNING id;
+UPDATE inbox SET stopping = 1
+ WHERE session = :session AND channel = :channel AND chat = :chat AND thread = :thread AND state = 'leased'
+RETURNING id;
+
+-- busy_sessions --
+-- Those with something to do in one chat.
+SELECT * FROM session WHERE id IN
+       (SELECT session FROM inbox
+         WHERE channel = :channel AND chat = :chat AND thread = :thread AND state IN ('queued', 'leased'));
 
 -- end_stopping --
 UPDATE inbox SET state = :state, lease_expires_at = NULL, ended_at = :now, reason = :reason
@@ -323,6 +346,9 @@ DELETE FROM agent WHERE name = :name;
 -- Sessions of a removed agent stay as long as messages name them; those without any go.
 DELETE FROM session WHERE agent = :agent AND id NOT IN (SELECT session FROM inbox);
 
+-- remove_closed_sessions --
+DELETE FROM session WHERE closed_at IS NOT NULL AND id NOT IN (SELECT session FROM inbox);
+
 -- hold_agent --
 UPDATE agent SET held = :held WHERE name = :name RETURNING name;
 
@@ -366,3 +392,153 @@ SELECT gateway_life, gateway_read FROM router;
 
 -- set_gateway_read --
 UPDATE router SET gateway_life = :life, gateway_read = :number;
+
+-- find_chat --
+SELECT * FROM chat WHERE channel = :channel AND chat = :chat;
+
+-- get_chat --
+SELECT * FROM chat WHERE id = :id;
+
+-- add_chat --
+-- Unless as many wait for an answer as may.
+INSERT INTO chat (channel, chat, kind, title, state, created_at)
+SELECT :channel, :chat, :kind, :title, 'new', :now WHERE (SELECT count(*) FROM chat WHERE state = 'new') < :limit
+RETURNING *;
+
+-- describe_chat --
+UPDATE chat SET kind = :kind, title = :title WHERE id = :id;
+
+-- set_chat_state --
+UPDATE chat SET state = :state WHERE id = :id;
+
+-- count_dropped --
+UPDATE chat SET dropped = dropped + :number WHERE id = :id;
+
+-- set_hops --
+UPDATE chat SET hops = :hops WHERE id = :id;
+
+-- pay_program --
+UPDATE chat SET hops = hops + 1, programs_paid_until = :until WHERE id = :id;
+
+-- pay_stranger --
+UPDATE chat SET strangers_paid_until = :until WHERE id = :id;
+
+-- list_chats --
+SELECT chat.*, (SELECT count(*) FROM held WHERE held.chat = chat.id) AS held FROM chat
+ WHERE :id IS NULL OR id = :id ORDER BY id;
+
+-- list_wirings --
+SELECT * FROM wiring WHERE :chat IS NULL OR chat = :chat ORDER BY chat, priority DESC, agent;
+
+-- set_wiring --
+INSERT INTO wiring (chat, agent, engagement, pattern, sticky_seconds, priority, exclusive, session_mode, access,
+                    keep_context)
+VALUES (:chat, :agent, :engagement, :pattern, :sticky_seconds, :priority, :exclusive, :session_mode, :access,
+        :keep_context)
+ON CONFLICT (chat, agent) DO UPDATE SET
+       engagement = :engagement, pattern = :pattern, sticky_seconds = :sticky_seconds, priority = :priority,
+       exclusive = :exclusive, session_mode = :session_mode, access = :access, keep_context = :keep_context;
+
+-- set_sticky --
+UPDATE wiring SET sticky_until = :until WHERE id = :id;
+
+-- remove_context_of --
+DELETE FROM context WHERE wiring IN
+       (SELECT id FROM wiring WHERE (:chat IS NULL OR chat = :chat) AND (:agent IS NULL OR agent = :agent));
+
+-- remove_wirings --
+DELETE FROM wiring WHERE (:chat IS NULL OR chat = :chat) AND (:agent IS NULL OR agent = :agent) RETURNING chat, agent;
+
+-- find_identity --
+SELECT * FROM identity WHERE channel = :channel AND user = :user;
+
+-- standings --
+-- All that the person behind an account is; no row: nobody.
+SELECT role, agent, chat FROM member JOIN identity USING (person) WHERE channel = :channel AND user = :user;
+
+-- list_people --
+SELECT * FROM person ORDER BY id;
+
+-- find_person --
+SELECT * FROM person WHERE name = :name;
+
+-- add_person --
+INSERT INTO person (name, created_at) VALUES (:name, :now) RETURNING *;
+
+-- list_identities --
+SELECT * FROM identity WHERE :person IS NULL OR person = :person ORDER BY person, channel, user;
+
+-- link_identity --
+INSERT INTO identity VALUES (:channel, :user, :person, :how)
+ON CONFLICT (channel, user) DO UPDATE SET person = :person, how = :how;
+
+-- unlink_identity --
+DELETE FROM identity WHERE channel = :channel AND user = :user AND person = :person RETURNING person;
+
+-- list_members --
+SELECT member.*, name FROM member JOIN person ON person.id = person
+ WHERE (:person IS NULL OR person = :person) AND (:chat IS NULL OR chat = :chat)
+ ORDER BY person, role, agent, chat;
+
+-- set_role --
+INSERT INTO member VALUES (:person, :agent, :chat, :role, :now)
+ON CONFLICT (person, agent, coalesce(chat, 0)) DO UPDATE SET role = :role;
+
+-- remove_role --
+DELETE FROM member WHERE person = :person AND agent = :agent AND chat IS :chat RETURNING role;
+
+-- remove_roles_at --
+-- To an agent that is gone.
+DELETE FROM member WHERE agent = :agent;
+
+-- count_owners --
+SELECT count(*) AS owners FROM member WHERE role = 'owner';
+
+-- find_held --
+SELECT seq FROM held WHERE chat = :chat AND thread = :thread AND event = :event AND revision = :revision;
+
+-- count_held --
+SELECT count(*) FILTER (WHERE chat = :chat) AS in_chat,
+       coalesce(sum(length(CAST(body AS BLOB))) FILTER (WHERE chat = :chat), 0) AS bytes, count(*) AS total FROM held;
+
+-- hold_message --
+INSERT INTO held (chat, thread, event, revision, sender, sender_name, body, agent, mentioned, program, received_at)
+VALUES (:chat, :thread, :event, :revision, :sender, :sender_name, :body, :agent, :mentioned, :program, :now);
+
+-- list_held --
+SELECT * FROM held WHERE :chat IS NULL OR chat = :chat ORDER BY seq;
+
+-- release_held --
+DELETE FROM held WHERE seq = :seq;
+
+-- drop_held --
+DELETE FROM held WHERE chat = :chat AND (:sender IS NULL OR sender = :sender) RETURNING seq;
+
+-- drop_old_held --
+DELETE FROM held WHERE received_at < :before RETURNING chat;
+
+-- keep_context --
+INSERT INTO context (wiring, thread, event, revision, sender, body, said_at)
+VALUES (:wiring, :thread, :event, :revision, :sender, :body, :now) ON CONFLICT DO NOTHING;
+
+-- list_context --
+-- With what was told already, or without.
+SELECT * FROM context WHERE wiring = :wiring AND (:thread IS NULL OR thread = :thread) AND told <= :told ORDER BY seq;
+
+-- tell_context --
+UPDATE context SET told = 1 WHERE seq = :seq;
+
+-- remove_context --
+DELETE FROM context WHERE seq = :seq;
+
+-- take_back --
+-- Nobody has it yet, and nobody is to have it.
+DELETE FROM held WHERE chat = :chat AND thread = :thread AND event = :event;
+
+-- take_back_context --
+DELETE FROM context WHERE thread = :thread AND event = :event AND wiring IN (SELECT id FROM wiring WHERE chat = :chat);
+
+-- take_back_message --
+UPDATE inbox SET state = 'stopped', ended_at = :now, reason = 'taken back by its sender', body = ''
+ WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND state = 'queued'
+RETURNING id, session;

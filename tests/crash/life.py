@@ -40,6 +40,7 @@ class Orders:
     root: Path
     kill_at: int | None  #: number of the point at which it ends
     agents: list[str]
+    chats: list[tuple[str, str]]  #: and the agents that listen there
     slots: int
     stored: list[str]  #: names of the listeners in the fd store
 
@@ -117,6 +118,7 @@ async def _route(
             self.systemd, self.registry = systemd, registry
             self.fd_store = stored
             self.open: list[socket.socket] = []
+            self.wired = orders.chats
             self.listener = channel
 
     for module in (sessions, nanoclawd):

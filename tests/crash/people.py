@@ -65,7 +65,7 @@ class Person:
         self._record.note()
         if message.again:
             same = await self._line.call(f"{CHANNEL}.Deliver", parameters)
-            if same != {"message": reply["message"], "duplicate": True}:
+            if same != {**reply, "duplicate": True}:
                 self._record.fault(Fault.REPEATED, f"{message.marker} was stored twice: {reply}, {same}")
 
     async def _stop(self) -> None:

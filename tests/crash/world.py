@@ -183,6 +183,7 @@ class World:
             root=self._root,
             kill_at=kill_at,
             agents=[*AGENTS],
+            chats=[(chat.id, chat.agent) for chat in self._plan.chats if chat.channel == "test"],
             slots=self._plan.slots,
             stored=[*self._fd_store],
         )

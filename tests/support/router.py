@@ -18,19 +18,21 @@ from typing import Any, cast
 import pytest
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import containers, paths
+from nanoclawd import containers, paths, people
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.audit import Audit
 from nanoclawd.channel_service import ChannelService
-from nanoclawd.db import Database, Row
+from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
+from nanoclawd.pairing import Pairings
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
+from nanoclawd.routing import add_chat, find_chat
 from nanoclawd.server import Server
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import parse_settings
@@ -360,6 +362,33 @@ class Adapter:
         await self.calls.close()
 
 
+#: As WireChat() has them.
+WIRING: Json = {
+    "engagement": "mention",
+    "pattern": "",
+    "sticky_seconds": 600,
+    "priority": 0,
+    "exclusive": 0,
+    "session_mode": "thread",
+    "access": "strict",
+    "keep_context": 0,
+}
+
+
+def wire(tx: Transaction, channel: str, chat: str, agent: str, *senders: str, **values: Any) -> int:
+    """Have an agent listen in a chat, and all `senders` be the owner's accounts; returns the chat's
+    number.
+    """
+    place = {"direct": values.pop("direct", False), "title": ""}
+    row = find_chat(tx, channel, chat, **place) or add_chat(tx, channel, chat, **place)
+    assert row is not None
+    tx.all("set_chat_state", id=row["id"], state="open")
+    tx.all("set_wiring", chat=row["id"], agent=agent, **{**WIRING, **values})
+    for sender in senders:
+        people.link(tx, people.find_person(tx, people.OWNER), channel, sender, how="linked")
+    return int(row["id"])
+
+
 class Router:
     """One life of the router; see Place.router()."""
 
@@ -374,7 +403,10 @@ class Router:
         self.outlets: Outlets
         self.audit: Audit
         self.gateway: GatewayLink
+        self.pairings: Pairings
+        self.channels: ChannelService
         self._slots = slots
+        self._wired: set[tuple[str, ...]] = set()
 
     async def run(self) -> None:
         place = self.place
@@ -384,6 +416,8 @@ class Router:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(db.run(), name="database")
+                for chat, agent in place.wired:
+                    await self.wire(chat, agent, "someone")
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
                 self.gateway = GatewayLink(lambda _: (), self.audit.take_over)
@@ -403,7 +437,9 @@ class Router:
                     "outlets": outlets,
                 }
                 self.sessions.containers.service = AgentService(**parts).service
-                channel = ChannelService(**parts).service
+                self.pairings = Pairings()
+                self.channels = ChannelService(**parts, pairings=self.pairings)
+                channel = self.channels.service
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
@@ -415,6 +451,10 @@ class Router:
                 self.started.set()
         finally:
             await db.close()
+
+    async def wire(self, chat: str, agent: str, *senders: str, channel: str = "test", **values: Any) -> None:
+        """Have an agent listen in a chat, unless it does, and all `senders` be the owner's accounts."""
+        await self.db.write(lambda tx: wire(tx, channel, chat, agent, *senders, **values))
 
     async def start_waiting(self) -> None:
         for row in await self.db.read("find_work"):
@@ -438,6 +478,11 @@ class Router:
             "agent": "berta",
             **more,
         }
+        place = (parameters["channel"], parameters["chat"], parameters["agent"], parameters["sender"])
+        if all(place) and place not in self._wired:
+            self._wired.add(place)
+            channel, chat, agent, sender = place
+            await self.wire(chat, agent, sender, channel=channel)
         peer = await self.peer()
         try:
             return await peer.call(f"{CHANNEL}.Deliver", parameters)
@@ -493,6 +538,9 @@ class Place:
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)
+        self.wired: list[
+            tuple[str, str]
+        ] = []  #: chats of the channel "test" and who listens there from the first
         self.channel = root / "channel" / "socket"
         self.channel.parent.mkdir()
         self.listener = socket.socket(socket.AF_UNIX)

@@ -15,7 +15,7 @@ import pytest
 from nanoclawd import agents, policy
 from nanoclawd.cli.__main__ import EXIT_CODES
 from nanoclawd.cli.parser import Help, parse, render_help
-from nanoclawd.cli.table import COMMANDS, MODULES, NOUNS, Command
+from nanoclawd.cli.table import COMMANDS, NOUNS, Command
 from nanoclawd.ids import AgentName
 from nanoclawd.settings import SETTINGS
 
@@ -59,9 +59,7 @@ def test_every_command_has_help_and_a_man_page_entry(command: Command) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_every_command_has_a_function(command: Command) -> None:
-    module = MODULES.get(command.words[0], command.words[0])
-
-    assert callable(getattr(import_module(f"nanoclawd.cli.{module}"), "_".join(command.words)))
+    assert callable(getattr(import_module(f"nanoclawd.cli.{command.module}"), "_".join(command.words)))
 
 
 def test_man_page_has_no_command_and_no_option_that_is_not_there() -> None:

@@ -96,7 +96,7 @@ def test_bash_offers_nouns_verbs_options_and_choices(complete: Complete) -> None
 def test_bash_offers_the_agents_that_there_are(complete: Complete, router: RouterDouble) -> None:
     router.agents["bruno"] = router.agents["berta"]
 
-    assert complete("nanoclawctl chat b") == {"berta", "bruno"}
+    assert complete("nanoclawctl chat b") == {"berta", "bruno", "block"}
     assert complete("nanoclawctl agent show be") == {"berta"}
 
 
@@ -116,7 +116,7 @@ def test_bash_offers_files_where_files_are_meant(complete: Complete, home: Path)
 
 
 def test_without_the_daemon_tab_stays_silent(complete: Complete) -> None:
-    assert complete("nanoclawctl chat b") == set()
+    assert complete("nanoclawctl chat b") == {"block"}
 
 
 def test_zsh_offers_what_there_is(run: Run, home: Path, programs: Path, router: RouterDouble) -> None:
@@ -149,4 +149,4 @@ def test_fish_offers_what_there_is(run: Run, home: Path, programs: Path, router:
     assert {"agent", "status", "chat"} <= offer("nanoclawctl ")
     assert offer("nanoclawctl agent re") == {"remove", "restart"}
     assert offer("nanoclawctl agent add x --me") == {"--memory-max"}
-    assert offer("nanoclawctl chat b") == {"berta"}
+    assert offer("nanoclawctl chat b") == {"berta", "block"}

@@ -320,8 +320,8 @@ def test_adapter_that_leaves_while_its_delivery_is_written_loses_nothing(place: 
             adapter = await router.attach()
             claim = router.outlets.claim
 
-            def leave(tx, place):  # type: ignore[no-untyped-def]
-                rows = claim(tx, place)
+            def leave(tx, *places):  # type: ignore[no-untyped-def]
+                rows = claim(tx, *places)
                 if rows:
                     (outlet,) = router.outlets._outlets
                     asyncio.get_running_loop().call_soon(router.outlets.detach, outlet)

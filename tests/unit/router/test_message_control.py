@@ -73,6 +73,8 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         db=router.db,
         systemd=cast(Systemd, place.systemd),
         registry=cast(Registry, place.registry),
+        channels=router.channels,
+        pairings=router.pairings,
         sessions=router.sessions,
         outlets=router.outlets,
         gateway=router.gateway,
@@ -344,6 +346,10 @@ def test_a_dropped_dead_letter_is_listed_no_more_and_cannot_be_retried(place: Pl
                 refused = await operator.refused(method, "Refused", id=message)
                 assert "is dropped" in refused["message"]
             # Its idempotency key stays.
-            assert (await router.deliver("bad", event="e")) == {"message": message, "duplicate": True}
+            assert (await router.deliver("bad", event="e")) == {
+                "outcome": "queued",
+                "message": message,
+                "duplicate": True,
+            }
 
     place.run(run)

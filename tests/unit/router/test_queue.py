@@ -248,7 +248,9 @@ class Queue(RuleBasedStateMachine):
 
     @rule(chat=st.sampled_from(["one", "two"]))
     def stop(self, chat: str) -> None:
-        stopped, runs = self.write(lambda tx: queue.stop_session(tx, self.sessions[chat]))
+        stopped, runs = self.write(
+            lambda tx: queue.stop_session(tx, self.sessions[chat], self.sessions[chat].place)
+        )
         running = len(self.turns[chat].messages) if chat in self.turns else 0
         waiting = self.waiting[chat][running:]
         assert (len(stopped), runs) == (len(waiting), running > 0)

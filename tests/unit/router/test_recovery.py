@@ -18,8 +18,12 @@ from nanoclawd.db import Database
 from nanoclawd.dbfile import copy, decode, migrations, take_lock, upgrade
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
 
-TABLES = ("agent", "session", "inbox", "outbox", "router", "audit")
+TABLES = (
+    *("agent", "session", "inbox", "outbox", "router", "audit"),
+    *("person", "identity", "chat", "wiring", "member", "held", "context"),
+)
 PAGE = 4096
+TABLE_LEAF = 0x0D  # a page with rows: sqlite.org/fileformat2.html#b_tree_pages
 FLIPS = 200
 
 Contents = dict[str, dict[Any, tuple[Any, ...]]]  #: of each table, by what identifies a row
@@ -32,20 +36,44 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def fill(connection: sqlite3.Connection, messages: int) -> None:
-    """Put into an empty database what a router may leave in one: texts from short to many pages long."""
+def fill(connection: sqlite3.Connection, messages: int, *, first: bool = False) -> None:
+    """Put into an empty database what a router may leave in one: texts from short to many pages long.
+
+    first: it is one of the first version.
+    """
     dice = random.Random(1)
     connection.execute("BEGIN")
     for index, agent in enumerate(("berta", "emil")):
         connection.execute("INSERT INTO agent VALUES (?, ?, 0, 1)", (agent, index))
     for chat in range(1, 5):
         connection.execute(
-            "INSERT INTO session VALUES (?, 'berta', ?, 'test', ?, '', 1)",
+            "INSERT INTO session (id, agent, name, channel, chat, thread, created_at)"
+            " VALUES (?, 'berta', ?, 'test', ?, '', 1)",
             (chat, f"test_{chat}", f"chat{chat}"),
         )
+    for number in range(0 if first else 8):
+        add_people(connection, number)
     for number in range(messages):
         add_message(connection, number, dice)
     connection.execute("COMMIT")
+
+
+def add_people(connection: sqlite3.Connection, number: int) -> None:
+    """Add one row to each of their tables; ids that are numbers are what would fit into other tables,
+    too.
+    """
+    number, person = number + 1, number + 2
+    rows: dict[str, tuple[Any, ...]] = {
+        "person": (person, f"ada{number}", 1),
+        "identity": ("table", str(number), person, "linked"),
+        "chat": (number, "chat", str(number), "group", "", "open", 1, 0, 0, 0, 0),
+        "wiring": (number, number, "berta", "every", "", 600, 0, 0, "thread", "strict", 5, 0),
+        "member": (person, "", number, "member", 1),
+        "held": (number, number, "", str(number), 0, "7", "", "8", "", 0, 0, 1),
+        "context": (number, number, "", str(number), 0, "7", "8", 1, 0),
+    }
+    for table, row in rows.items():
+        connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 
 
 def add_message(connection: sqlite3.Connection, number: int, dice: random.Random) -> None:
@@ -234,7 +262,9 @@ def test_a_database_in_order_is_left_alone(path: Path) -> None:
 
 def test_the_damaged_database_is_kept(path: Path) -> None:
     before = read(path)
-    zero(path, 40)
+    pages = [path.read_bytes()[at] for at in range(0, path.stat().st_size, PAGE)]
+    page, other = [number for number, kind in enumerate(pages, 1) if number >= 40 and kind == TABLE_LEAF][:2]
+    zero(path, page)
     damaged = path.read_bytes()
 
     words = recovery.salvage(path, path)
@@ -243,7 +273,7 @@ def test_the_damaged_database_is_kept(path: Path) -> None:
     assert words.splitlines()[-1] == f"the damaged database is kept as '{path}.damaged-1'"
     assert path.with_name("db.damaged-1").read_bytes() == damaged
     assert 0 < lost(before, path) < 40  # one page of rows
-    zero(path, 41)
+    zero(path, other)
     assert f"{path}.damaged-2" in recovery.salvage(path, path)
 
 
@@ -294,7 +324,7 @@ def test_an_older_database_is_salvaged_as_one(tmp_path: Path) -> None:
     path = tmp_path / "db"
     with closing(connect(path)) as connection:
         upgrade(connection, 0, 1)
-        fill(connection, 50)
+        fill(connection, 50, first=True)
     zero(path, 1)  # not even the version can be read; but rows end before what they do not have
 
     recovery.salvage(path, path)

@@ -34,8 +34,8 @@ class Store:
         self.database = await Database.open(self.path)
         running = asyncio.create_task(self.database.run())
         self.sql("INSERT INTO agent VALUES ('berta', 0, 0, 0)")
-        self.sql("INSERT INTO session VALUES (1, 'berta', 's_1', 'c', 'chat', '', 0)")
-        self.sql("INSERT INTO session VALUES (2, 'gone', 's_2', 'c', 'chat', '', 0)")
+        self.sql("INSERT INTO session VALUES (1, 'berta', 's_1', 'c', 'chat', '', 0, NULL)")
+        self.sql("INSERT INTO session VALUES (2, 'gone', 's_2', 'c', 'chat', '', 0, NULL)")
         try:
             yield self.database
         finally:
