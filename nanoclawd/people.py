@@ -54,7 +54,10 @@ def link(tx: Transaction, person: Row, channel: str, user: str, *, how: str) -> 
 def unlink(tx: Transaction, person: Row, channel: str, user: str) -> None:
     """Have an account of a person's be nobody's. Raises NotFound."""
     if not tx.all("unlink_identity", channel=channel, user=user, person=person["id"]):
-        raise NotFound(f"'{user[:80]}' of channel '{channel}' is not linked to '{person['name']}'")
+        raise NotFound(
+            f"'{user[:80]}' of channel '{channel}' is not linked to '{person['name']}'",
+            hint="'nanoclawctl person list' shows all",
+        )
 
 
 def standings_of(tx: Transaction, channel: str, user: str) -> frozenset[Standing]:

@@ -115,9 +115,9 @@ class PeopleControl:
 
         def unwire(tx: Transaction) -> ChatState:
             if not remove_wirings(tx, chat=number, agent=agent):
-                raise NotFound(
-                    f"agent '{agent}' does not listen in chat {number}" if agent else "none listens"
-                )
+                who = f"'{agent}' does not listen" if agent else "no agent listens"
+                hint = f"'nanoclawctl chat show {number}' shows who does"
+                raise NotFound(f"{who} in chat {number}", hint=hint)
             return ChatState(tx.all("get_chat", id=number)[0]["state"])
 
         return await self._answer(row, await self._change(unwire, chat=number))

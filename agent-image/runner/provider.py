@@ -27,11 +27,15 @@ class Settings(TypedDict):
     idleSeconds: float
 
 
-class Message(TypedDict):
-    id: str
+class Said(TypedDict):
     sender: str
     receivedAt: float
     text: str
+
+
+class Message(Said):
+    id: str
+    context: list[Said]
 
 
 class Turn(TypedDict):

@@ -12,7 +12,7 @@ from typing import Any
 from nanoclawd import paths
 from nanoclawd.varlink import Connection, call, connect
 
-CHANNEL = "bench"
+CHANNEL = "terminal"
 WAIT_S = 180.0  #: for one reply: above the container's start time-out and a retry
 REPORTERS = 8  #: receipts on their way at once, as in an adapter of a real platform
 

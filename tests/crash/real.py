@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
 import os
 import pty
 import re
@@ -28,7 +29,9 @@ from nanoclawd import paths
 from nanoclawd.errors import NanoclawError
 from tests.bench import host
 from tests.bench.adapter import control
+from tests.bench.gateway import CTL
 from tests.crash.check import WORDS, check, rows_of
+from tests.crash.line import CHANNEL, Line
 from tests.crash.people import Adapter, Person
 from tests.crash.record import Fault, Record, Shown
 from tests.crash.script import Chat, Message, Pause, Plan, Step
@@ -200,7 +203,21 @@ class Round:
         self._name_what_terminals_showed()
         self.record.faults += check(self.record, DATABASE, deaths=len(self.deaths))
 
+    async def _wire(self) -> None:
+        """Have the agents listen in their chats of the platform, and the person there be the owner."""
+        chats = {chat.id: chat.agent for chat in self.record.plan.chats if chat.channel == "test"}
+        line = Line(paths.channel_socket())
+        for chat in chats:
+            invitation = {"channel": "test", "chat": chat, "sender": "someone"}
+            await line.call(f"{CHANNEL}.Invite", invitation)
+        await line.drop()
+        for chat in json.loads(await host.run(CTL, "chat", "list", "--json"))["chats"]:
+            if chat["chat"] in chats:
+                await host.run(CTL, "chat", "wire", str(chat["number"]), chats[chat["chat"]])
+        await host.run(CTL, "person", "link", "owner", "test", "someone")
+
     async def _talk(self) -> None:
+        await self._wire()
         async with asyncio.TaskGroup() as tasks:
             for chat in self.record.plan.chats:
                 person = Person(chat, self.record, paths.channel_socket())

@@ -23,15 +23,22 @@ def varlink(machine: Machine, method: str, parameters: Json, *options: str) -> l
 
 
 def deliver(machine: Machine, agent: str, text: str) -> str:
-    """Hand over a message of the channel "test", and return its id."""
-    message = {"channel": "test", "chat": agent, "thread": "", "event": text, "revision": 0, "sender": "me"}
+    """Hand over a message of the channel "terminal", and return its id."""
+    message = {
+        "channel": "terminal",
+        "chat": agent,
+        "thread": "",
+        "event": text,
+        "revision": 0,
+        "sender": "me",
+    }
     (reply,) = varlink(machine, "io.nanoclaw.Channel.Deliver", {**message, "text": text, "agent": agent})
     return str(reply["message"])
 
 
 def next_delivery(machine: Machine, chat: str) -> Json:
-    """Attach as an adapter of the channel "test" until a delivery comes, and return that."""
-    parameters = json.dumps({"channel": "test", "chat": chat})
+    """Attach as an adapter of the channel "terminal" until a delivery comes, and return that."""
+    parameters = json.dumps({"channel": "terminal", "chat": chat})
     method = "io.nanoclaw.Channel.Attach"
     line = ("varlinkctl", "call", "--json=short", "--more", CHANNEL, method, parameters)
     with machine.popen(*line, stdout=subprocess.PIPE) as attached:
@@ -44,7 +51,7 @@ def next_delivery(machine: Machine, chat: str) -> Json:
 
 def report(machine: Machine, outcome: str, delivery: Json, **parameters: object) -> None:
     method = f"io.nanoclaw.Channel.Report{outcome}"
-    varlink(machine, method, {"channel": "test", "key": delivery["key"], **parameters})
+    varlink(machine, method, {"channel": "terminal", "key": delivery["key"], **parameters})
 
 
 def dead_letters(product: Product, agent: str) -> list[str]:

@@ -177,18 +177,18 @@ def read(file):
     return json.loads(data[:-1])["parameters"]
 
 answers = []
-attached = connect("Attach", {"channel": agent}, more=True)
+attached = connect("Attach", {"channel": "terminal"}, more=True)
 for turn in range(rounds):
     ending = subprocess.Popen(meanwhile) if meanwhile and turn else None
     for number in range(chats):
-        chat, text = f"chat{number}", f"/sleep {turn_s if number % 2 else 0}\n{turn}"
-        message = {"channel": agent, "chat": chat, "thread": "", "event": f"e{turn}", "revision": 0}
+        chat, text = f"{agent}/{number}", f"/sleep {turn_s if number % 2 else 0}\n{turn}"
+        message = {"channel": "terminal", "chat": chat, "thread": "", "event": f"e{turn}", "revision": 0}
         read(connect("Deliver", {**message, "sender": "me", "text": text, "agent": agent}))
         time.sleep(pause_s)
     for number in range(chats):
-        while (delivery := read(attached).get("delivery")) is None:
+        while (delivery := read(attached).get("delivery")) is None or delivery["agent"] != agent:
             pass
-        read(connect("ReportSent", {"channel": agent, "key": delivery["key"], "receipt": "r"}))
+        read(connect("ReportSent", {"channel": "terminal", "key": delivery["key"], "receipt": "r"}))
         answers.append((delivery["chat"], delivery["text"]))
     assert not ending or ending.wait(60) == 0
     time.sleep(turn * pause_s)
@@ -206,7 +206,7 @@ def talk(
     numbers = (str(number) for number in (chats, rounds, pause_s, turn_s))
     done = product.machine.run("python3", "-c", ADAPTER, CHANNEL, agent, *numbers, *meanwhile, timeout_s=120)
 
-    expected = sorted([f"chat{chat}", f"{turn}"] for chat in range(chats) for turn in range(rounds))
+    expected = sorted([f"{agent}/{chat}", f"{turn}"] for chat in range(chats) for turn in range(rounds))
     assert json.loads(done.stdout) == expected
     assert {state for state, _ in ended(product, agent)} == {"answered"}
 

@@ -333,7 +333,8 @@ class Adapter:
             if item["delivery"] is not None:
                 delivery: Json = item["delivery"]
                 return delivery
-            self.activity.append(item["activity"]["kind"])
+            if item["chat"] is None:
+                self.activity.append(item["activity"]["kind"])
 
     async def sent(self, delivery: Json) -> None:
         parameters = {"channel": self.channel, "key": delivery["key"], "receipt": "r"}

@@ -63,7 +63,15 @@ class RouterDouble:
         turn = {
             "id": id,
             "attempt": attempt,
-            "messages": [{"id": f"m-{id}", "sender": "Ada", "receivedAt": 1_800_000_000.5, "text": text}],
+            "messages": [
+                {
+                    "id": f"m-{id}",
+                    "sender": "Ada",
+                    "receivedAt": 1_800_000_000.5,
+                    "text": text,
+                    "context": [],
+                }
+            ],
             "alreadySent": [{"key": key, "text": text} for key, text in (sent or {}).items()],
         }
         with self._changed:

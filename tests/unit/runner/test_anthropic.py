@@ -141,7 +141,9 @@ def test_message_that_arrives_while_a_tool_runs_joins_the_conversation(
     make_runner: MakeRunner, api: MessagesApi
 ) -> None:
     runner = make_runner(provider="anthropic")
-    runner.router.joining = [{"id": "m2", "sender": "Bob", "receivedAt": 1.0, "text": "blue, please"}]
+    runner.router.joining = [
+        {"id": "m2", "sender": "Bob", "receivedAt": 1.0, "text": "blue, please", "context": []}
+    ]
     api.add({"tool_use": [{"name": "bash", "input": {"command": "echo 42"}}]}, {"text": "It is blue."})
 
     runner.router.give("paint the cat")

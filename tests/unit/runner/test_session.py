@@ -99,7 +99,7 @@ def test_message_in_mid_turn_is_sent_with_its_key(make_runner: MakeRunner) -> No
 
 def test_message_that_arrives_in_mid_turn_joins_it(make_runner: MakeRunner) -> None:
     runner = make_runner()
-    runner.router.joining = [{"id": "m-2", "sender": "Bob", "receivedAt": 1.0, "text": "two"}]
+    runner.router.joining = [{"id": "m-2", "sender": "Bob", "receivedAt": 1.0, "text": "two", "context": []}]
 
     runner.router.give("one")
 
