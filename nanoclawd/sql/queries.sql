@@ -428,7 +428,7 @@ SELECT chat.*, (SELECT count(*) FROM held WHERE held.chat = chat.id) AS held FRO
  WHERE :id IS NULL OR id = :id ORDER BY id;
 
 -- list_wirings --
-SELECT * FROM wiring WHERE :chat IS NULL OR chat = :chat ORDER BY chat, priority DESC, agent;
+SELECT * FROM wiring WHERE chat = :chat ORDER BY priority DESC, agent;
 
 -- set_wiring --
 INSERT INTO wiring (chat, agent, engagement, pattern, sticky_seconds, priority, exclusive, session_mode, access,
