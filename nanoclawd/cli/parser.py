@@ -52,7 +52,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
                 raise UsageError(f"{option.name}: {exc}", hint=more) from None
             setattr(namespace, option.name, found if option.repeat else found[0] if found else None)
     if values:
-        raise UsageError(f"unknown argument '{values[0]}'", hint=more)
+        # Not shown if it may be a value: output is kept in more places than the person thinks of.
+        shown = "" if command.words[0] == "secret" else f" '{values[0]}'"
+        raise UsageError(f"unknown argument{shown}", hint=more)
     return command, namespace
 
 

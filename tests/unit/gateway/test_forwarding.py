@@ -17,6 +17,7 @@ from nanoclawd.gateway import limits
 from nanoclawd.gateway.redact import Redactor
 from nanoclawd.ids import CredentialName
 from nanoclawd.policy import Rule
+from tests.support.varlink_peer import eventually
 from tests.unit.gateway.harness import (
     AGENT,
     KEY,
@@ -273,6 +274,39 @@ def test_key_does_not_come_back_in_a_body(directory: Path, monkeypatch: pytest.M
             return await table.ask(post())
 
     assert asyncio.run(main()).body == b"[" + b"*" * len(KEY) + b"]"
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        b"HTTP/1.1 401 %s\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 401 No\r\nContent-Length: LENGTH\r\n\r\n%s",
+        b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n2;%s=%s\r\n{}\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x\r\n\r\n2\r\n{}\r\n0\r\nX: %s\r\n\r\n",
+        b"HTTP/1.1 103 %s\r\nLink: %s\r\n\r\n" + OK,
+        b"HTTP/1.1 302 Go\r\nLocation: http://a.example/?%s\r\nContent-Length: LENGTH\r\n\r\n%s",
+        b"HTTP/1.1 200 OK\r\nX-%s: 1\r\nContent-Type: x/%s\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 401 No\r\nWWW-Authenticate: %s\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: %s\x00\r\n\r\n",
+        b"%s\r\n\r\n",
+    ],
+)
+def test_key_comes_back_nowhere_in_an_answer(
+    directory: Path, answered: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answered = answered.replace(b"%s", KEY).replace(b"LENGTH", b"%d" % len(KEY))
+
+    async def main() -> bytes:
+        async with bench(directory, answer(answered)) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            writer.write(post(headers=b"Connection: close\r\n"))
+            return await reader.read()
+
+    said = asyncio.run(main())
+    told = capfd.readouterr()
+
+    assert said.startswith(b"HTTP/1.1 ") and KEY not in said
+    assert KEY.decode() not in told.out + told.err
 
 
 def test_answer_in_which_a_key_could_hide_is_refused(directory: Path) -> None:
@@ -546,6 +580,89 @@ def test_slow_agent_is_refused(
     reply = ask(directory, request_bytes)
 
     assert (reply.status, reply.error["type"]) == (408, "timeout_error")
+
+
+def test_headers_without_end_are_refused(directory: Path) -> None:
+    async def main() -> Reply:
+        async with bench(directory, answer(OK)) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            writer.write(POST + b"X: ")
+            for _ in range(limits.HEADER_BYTES // 1000 + 1):
+                writer.write(b"y" * 1000)  # in reads of their own, all of them shorter than the limit
+                await writer.drain()
+                await asyncio.sleep(0)
+            return await read_reply(reader)
+
+    assert asyncio.run(main()).status == 431
+
+
+def test_connection_without_a_request_is_closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "KEEP_ALIVE_S", 0.05)
+
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            assert await reader.read() == b""
+            reader, writer = await table.connect()
+            writer.write(post())
+            assert (await read_reply(reader)).status == 200
+            assert await reader.read() == b""
+
+    asyncio.run(main())
+
+
+def test_agent_that_takes_nothing_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "AGENT_STALL_S", 0.05)
+
+    async def main() -> None:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
+            writer.write(b"x" * (64 << 20))
+            await reader.read()
+
+        async with bench(directory, handler) as table, asyncio.timeout(20):
+            _, writer = await table.connect()
+            writer.write(post())
+            await eventually(lambda: table.connections)
+            await asyncio.wait([task for task in table.connections if task])  # the gateway hung up
+
+    asyncio.run(main())
+
+
+def test_endpoint_that_takes_nothing_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "ENDPOINT_STALL_S", 0.05)
+
+    async def main() -> Reply:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await asyncio.Event().wait()
+
+        async with bench(directory, handler) as table, asyncio.timeout(20):
+            reply = await table.ask(post(b"x" * (16 << 20)))
+            for task in table.connections:
+                assert task is not None
+                task.cancel()
+            return reply
+
+    assert asyncio.run(main()).status == 504
+
+
+def test_endpoint_that_falls_silent_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SILENCE_S", 0.05)
+
+    async def main() -> None:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(STREAM + b"5\r\nhello\r\n")
+            await reader.read()
+
+        async with bench(directory, handler) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            writer.write(post())
+            with pytest.raises(asyncio.IncompleteReadError):
+                await read_reply(reader)
+
+    asyncio.run(main())
 
 
 def test_too_many_requests_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
