@@ -67,15 +67,16 @@ class Entry:
     modified_at: float  #: seconds since 1970
 
 
-def keep_memory_private() -> None:
-    """Have this process, which is to hold secrets, dump no core, and be read by no other of this user.
+def never_dump_core() -> None:
+    """Have this process, which is to hold secrets, dump no core; what /proc shows of it becomes root's.
 
-    The limit alone is not enough: the kernel ignores it where cores go to a program. See prctl(2).
+    The limit alone is not enough: the kernel ignores it where cores go to a program. See prctl(2). Who owns
+    the user namespace of a process may trace it nevertheless, and that is this user.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise Failed(f"this program's memory cannot be made private: {os.strerror(ctypes.get_errno())}")
+        raise Failed(f"this program cannot be kept from dumping core: {os.strerror(ctypes.get_errno())}")
 
 
 def encrypted_path(name: CredentialName) -> Path:

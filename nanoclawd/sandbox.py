@@ -131,8 +131,8 @@ def _no_core_dump() -> tuple[bool, str]:
     return limit == (0, 0), f"RLIMIT_CORE: {limit[0]}, {limit[1]}"
 
 
-def _own_memory_closed() -> tuple[bool, str]:
-    # Of a process that is not dumpable, all that /proc shows is root's, and no other of this user may trace it.
+def _not_dumpable() -> tuple[bool, str]:
+    # Of a process that is not, all that /proc shows is root's. See PR_SET_DUMPABLE in prctl(2).
     owner = Path("/proc/self/mem").stat().st_uid
     return owner != os.getuid(), f"/proc/self/mem: owner {owner}"
 
@@ -160,7 +160,7 @@ ROUTER: dict[str, Try] = _COMMON | {
     "private-network": _only_loopback,
 }
 GATEWAY: dict[str, Try] = _COMMON | {
-    "memory-closed": _own_memory_closed,
+    "not-dumpable": _not_dumpable,
     "home-hidden": _home_hidden,
     "state-hidden": _is_hidden(paths.state),
     "agents-hidden": _is_hidden(paths.agents),

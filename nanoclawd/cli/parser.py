@@ -38,8 +38,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
     more = f"'{PROGRAM} {command.name} --help' says more"
     for value in values:
         if value.startswith("-") and value != "-":
-            hint = did_you_mean(value.partition("=")[0], [option.name for option in flags], more)
-            raise UsageError(f"unknown option '{value}'", hint=hint)
+            name = value.partition("=")[0]
+            hint = did_you_mean(name, [option.name for option in flags], more)
+            raise UsageError(f"unknown option '{name}'", hint=hint)
     values += rest[end + 1 :]
     for option in command.options:
         if option.positional:

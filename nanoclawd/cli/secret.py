@@ -24,7 +24,7 @@ _COLUMNS: output.Fields = {
 
 
 def secret_set(options: Namespace) -> None:
-    credentials.keep_memory_private()
+    credentials.never_dump_core()
     if sys.stdin.isatty():
         from getpass import getpass
 
@@ -55,13 +55,13 @@ def set_secret(name: str, value: bytes) -> None:
 
 
 def _require_encryption() -> None:
-    """Raise Unavailable where systemd is new enough to encrypt, and does not: nobody asked for a plain file."""
+    """Raise Unavailable where systemd is new enough to encrypt: nobody asked for a plain file there."""
     if credentials.SERVICE.is_socket():
         return
     _, said = ask("systemctl", "--version")
     found = re.match(r"systemd (\d+)", said)
     if found is None or int(found[1]) >= credentials.SINCE:
-        message = f"systemd's credential service, which should encrypt the value, is not there ({first_line(said)})"
+        message = f"systemd's credential service, which should encrypt it, is away ({first_line(said)})"
         raise Unavailable(message, hint="as root: systemctl enable --now systemd-creds.socket")
 
 

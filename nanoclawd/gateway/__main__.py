@@ -50,7 +50,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(EXIT_USAGE)
-    credentials.keep_memory_private()
+    credentials.never_dump_core()
     with socket.socket(fileno=named[0]) as listener:
         asyncio.run(run(listener))
 

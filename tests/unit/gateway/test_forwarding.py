@@ -92,10 +92,13 @@ def test_request_gets_the_key_and_its_own_headers(directory: Path) -> None:
 
 
 def test_chunked_body_passes(directory: Path) -> None:
-    seen = []
+    seen = b""
 
     async def handler(reader: Reader, writer: Writer) -> None:
-        seen.append(await read_request(reader))
+        nonlocal seen
+        await read_head(reader)
+        while not seen.endswith(b"\r\n\r\n"):
+            seen += await reader.read(1)
         writer.write(OK)
 
     async def main() -> Reply:
@@ -106,7 +109,7 @@ def test_chunked_body_passes(directory: Path) -> None:
             return await table.ask(request)
 
     assert asyncio.run(main()).status == 200
-    assert seen[0][2] == b"abcde"
+    assert seen.endswith(b"\r\n0\r\n\r\n") and b"x=y" not in seen  # no trailers, no extensions
 
 
 def test_body_passes_while_it_comes(directory: Path) -> None:
@@ -198,6 +201,34 @@ def test_connection_that_the_endpoint_closed_is_not_used_again(directory: Path) 
             return len(table.connections)
 
     assert asyncio.run(main()) == 3
+
+
+@pytest.mark.parametrize("when", ["with it", "later"])
+def test_answer_that_nobody_asked_for_is_nobodys(directory: Path, when: str) -> None:
+    forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
+
+    async def main() -> list[bytes]:
+        answered = asyncio.Event()
+
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(OK + (forged if when == "with it" else b""))
+            await answered.wait()
+            if when == "later":
+                writer.write(forged)
+            await read_request(reader)
+            writer.write(OK)
+
+        def waits() -> bool:
+            return any(task.get_name() == "idle-upstream" for task in asyncio.all_tasks())
+
+        async with bench(directory, handler) as table:
+            bodies = [(await table.ask(post())).body]
+            answered.set()
+            await eventually(lambda: not waits())  # the connection was given up
+            return [*bodies, (await table.ask(post())).body]
+
+    assert asyncio.run(main()) == [b"{}", b"{}"]
 
 
 def test_request_is_never_sent_twice(directory: Path) -> None:
@@ -358,6 +389,19 @@ def test_endpoint_without_an_answer(directory: Path, data: bytes, status: int) -
             return await table.ask(post())
 
     assert asyncio.run(main()).status == status
+
+
+def test_endpoint_whose_headers_do_not_end_is_given_up(directory: Path) -> None:
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2 * limits.ENDPOINT_HEADER_BYTES)
+        await reader.read()
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(post())
+
+    assert asyncio.run(main()).status == 502
 
 
 def test_refused_connection(directory: Path) -> None:
