@@ -404,6 +404,19 @@ def test_endpoint_whose_headers_do_not_end_is_given_up(directory: Path) -> None:
     assert asyncio.run(main()).status == 502
 
 
+def test_endpoint_that_only_says_that_it_goes_on_is_given_up(directory: Path) -> None:
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * (limits.INFORMATIONAL + 1))
+        await reader.read()
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(post())
+
+    assert asyncio.run(main()).status == 502
+
+
 def test_refused_connection(directory: Path) -> None:
     async def main() -> Reply:
         async with bench(directory, None) as table:
@@ -705,6 +718,19 @@ def test_endpoint_that_falls_silent_is_given_up(directory: Path, monkeypatch: py
             writer.write(post())
             with pytest.raises(asyncio.IncompleteReadError):
                 await read_reply(reader)
+
+    asyncio.run(main())
+
+
+def test_refused_agent_that_stays_is_hung_up_on(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LINGER_S", 0.05)
+
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table:
+            reader, writer = await table.connect()
+            writer.write(POST + b"Content-Length: -1\r\n\r\n")
+            assert (await read_reply(reader)).status == 400
+            await eventually(lambda: not table.session.open)
 
     asyncio.run(main())
 

@@ -112,6 +112,14 @@ def test_bytes_that_come_with_the_request_pass_too(directory: Path) -> None:
     assert asyncio.run(main()) == b"earlybye"
 
 
+def test_request_for_a_tunnel_has_no_body(directory: Path) -> None:
+    request = b"CONNECT 127.0.0.1:PORT HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
+
+    reply, seen = ask(directory, request, HERE)
+
+    assert (reply.status, seen) == (400, [])
+
+
 def test_name_is_resolved_here_and_its_address_must_be_named(directory: Path) -> None:
     async def main(rule: Rule) -> int:
         async with bench(directory, echo, rules=(rule,)) as table:
