@@ -41,6 +41,8 @@ class PolicyControl:
             raise Refused(f"the gateway would not understand this: {exc}") from None
         decision = policy.decide(self._registry.policy(agent.name), ask)
         allowed, reason, message = decision.allowed, decision.reason, decision.message
+        if agent.config is None:
+            message = f"The agent's file cannot be read, and so it may reach nothing: {agent.problem}"
         if allowed and ask.route:
             route = self._registry.settings.routes.get(ask.route)
             if route is None:
