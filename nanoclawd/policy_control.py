@@ -48,6 +48,8 @@ class PolicyControl:
         found = self._policy_of(agent.name)
         decision = policy.decide(found.rules, ask, found.unknown)
         allowed, reason, message = decision.allowed, decision.reason, decision.message
+        if agent.config is None:
+            message = f"The agent's file cannot be read, and so it may reach nothing: {agent.problem}"
         if allowed and ask.route:
             route = self._registry.settings.routes.get(ask.route)
             if route is None:

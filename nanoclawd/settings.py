@@ -114,7 +114,7 @@ def _credential(value: Any) -> CredentialName:
     try:
         return parse_credential_name(line_of_text(PATH_CHARACTERS)(value))
     except Refused as exc:
-        raise BadValue("is not a name for a credential", exc.hint) from None
+        raise BadValue("is not a name for a credential", exc.hint, secret=True) from None
 
 
 _HEADER = line_of_text(

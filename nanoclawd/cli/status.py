@@ -47,7 +47,7 @@ def status(options: Namespace) -> None:
             credential = f"credential '{route['credential']}'" if route["credential"] else "no credential"
             say_field("Route", f"{route['name']} to {route['endpoint']}, {credential}")
             if route["credentialState"] != "ok":
-                say_field("", route["credentialState"], "cannot be used:", YELLOW)
+                say_field("", route["credentialState"], "credential:", YELLOW)
     _say_counts(found)
     if found["sessions"]:
         output.say("")

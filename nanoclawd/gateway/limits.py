@@ -26,7 +26,7 @@ TUNNEL_IDLE_S = 300.0  #: without a byte in either direction
 LOG_TOO_FAST_S = 10.0  #: one line about it in so long
 
 # --- how long we wait for a server -------------------------------------------------------------
-CONNECT_S = 15.0  #: name, connection and TLS handshake
+CONNECT_S = 15.0  #: a name; then a connection with its TLS handshake
 ADDRESSES = 3  #: of one name that are tried; each has its share of that time
 ENDPOINT_STALL_S = 60.0  #: a server that takes nothing of the request
 ANSWER_S = 600.0  #: until the headers of the answer: an answer that is not streamed is computed first

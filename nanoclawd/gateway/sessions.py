@@ -89,7 +89,7 @@ class Session:
         """Connect to the host that `ask` names, which `rule` allows. Raises Denied."""
         slots = self._allowance.lookups
         addresses = await resolve(ask.host, ask.port, rule, self.gateway.threads, slots)
-        return await dial(ask.host, ask.port, addresses)
+        return await dial(ask.host, ask.port, [*map(str, addresses)])
 
     def log(self, exchange: Exchange) -> None:
         """Write one line about a finished request, and one for the audit trail."""
