@@ -10,6 +10,9 @@ REQUESTS_BURST = 500
 TOO_FAST_S = 0.5  #: each refusal of such a request waits so long, so that asking again gains nothing
 HEADER_BYTES = 32 << 10  #: request line and headers
 CHUNK_BYTES = 64 << 10  #: one read; also how much is buffered for a side that does not read
+HELD_PER_AGENT = 8  #: requests that wait for a person's answer; less than CONNECTIONS, for all the others
+HELD = 64  #: of all agents
+HOLDS_AT_ONCE = 4  #: that the router is told of in one message; see asking.REQUEST_CHARACTERS
 LINGER_BYTES = 64 << 20  #: read and thrown away after a refusal, so that the agent sees why
 
 # --- how long we wait for an agent ----------------------------------------------------------------

@@ -12,7 +12,8 @@ from nanoclawd import agents, paths
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
-from nanoclawd.policy import Rule, to_json
+from nanoclawd.ids import AgentName
+from nanoclawd.policy import Policy, Rule, Rules, to_json
 from nanoclawd.policy_control import PolicyControl
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call
@@ -39,9 +40,14 @@ class Person:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
+        self.answers: Rules = ()  #: of people, to requests
         self._methods = PolicyControl(
-            registry=registry, gateway=GatewayLink(registry.policy, take_over)
+            registry=registry, gateway=GatewayLink(self.policy, take_over), policy_of=self.policy
         ).methods
+
+    def policy(self, agent: AgentName) -> Policy:
+        config = self.registry.get(agent).config
+        return Policy(rules=(*config.rules, *self.answers), unknown=config.unknown) if config else Policy()
 
     async def call(self, name: str, /, **parameters: object) -> Json:
         given = INTERFACE.check_parameters(name, {"name": "berta", **parameters})

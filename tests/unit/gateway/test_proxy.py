@@ -14,7 +14,7 @@ import pytest
 from nanoclawd import credentials
 from nanoclawd.gateway import limits
 from nanoclawd.ids import CredentialName
-from nanoclawd.policy import Rule, Rules
+from nanoclawd.policy import Policy, Rule, Rules
 from tests.unit.gateway.harness import (
     AGENT,
     HANDLER_PORT,
@@ -227,19 +227,19 @@ def test_policy_that_changes_cuts_off_what_it_allows_no_more(directory: Path) ->
             await reader.readexactly(1)
             here = replace(HERE, port=table.port)
 
-            table.gateway.set_policy(AGENT, (replace(here, max_up_bytes=7), *MODEL_ONLY))
+            table.gateway.set_policy(AGENT, Policy(rules=(replace(here, max_up_bytes=7), *MODEL_ONLY)))
             writer.write(b"y")
             assert await reader.readexactly(1) == b"y"  # still allowed
 
-            table.gateway.set_policy(AGENT, (replace(here, deny=True),))
+            table.gateway.set_policy(AGENT, Policy(rules=(replace(here, deny=True),)))
             assert await reader.read() == b""
 
-            table.gateway.set_policy(AGENT, (replace(here, addresses=("10.0.0.0/8",)),))
+            table.gateway.set_policy(AGENT, Policy(rules=(replace(here, addresses=("10.0.0.0/8",)),)))
             _, reader, writer = await connect(table)
-            table.gateway.set_policy(AGENT, (here,))
+            table.gateway.set_policy(AGENT, Policy(rules=(here,)))
             assert await reader.read() == b""
 
-            table.gateway.set_policy(AGENT, ())
+            table.gateway.set_policy(AGENT, Policy(rules=()))
             assert (await connect(table))[0] == 403
 
     asyncio.run(main())
