@@ -75,6 +75,11 @@ def _values(option: Option) -> list[tuple[str, str]]:
         return [(str(chat["number"]), chat["title"] or chat["chat"]) for chat in chats]
     if option.complete == "people":
         return [(person["name"], "") for person in control.listed("ListPeople", "person")]
+    if option.complete == "approvals":
+        with suppress(NanoclawError):
+            found = control.approvals(None, "pending", timeout_s=control.COMPLETION_S)
+            return [(approval["id"], approval["agent"]) for approval in found]
+        return []
     if option.complete:
         return [(f":{option.complete}", "")]
     return [(choice, "") for choice in option.choices]
