@@ -16,11 +16,17 @@ from nanoclawd.db import Database, Row, now_ms
 from nanoclawd.errors import NanoclawError, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.hold_link import HoldLink
+from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Rule, Way
+from nanoclawd.questions import About, Question, question_of
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method
 from nanoclawd.wire import Json
 
+_WHY = {
+    About.SENDER: "This account is nothing to the agent in this chat, and its access there is 'ask'.",
+    About.CHAT: "No agent listens in this chat.",
+}
 _PEER = struct.Struct("3i")  # man 7 unix, SO_PEERCRED: pid, uid, gid
 
 
@@ -32,6 +38,7 @@ class ApprovalControl:
     holds: HoldLink
     gateway: GatewayLink
     audit: Audit
+    people: PeopleControl
 
     def __post_init__(self) -> None:
         self.methods = {
@@ -55,6 +62,8 @@ class ApprovalControl:
 
     async def _show(self, call: Call) -> Json:
         row = await self.approvals.find(call.parameters["id"])
+        if (question := question_of(row)) is not None:
+            return {"approval": _describe(row), "why": _WHY[question.about], "choices": _answers(question)}
         request = request_of(row)
         if request is None:
             return {"approval": _describe(row), "why": "", "choices": []}
@@ -68,6 +77,12 @@ class ApprovalControl:
         parameters = call.parameters
         row = await self.approvals.find(parameters["id"])
         allow, scope = parameters["answer"] == "allow", Scope(parameters["scope"])
+        if row["kind"] in set(About):
+            if scope is not Scope.ALWAYS:
+                raise Refused("an answer about a sender or a chat is for always", hint="say --always")
+            await self.people.answer(row, parameters["sha256"], allow=allow, by=_person(call))
+            (row,) = await self.db.read("find_approval", id=row["id"])
+            return {"approval": _describe(row), "sent": allow, "rule": None}
         request = self.approvals.check(row, parameters["sha256"], allow=allow)
         rule = None
         if scope is Scope.ALWAYS:
@@ -137,11 +152,30 @@ def _describe(row: Row) -> Json:
     shown: Json = {name: row[name] for name in names}
     shown |= {"askedAt": row["asked_at"] / 1000, "expiresAt": row["expires_at"] / 1000}
     shown |= {"decidedAt": row["decided_at"] and row["decided_at"] / 1000, "decidedBy": row["decided_by"]}
+    if (question := question_of(row)) is not None:
+        asked = {name: getattr(question, name) for name in ("number", "title", "user", "name", "text")}
+        return {**shown, "request": None, "question": asked}
+    shown["question"] = None
     if (request := request_of(row)) is None:
         return {**shown, "request": None}
     told = asking.to_json(request)
     wanted = {name: told[name] for name in ("way", "method", "host", "port", "headers", "body")}
     return {**shown, "request": {**wanted, "url": request.url, "bodyBytes": len(request.body_bytes)}}
+
+
+def _answers(question: Question) -> list[Json]:
+    """The same for a question about a sender or a chat."""
+    if question.about is About.SENDER:
+        allow = f"{question.user} may talk to each agent of chat {question.number}; what waits goes on"
+        deny = f"{question.user} is heard by no agent of chat {question.number}; what waits is dropped"
+    else:
+        wire = f"'nanoclawctl chat wire {question.number} AGENT'"
+        allow = f"the agent listens there, if it is the only one that there is; else say {wire}"
+        deny = "nothing is taken from that chat; what waits is dropped"
+    return [
+        {"answer": "allow", "scope": "always", "what": allow},
+        {"answer": "deny", "scope": "always", "what": deny},
+    ]
 
 
 def _choices(request: Request) -> list[Json]:

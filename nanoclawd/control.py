@@ -75,6 +75,13 @@ class ControlService:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self._audit_control = AuditControl(self.db, self.audit)
+        people = PeopleControl(
+            db=self.db,
+            registry=self.registry,
+            outlets=self.outlets,
+            pairings=self.pairings,
+            channels=self.channels,
+        )
         methods = {
             "Status": Method(handler=self._status),
             "AddAgent": Method(handler=self._add_agent),
@@ -98,6 +105,7 @@ class ControlService:
             ).methods,
             **ApprovalControl(
                 db=self.db,
+                people=people,
                 registry=self.registry,
                 approvals=self.approvals,
                 holds=self.holds,
@@ -105,13 +113,7 @@ class ControlService:
                 audit=self.audit,
             ).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
-            **PeopleControl(
-                db=self.db,
-                registry=self.registry,
-                outlets=self.outlets,
-                pairings=self.pairings,
-                channels=self.channels,
-            ).methods,
+            **people.methods,
             **self._audit_control.methods,
         }
         self.service = Service(

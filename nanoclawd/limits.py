@@ -95,6 +95,7 @@ CHATS_NEW = 200  #: chats that wait for an answer; messages of more are not take
 HELD_PER_CHAT = 50  #: messages that wait for an answer
 HELD_BYTES = 256 << 10  #: of the texts of these
 HELD_TOTAL = 1000
+QUESTIONS = 50  #: about senders and chats, that wait for an answer
 HELD_DAYS = 7  #: then nobody wants an answer any more
 CONTEXT_MESSAGES = 50  #: kept for an agent that they were not for
 CONTEXT_BYTES = 16 << 10

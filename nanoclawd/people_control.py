@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nanoclawd import journal, limits, people
+from nanoclawd import journal, limits, people, questions
 from nanoclawd.access import Access, Role, Standing
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row, Transaction
@@ -15,8 +15,9 @@ from nanoclawd.errors import NotFound, Refused
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.patterns import check_pattern
+from nanoclawd.questions import About
 from nanoclawd.registry import Registry
-from nanoclawd.routing import TERMINAL, remove_wirings
+from nanoclawd.routing import TERMINAL, block_chat, remove_wirings
 from nanoclawd.server import Call, Method
 from nanoclawd.states import ChatState
 from nanoclawd.wire import Json
@@ -125,16 +126,34 @@ class PeopleControl:
     async def _block(self, call: Call) -> Json:
         number = call.parameters["number"]
         row = await self._find(number)
-
-        def block(tx: Transaction) -> None:
-            remove_wirings(tx, chat=number)
-            tx.all("set_chat_state", id=number, state=ChatState.BLOCKED)
-            dropped = tx.all("drop_held", chat=number, sender=None)
-            tx.all("count_dropped", id=number, number=len(dropped))
-
-        await self._change(block, chat=number)
+        await self._change(lambda tx: block_chat(tx, number), chat=number)
         journal.info("chat-blocked", channel=row["channel"], number=number)
         return await self._answer(row, ChatState.BLOCKED)
+
+    async def answer(self, approval: Row, sha256: str, *, allow: bool, by: str) -> None:
+        """Do what an answer to a question about a sender or a chat says. Raises Refused, Unavailable."""
+        agents = self.registry.names()
+        number = questions.check(approval, sha256).number
+        row = await self._find(number)
+
+        def operation(tx: Transaction) -> ChatState:
+            question = questions.answer(tx, approval, sha256, allow=allow, by=by)
+            if question.about is About.SENDER:
+                person = people.person_of(tx, question.channel, question.user)
+                role = Role.MEMBER if allow else Role.DENIED
+                people.set_role(tx, person, Standing(role, chat=number))
+            elif not allow:
+                block_chat(tx, number)
+            elif len(agents) == 1:
+                values = {**dict(_WIRING.values()), "exclusive": 0}
+                tx.all("set_wiring", chat=number, agent=agents[0], **values)
+                tx.all("set_chat_state", id=number, state=ChatState.OPEN)
+            else:
+                hint = f"'nanoclawctl chat wire {number} AGENT' answers this, too"
+                raise Refused("there is more than one agent that could listen there", hint=hint)
+            return ChatState(tx.all("get_chat", id=number)[0]["state"])
+
+        await self._answer(row, await self._change(operation, chat=number))
 
     async def _find(self, number: int) -> Row:
         rows = await self.db.read("list_chats", id=number)

@@ -15,6 +15,7 @@ from nanoclawd import journal, limits
 from nanoclawd.audit import Audit
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
+from nanoclawd.questions import end_answered
 from nanoclawd.settings import Settings
 
 DAY_S = 86_400
@@ -72,3 +73,4 @@ def _drop_held(tx: Transaction) -> None:
     """Give up messages that nobody has answered for about their senders or chats."""
     for row in tx.all("drop_old_held", before=now_ms() - limits.HELD_DAYS * DAY_S * 1000):
         tx.all("count_dropped", id=row["chat"], number=1)
+    end_answered(tx)

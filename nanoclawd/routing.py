@@ -13,12 +13,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from nanoclawd import journal, limits, people, queue
+from nanoclawd import journal, limits, people, questions, queue
 from nanoclawd.access import Access, Verdict, decide_access
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.engagement import Engagement, Heard, SessionMode, Wiring, decide_engagement
 from nanoclawd.errors import Refused
 from nanoclawd.ids import AgentName, MessageId
+from nanoclawd.questions import About, Question
 from nanoclawd.queue import Event, Place, SessionRow
 from nanoclawd.states import ChatState
 
@@ -83,7 +84,7 @@ def take(tx: Transaction, arrival: Arrival, agents: Collection[str]) -> Taken:
         case ChatState.OPEN:
             return _route(tx, chat, arrival, agents)
         case ChatState.NEW if wanted and not arrival.program:
-            return _hold(tx, chat, arrival)
+            return _hold(tx, chat, arrival, About.CHAT)
     return _drop(tx, chat, 1)
 
 
@@ -153,7 +154,8 @@ def _route(
     if len(given) < len(chosen) and again is not None:
         taken.outcome = Outcome.HELD
     elif len(given) < len(chosen) and not taken.duplicate:
-        held = _hold(tx, chat, arrival)
+        meant = next(wiring.agent for wiring, _ in chosen if verdicts[wiring.id] is Verdict.HELD)
+        held = _hold(tx, chat, arrival, About.SENDER, meant)
         taken.outcome = held.outcome if taken.message is None else taken.outcome
     chosen_ids = {wiring.id for wiring, _ in chosen}
     for id, row in rows.items():
@@ -224,7 +226,7 @@ def _paid_until(paid_until: int, now: int, per_s: float, burst: int) -> int:
 # --- held -------------------------------------------------------------------------------------------
 
 
-def _hold(tx: Transaction, chat: Row, arrival: Arrival) -> Taken:
+def _hold(tx: Transaction, chat: Row, arrival: Arrival, about: About, agent: str = "") -> Taken:
     """Keep a message until somebody has answered; if many wait already it is dropped, and counted."""
     event = arrival.event
     (waiting,) = tx.all("count_held", chat=chat["id"])
@@ -250,6 +252,18 @@ def _hold(tx: Transaction, chat: Row, arrival: Arrival) -> Taken:
         now=now_ms(),
     )
     tx.tell(journal.info, "message-held", number=chat["id"], channel=event.channel, size_bytes=size)
+    question = Question(
+        about=about,
+        number=chat["id"],
+        channel=event.channel,
+        chat=event.chat,
+        title=chat["title"],
+        user=event.sender,
+        name=arrival.sender_name,
+        agent=agent,
+        text=event.text[: limits.EXCERPT_CHARACTERS],
+    )
+    questions.ask(tx, question)
     return Taken(outcome=Outcome.HELD)
 
 
@@ -276,6 +290,7 @@ def reconsider(tx: Transaction, agents: Collection[str], *, chat: int | None = N
         if taken.outcome is not Outcome.HELD:
             tx.all("release_held", seq=held["seq"])
             tx.tell(journal.info, "message-released", number=place["id"], outcome=taken.outcome)
+    questions.end_answered(tx)
     return list(sessions.values())
 
 
@@ -330,6 +345,7 @@ def take_back(tx: Transaction, channel: str, chat: str, thread: str, event: str)
     if row is not None:
         for query in ("take_back", "take_back_context"):
             tx.all(query, chat=row["id"], thread=thread, event=event)
+        questions.end_answered(tx)
     place = {"channel": channel, "chat": chat, "thread": thread}
     return bool(tx.all("take_back_message", event=event, now=now_ms(), **place))
 
@@ -347,6 +363,13 @@ def remove_wirings(tx: Transaction, *, chat: int | None = None, agent: str | Non
         if not tx.all("list_wirings", chat=number):
             tx.all("set_chat_state", id=number, state=ChatState.NEW)
     return bool(removed)
+
+
+def block_chat(tx: Transaction, number: int) -> None:
+    """Take nothing more from a chat; what is held there is dropped, and counted."""
+    remove_wirings(tx, chat=number)
+    tx.all("set_chat_state", id=number, state=ChatState.BLOCKED)
+    tx.all("count_dropped", id=number, number=len(tx.all("drop_held", chat=number)))
 
 
 def forget_agent(tx: Transaction, agent: str) -> None:

@@ -17,7 +17,9 @@ DENIAL_S = int(limits.DENIAL_S)
 
 
 def _what(approval: Json) -> str:
-    request = approval["request"]
+    request, question = approval["request"], approval["question"]
+    if question is not None:
+        return cut(f"{question['user']} in {question['number']}: {one_line(question['text'])}", URL_CELLS)
     if request is None:
         return "(changed by somebody)"
     return cut(f"{request['method']} {one_line(request['url'])}", URL_CELLS)
@@ -55,10 +57,19 @@ def approval_show(options: Namespace) -> None:
     if options.json:
         return output.say_json(reply)
     approval, request = reply["approval"], reply["approval"].pop("request")
+    question = approval.pop("question")
     time_left = _time_left(approval)
     output.say_document(approval)
     if time_left:
         output.say_field("Time left", time_left)
+    if question is not None:
+        output.say("")
+        output.say_field("Chat", f"{question['number']}, called {one_line(question['title']) or 'nothing'}")
+        output.say_field("Account", question["user"])
+        output.say_field("Calls itself", one_line(question["name"]) or "nothing")
+        output.say_field("Wrote", _marked(question["text"]))
+        _say_choices(reply)
+        return None
     if request is None:
         output.say("\nSomebody has changed what was asked for: its hash is not the one above.")
         return None
@@ -74,12 +85,16 @@ def approval_show(options: Namespace) -> None:
         for header in request["headers"]:
             output.say_field("Header", one_line(f"{header['name']}: {header['value']}"))
         output.say_field("Body", _body(request))
+    _say_choices(reply)
+    return None
+
+
+def _say_choices(reply: Json) -> None:
     output.say_field("Why", reply["why"])
-    if approval["state"] == "pending":
+    if reply["approval"]["state"] == "pending":
         output.say("\nWhat an answer does:")
         for choice in reply["choices"]:
             output.say_field(f"{choice['answer']} {choice['scope']}", choice["what"])
-    return None
 
 
 def _body(request: Json) -> str:
@@ -90,8 +105,12 @@ def _body(request: Json) -> str:
         text = body.decode()
     except UnicodeDecodeError:
         return f"{len(body)} bytes, no text: 'nanoclawctl approval show --json' has them in base64"
-    # Marked, since its lines could look like ours.
-    return "\n  | ".join([f"{len(body)} bytes", *visible(text).split("\n")])
+    return f"{len(body)} bytes{_marked(text)}"
+
+
+def _marked(text: str) -> str:
+    """Return a text of somebody's with a mark before each line, since these could look like ours."""
+    return "\n  | ".join(["", *visible(text).split("\n")])
 
 
 def approval_allow(options: Namespace) -> None:
@@ -110,9 +129,11 @@ def _answer(options: Namespace, answer: str, default: str) -> None:
     if len(named) > 1:
         raise UsageError("--once, --always and --for exclude each other")
     (scope,) = named
+    shown = control.call("ShowApproval", {"id": options.APPROVAL})["approval"]
+    if shown["question"] is not None and not any(given.values()):
+        scope = "always"
     if scope == "for" and seconds is None:
         seconds = DENIAL_S
-    shown = control.call("ShowApproval", {"id": options.APPROVAL})["approval"]
     reply = control.call(
         "AnswerApproval",
         {
@@ -131,6 +152,8 @@ def _told(reply: Json, answer: str, scope: str) -> str:
     until = f"until {output.when(approval['expiresAt'])}"
     words = {"once": "this once", "for": until, "always": f"by the rule '{reply['rule']}'"}[scope]
     is_what = "allowed" if answer == "allow" else "denied"
+    if approval["question"] is not None:
+        return f"{approval['id']} is {is_what}."
     done = f"{approval['id']} of '{approval['agent']}' is {is_what} {words}"
     if answer == "deny":
         return f"{done}."

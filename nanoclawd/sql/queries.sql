@@ -512,7 +512,7 @@ SELECT * FROM held WHERE :chat IS NULL OR chat = :chat ORDER BY seq;
 DELETE FROM held WHERE seq = :seq;
 
 -- drop_held --
-DELETE FROM held WHERE chat = :chat AND (:sender IS NULL OR sender = :sender) RETURNING seq;
+DELETE FROM held WHERE chat = :chat RETURNING seq;
 
 -- drop_old_held --
 DELETE FROM held WHERE received_at < :before RETURNING chat;
@@ -615,3 +615,19 @@ DELETE FROM approval WHERE id IN
          WHERE (state IN ('denied', 'used', 'expired') OR (state = 'allowed' AND scope = 'always'))
            AND max(expires_at, coalesce(decided_at, 0)) < :before LIMIT :limit)
 RETURNING id;
+
+-- find_question --
+SELECT id FROM approval
+ WHERE state = 'pending' AND kind = :kind AND channel = :channel AND chat = :chat
+   AND (:user IS NULL OR payload ->> '$.user' = :user);
+
+-- count_questions --
+SELECT count(*) AS questions FROM approval WHERE state = 'pending' AND kind IN ('sender', 'chat');
+
+-- end_questions --
+UPDATE approval SET state = 'expired'
+ WHERE state = 'pending' AND kind IN ('sender', 'chat')
+   AND NOT EXISTS (SELECT 1 FROM held JOIN chat ON chat.id = held.chat
+                    WHERE chat.channel = approval.channel AND chat.chat = approval.chat
+                      AND (approval.kind = 'chat') = (chat.state = 'new')
+                      AND (approval.kind = 'chat' OR held.sender = payload ->> '$.user'));

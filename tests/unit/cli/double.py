@@ -132,6 +132,7 @@ APPROVAL: Json = {
         "bodyBytes": 11,
         "body": base64.b64encode("a\x1b\u202eb\nWhy:".encode()).decode(),
     },
+    "question": None,
 }
 CHECK: Json = {"name": "network", "active": True, "detail": "connect: EPERM"}
 STATUS: Json = {

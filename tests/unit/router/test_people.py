@@ -15,7 +15,7 @@ import pytest
 
 from nanoclawd import limits, pairing, paths
 from nanoclawd.ids import AgentName, SessionName
-from nanoclawd.wire import Json
+from nanoclawd.wire import Json, VarlinkError
 from tests.support.router import CHANNEL, Place, Router
 from tests.unit.router.test_message_control import Operator, operating
 
@@ -314,6 +314,134 @@ def test_roles_are_for_what_they_say_and_the_last_owner_stays(place: Place) -> N
             await operator.refused("SetRole", "NotFound", person="ada", agent="berta")
             await operator.call("SetRole", person="ada", role="owner")
             await operator.call("SetRole", person="owner")
+
+    place.run(run)
+
+
+# --- questions --------------------------------------------------------------------------------------
+
+
+async def pending(room: Room) -> list[Json]:
+    found = await room.operator.stream("ListApprovals", state="pending")
+    return [reply["approval"] for reply in found if reply["approval"]]
+
+
+async def answered(room: Room, approval: Json, answer: str, scope: str = "always") -> Json:
+    parameters = {"id": approval["id"], "sha256": approval["sha256"], "answer": answer, "scope": scope}
+    return (await room.operator.call("AnswerApproval", **parameters))["approval"]
+
+
+def test_a_person_is_asked_once_about_a_sender_and_sees_what_they_wrote(place: Place) -> None:
+    async def run() -> None:
+        async with opened(place) as room:
+            await room.wire(engagement="every", access="ask")
+            await room.say("let me in", EVE, senderName="Your owner", title="Bank")
+            await room.say("please", EVE)
+
+            (approval,) = await pending(room)
+            assert (approval["kind"], approval["agent"], approval["chat"]) == ("sender", "berta", "room")
+            assert approval["question"] == {
+                "number": await room.number(),
+                "title": "Bank",
+                "user": EVE,
+                "name": "Your owner",
+                "text": "let me in",
+            }
+            shown = await room.operator.call("ShowApproval", id=approval["id"][:5])
+            assert [(c["answer"], c["scope"]) for c in shown["choices"]] == [
+                ("allow", "always"),
+                ("deny", "always"),
+            ]
+
+            done = await answered(room, approval, "allow")
+
+            assert (done["state"], done["scope"]) == ("allowed", "always")
+            assert await room.heard() == ["berta: let me in", "berta: please"]
+            assert await pending(room) == []
+            rows = await room.operator.stream("ListAudit")
+            (row,) = [r["row"] for r in rows if r["row"]["event"] == "approval_allowed"]
+            assert (row["agent"], json.loads(row["detail"])["user"]) == ("berta", EVE)
+
+    place.run(run)
+
+
+def test_an_answer_is_about_what_was_shown_and_is_given_once(place: Place) -> None:
+    async def run() -> None:
+        async with opened(place) as room:
+            await room.wire(engagement="every", access="ask")
+            await room.say("let me in", EVE)
+            (approval,) = await pending(room)
+
+            for wrong, scope in (({**approval, "sha256": "0" * 64}, "always"), (approval, "once")):
+                with pytest.raises(VarlinkError, match="Refused"):
+                    await answered(room, wrong, "allow", scope)
+            assert await room.heard() == []
+            assert (await answered(room, approval, "deny"))["state"] == "denied"
+            with pytest.raises(VarlinkError, match="Refused"):
+                await answered(room, approval, "allow")
+            assert await room.outcome("again", EVE) == "dropped"
+            assert await pending(room) == []
+
+    place.run(run)
+
+
+def test_a_new_chat_is_opened_or_blocked_by_an_answer(place: Place) -> None:
+    async def run() -> None:
+        async with opened(place) as room:
+            await room.operator.call("LinkPerson", person="owner", channel="test", user=ADA)
+            await room.say("hello?", kind="direct")
+            (approval,) = await pending(room)
+            assert (approval["kind"], approval["agent"]) == ("chat", "")
+
+            await answered(room, approval, "allow")
+            assert await room.heard() == ["berta: hello?"]
+
+            place.registry.add("emil")
+            room.chat = "other"
+            await room.say("hello?", EVE, kind="direct")
+            (approval,) = await pending(room)
+            with pytest.raises(VarlinkError, match="Refused"):
+                await answered(room, approval, "allow")  # to which of the two?
+            assert (await room.show())["chat"]["state"] == "new"
+            await answered(room, approval, "deny")
+            shown = await room.show()
+            assert (shown["chat"]["state"], shown["chat"]["dropped"]) == ("blocked", 1)
+
+    place.run(run)
+
+
+@pytest.mark.parametrize("command", ["wire", "block", "member"])
+def test_a_command_that_says_the_same_ends_the_question(place: Place, command: str) -> None:
+    async def run() -> None:
+        async with opened(place) as room:
+            if command == "member":
+                await room.wire(access="ask", engagement="every")
+            await room.say("hello?", EVE, kind="direct")
+            assert len(await pending(room)) == 1
+
+            match command:
+                case "wire":
+                    await room.wire()
+                case "block":
+                    await room.operator.call("BlockChat", number=await room.number())
+                case "member":
+                    await room.member(EVE)
+
+            assert await pending(room) == []
+
+    place.run(run)
+
+
+def test_no_more_is_asked_than_a_person_reads(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        monkeypatch.setattr(limits, "QUESTIONS", 3)
+        async with opened(place) as room:
+            await room.wire(engagement="every", access="ask")
+            for number in range(5):
+                assert await room.outcome("hey", f"@{number}:evil.example") == "held"
+
+            assert len(await pending(room)) == 3
+            assert (await room.show())["chat"]["held"] == 5
 
     place.run(run)
 
