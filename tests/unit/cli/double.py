@@ -134,6 +134,43 @@ APPROVAL: Json = {
     },
     "question": None,
 }
+PERSON: Json = {
+    "name": "ada",
+    "identities": [{"channel": "matrix", "user": "@ada:example.org", "how": "paired"}],
+    "standings": [
+        {"role": "admin", "agent": "berta", "chat": None},
+        {"role": "member", "agent": None, "chat": 3},
+    ],
+}
+CHAT: Json = {
+    "number": 3,
+    "channel": "matrix",
+    "chat": "!room:example.org",
+    "kind": "group",
+    "title": "Bank\x1b[2J\nSTATE open",
+    "state": "open",
+    "held": 1,
+    "dropped": 7,
+    "wirings": [
+        {
+            "agent": "berta",
+            "engagement": "sticky",
+            "pattern": "",
+            "stickySeconds": 60,
+            "priority": 1,
+            "exclusive": True,
+            "sessionMode": "thread",
+            "access": "ask",
+            "keepContext": 5,
+        }
+    ],
+}
+HELD: Json = {
+    "sender": "@eve:evil.example",
+    "senderName": "Your\nowner",
+    "text": "let me in\x1b",
+    "receivedAt": 1.0,
+}
 CHECK: Json = {"name": "network", "active": True, "detail": "connect: EPERM"}
 STATUS: Json = {
     "version": "0.1.0",
@@ -191,6 +228,7 @@ class RouterDouble:
         self.fail: dict[str, NanoclawError] = {}  #: by method
         self.calls: list[tuple[str, Json]] = []
         self.trash: str | None = None
+        self.chat: Json | None = CHAT
         self.rules: policy.Rules = ()
         self.unknown = policy.Unknown.DENY
         self.approvals: list[Json] = [APPROVAL]
@@ -303,6 +341,34 @@ class RouterDouble:
 
     async def _Status(self, _call: Call) -> Json:
         return self.status
+
+    async def _ListChats(self, call: Call) -> Json:
+        return {"chat": self.chat}
+
+    async def _ShowChat(self, call: Call) -> Json:
+        assert self.chat is not None
+        return {"chat": self.chat, "people": [PERSON], "held": [HELD]}
+
+    async def _WireChat(self, call: Call) -> Json:
+        return {"chat": self.chat}
+
+    _UnwireChat = _BlockChat = _WireChat
+
+    async def _ListPeople(self, call: Call) -> Json:
+        return {"person": PERSON}
+
+    async def _SetRole(self, call: Call) -> Json:
+        return {"person": PERSON}
+
+    _SetRoleOf = _LinkPerson = _SetRole
+
+    async def _Pair(self, call: Call) -> Json:
+        return {"code": "ABCD-EFGH", "seconds": 600}
+
+    async def _ResetSession(self, call: Call) -> Json:
+        return {"trash": self.trash}
+
+    _CloseSession = _ResetSession
 
     async def _Backup(self, _call: Call) -> Json:
         return {"file": str(self.backup)}
