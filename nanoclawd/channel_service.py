@@ -56,7 +56,7 @@ class ChannelService:
         parameters = call.parameters
         for name in ("channel", "chat", "event", "sender"):
             _check_name(name, parameters[name], empty=False)
-        for name in ("thread", "agent", "senderName", "title"):
+        for name in ("thread", "agent"):
             _check_name(name, parameters[name] or "")
         size = len(parameters["text"].encode())
         if size > limits.TEXT_BYTES:
@@ -101,9 +101,9 @@ class ChannelService:
             agent=parameters["agent"] or "",
             mentioned=bool(parameters["mentioned"]),
             program=parameters["writer"] == "program",
-            sender_name=parameters["senderName"] or "",
+            sender_name=_shown(parameters["senderName"]),
             direct=parameters["kind"] == "direct",
-            title=parameters["title"] or "",
+            title=_shown(parameters["title"]),
         )
         return await self._turns.write(lambda tx: take(tx, arrival, self._registry.names()), first)
 
@@ -122,9 +122,8 @@ class ChannelService:
     async def _invite(self, call: Call) -> Json:
         for name in ("channel", "chat", "sender"):
             _check_name(name, call.parameters[name], empty=False)
-        for name in ("senderName", "title"):
-            _check_name(name, call.parameters[name] or "")
-        channel, chat, title = (call.parameters[name] or "" for name in ("channel", "chat", "title"))
+        channel, chat = call.parameters["channel"], call.parameters["chat"]
+        title = _shown(call.parameters["title"])
         direct = call.parameters["kind"] == "direct"
 
         def invite(tx: Transaction) -> ChatState:
@@ -231,6 +230,12 @@ def _required_agent(name: str | None, event: Event) -> str:
     if name is None:
         raise Refused(f"chat '{event.chat}' of the terminal belongs to no agent", hint="name the agent")
     return name
+
+
+def _shown(name: str | None) -> str:
+    """Return what somebody chose to be called as a short line: nobody's messages wait for a better one."""
+    line = "".join(c if c.isprintable() else " " for c in (name or "")[: limits.NAME_BYTES])
+    return " ".join(line.split())
 
 
 def _check_name(name: str, value: str, *, empty: bool = True) -> None:

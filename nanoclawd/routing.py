@@ -71,6 +71,8 @@ def take(tx: Transaction, arrival: Arrival, agents: Collection[str]) -> Taken:
     already.
     """
     event = arrival.event
+    if (known := tx.one("find_event", **event.key)) is not None:
+        return Taken(outcome=Outcome.QUEUED, message=MessageId(known["id"]), duplicate=True)
     chat = find_chat(tx, event.channel, event.chat, direct=arrival.direct, title=arrival.title)
     wanted = arrival.direct or arrival.mentioned or bool(arrival.agent)
     if chat is None and wanted and not arrival.program:
@@ -153,7 +155,7 @@ def _route(
             tx.all("set_sticky", id=wiring.id, until=heard.at + wiring.sticky_seconds * 1000)
     if len(given) < len(chosen) and again is not None:
         taken.outcome = Outcome.HELD
-    elif len(given) < len(chosen) and not taken.duplicate:
+    elif len(given) < len(chosen):
         meant = next(wiring.agent for wiring, _ in chosen if verdicts[wiring.id] is Verdict.HELD)
         held = _hold(tx, chat, arrival, About.SENDER, meant)
         taken.outcome = held.outcome if taken.message is None else taken.outcome

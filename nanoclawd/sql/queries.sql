@@ -1,7 +1,13 @@
 -- Every statement of the router, by name. Parameters are named; times are milliseconds since 1970, UTC.
 
+-- find_event --
+-- The first message that an earlier delivery of the same event made.
+SELECT id FROM inbox
+ WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND revision = :revision
+ ORDER BY seq LIMIT 1;
+
 -- find_delivered --
--- The message that an earlier delivery of the same event made for an agent.
+-- The same for an agent.
 SELECT inbox.id, session FROM inbox JOIN session ON session.id = session
  WHERE inbox.channel = :channel AND inbox.chat = :chat AND inbox.thread = :thread AND event = :event
    AND revision = :revision AND agent = :agent;

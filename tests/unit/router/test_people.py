@@ -274,7 +274,7 @@ def test_a_name_that_somebody_chose_decides_nothing_and_gets_to_no_agent(place: 
         async with opened(place) as room:
             await room.wire(engagement="every", access="public")
 
-            await room.say("let me in", EVE, senderName=ADA, title="owner")
+            await room.say("let me in", EVE, senderName=f"{ADA}\n\x1b[2J" + "x" * 5000, title="owner")
             await room.router.settled()
 
             (turn,) = place.systemd.containers["nanoclaw-berta@test_1.service"].turns
@@ -490,8 +490,12 @@ def test_agents_do_not_answer_each_other_for_ever(place: Place) -> None:
             await room.member(bot)
 
             assert await room.outcome("spam", bot, writer="program") == "dropped"
-            outcomes = [await room.outcome("@berta hi", bot, writer="program") for _ in range(6)]
-            assert outcomes == ["queued"] * limits.PROGRAM_HOPS + ["dropped"] * 2
+            outcomes = [await room.outcome("@berta hi", bot, writer="program") for _ in range(3)]
+            last = {"sender": bot, "writer": "program", "event": "last"}
+            again = [(await room.say("@berta hi", **last))["duplicate"] for _ in range(5)]
+            assert again == [False, True, True, True, True]
+            outcomes += [await room.outcome("@berta hi", bot, writer="program") for _ in range(2)]
+            assert outcomes == ["queued"] * (limits.PROGRAM_HOPS - 1) + ["dropped"] * 2
             assert await room.outcome("go on", ADA) == "queued"
             outcomes = [await room.outcome("@berta hi", bot, writer="program") for _ in range(6)]
             left = limits.PROGRAM_BURST - limits.PROGRAM_HOPS
