@@ -127,7 +127,7 @@ def test_a_person_can_do_without_nanoclawctl(product: Product, machine: Machine)
         attached.terminate()
 
     assert not first["duplicate"]
-    assert again == {"message": first["message"], "duplicate": True}
+    assert again == {**first, "duplicate": True}
     assert (delivery["kind"], delivery["text"], delivery["inReplyTo"]) == ("reply", "hello", "e1")
     call(
         machine,

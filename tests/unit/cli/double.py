@@ -492,7 +492,7 @@ class RouterDouble:
         if self.hang_up_after_storing:
             self.hang_up_after_storing = False
             call.connection.sock.shutdown(socket.SHUT_RDWR)
-        return {"message": "m0123456789abcdef", "duplicate": duplicate}
+        return {"outcome": "queued", "message": "m0123456789abcdef", "duplicate": duplicate}
 
     async def _Attach(self, call: Call) -> Json:
         queue: asyncio.Queue[Json] = asyncio.Queue()
