@@ -36,9 +36,9 @@ def deliver(machine: Machine, agent: str, text: str) -> str:
     return str(reply["message"])
 
 
-def next_delivery(machine: Machine, chat: str) -> Json:
-    """Attach as an adapter of the channel "terminal" until a delivery comes, and return that."""
-    parameters = json.dumps({"channel": "terminal", "chat": chat})
+def next_delivery(machine: Machine, chat: str, channel: str = "terminal") -> Json:
+    """Attach as an adapter until a delivery comes, and return that."""
+    parameters = json.dumps({"channel": channel, "chat": chat})
     method = "io.nanoclaw.Channel.Attach"
     line = ("varlinkctl", "call", "--json=short", "--more", CHANNEL, method, parameters)
     with machine.popen(*line, stdout=subprocess.PIPE) as attached:

@@ -1,4 +1,4 @@
-"""Whatever is said and decided in whatever order: who was not let in is stored nowhere; nothing comes twice."""
+"""Whatever is said and decided in whatever order: who was not let in is nowhere, and nothing comes twice."""
 
 from __future__ import annotations
 
