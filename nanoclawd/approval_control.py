@@ -148,6 +148,7 @@ def _choices(request: Request) -> list[Json]:
     """Say what each answer would allow or deny, and nothing else."""
     rule, host = request.rule(), policy.authority(request.host, request.port)
     size = f"{rule.max_up_bytes >> 20} MiB up and {rule.max_down_bytes >> 20} MiB down"
+    size += f" in {rule.timeout_seconds} s"
     if request.way is Way.TUNNEL:
         what = f"each tunnel to {host}, whatever is said in it, of up to {size}"
         once = f"one tunnel to {host}, whatever is said in it, of up to {size}"
