@@ -214,16 +214,20 @@ class Approvals:
         row, live = await self._db.write(operation)
         self._take_over(live)
         if scope is not Scope.ONCE:
-            await self._db.write(partial(self._end_decided, agent=row["agent"]))
+            await self.end_decided()
         return row
 
-    def _end_decided(self, tx: Transaction, agent: str) -> None:
-        """End questions that an answer to another one has answered, too."""
-        for pending in tx.all("pending_approvals", agent=agent):
-            request = request_of(pending)
-            if request is not None and self.decide(request).reason != "ask":
-                (row,) = tx.all("expire_approval", id=pending["id"])
-                _note(tx, Kind.REQUEST, "expired", row)
+    async def end_decided(self) -> None:
+        """Policies have changed: end the questions that rules answer by now. Raises Unavailable."""
+
+        def operation(tx: Transaction) -> None:
+            for pending in tx.all("pending_approvals"):
+                request = request_of(pending)
+                if request is not None and self.decide(request).reason != "ask":
+                    (row,) = tx.all("expire_approval", id=pending["id"])
+                    _note(tx, Kind.REQUEST, "expired", row)
+
+        await self._db.write(operation)
 
     async def forget(self, agent: str) -> None:
         """End all of an agent that is removed: the next one of that name inherits nothing."""

@@ -87,7 +87,7 @@ class ControlService:
             "StopAll": Method(handler=self._stop_all),
             "StartAll": Method(handler=self._start_all),
             **PolicyControl(
-                registry=self.registry, gateway=self.gateway, policy_of=self.approvals.policy
+                registry=self.registry, policy_of=self.approvals.policy, changed=self._change_policies
             ).methods,
             **ApprovalControl(
                 db=self.db,
@@ -195,9 +195,14 @@ class ControlService:
     async def _refresh_gateway(self) -> None:
         """Hand over policies that may have changed. Goes on if the gateway is away: it gets them later."""
         try:
-            await self.gateway.refresh()
+            await self._change_policies()
         except Unavailable as exc:
             journal.warning("policy-not-taken", f"{exc}, going on")
+
+    async def _change_policies(self) -> None:
+        """Have policies that may have changed take effect. Raises Unavailable."""
+        await self.approvals.end_decided()
+        await self.gateway.refresh()
 
     async def start_waiting(self) -> None:
         """Wake every session that has work and an agent that may run; give up those whose agent is gone."""

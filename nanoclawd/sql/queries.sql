@@ -388,7 +388,7 @@ SELECT id FROM (SELECT asked_at, rowid AS place, id FROM approval
 SELECT * FROM approval WHERE agent = :agent AND sha256 = :sha256 AND state = 'pending';
 
 -- pending_approvals --
-SELECT * FROM approval WHERE agent = :agent AND state = 'pending';
+SELECT * FROM approval WHERE state = 'pending';
 
 -- expire_approval --
 UPDATE approval SET state = 'expired' WHERE id = :id RETURNING *;

@@ -311,9 +311,10 @@ class RegistryDouble:
             raise ConfigError("agents/broken.toml:1: is broken", hint="repair it")
         return self.agents[name]
 
-    async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> None:
+    async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> Agent:
         config = self.agents[name]
         self.agents[name] = replace(config, policy=with_rule(config.policy, rule, last=last))
+        return self.get(name)
 
     def policy(self, name: str) -> Policy:
         return self.agents[name].all_policy if name in self.agents else Policy()

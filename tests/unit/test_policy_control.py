@@ -40,7 +40,9 @@ class Person:
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self._methods = PolicyControl(
-            registry=registry, gateway=GatewayLink(registry.policy, take_over), policy_of=registry.policy
+            registry=registry,
+            policy_of=registry.policy,
+            changed=GatewayLink(registry.policy, take_over).refresh,
         ).methods
 
     async def call(self, name: str, /, **parameters: object) -> Json:
