@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.containment.test_selftest import broken_code
 from tests.e2e.test_anthropic import SETTINGS, Api
 from tests.support.machine import Machine
 from tests.support.product import Product
@@ -20,17 +21,16 @@ API = "messages_api"  #: its own process has the canary on its command line
 SEARCH = """
 import json, sys
 sys.path.insert(0, "/opt/nanoclaw/lib")
-from runner import containment
-rows = [probe for probe in containment.PROBES if probe.name.startswith("secret-")]
-print(json.dumps([containment.run(probe, {"absent": {}}) for probe in rows]))
+from runner.containment import canary, suite
+print(json.dumps([suite.run(probe, {"absent": {}}) for probe in canary.PROBES]))
 """
 ASK = """
 import json, sys
 sys.path.insert(0, "/opt/nanoclaw/lib")
-from runner import containment
+from runner.containment import gateway
 body = b'{"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}'
-request = containment.post(b"/anthropic/v1/messages", b"Content-Length: %d\\r\\n" % len(body), body)
-status, answer = containment.gateway(request)
+request = gateway.post(b"/anthropic/v1/messages", b"Content-Length: %d\\r\\n" % len(body), body)
+status, answer = gateway.ask(request)
 print(json.dumps([status, answer.decode()]))
 """
 PROCESSES = """
@@ -90,6 +90,31 @@ def test_the_key_is_nowhere_but_in_the_gateway(machine: Machine, product: Produc
         timeout_s=120,
     )
     assert found.stdout == ""
+
+
+def test_a_gateway_that_covers_nothing_is_noticed(machine: Machine, product: Product, api: Api) -> None:
+    machine.expect_journal("nanoclaw-gateway.service <4> records-lost")  # the router is away for a moment
+    agent = product.add(provider="anthropic")
+    error = {"type": "invalid_request_error", "message": f"your key is {CANARY}"}
+    api.start({"text": "hi"}, {"status": 400, "headers": ECHO, "error": error}, require_key=CANARY)
+    product.send(agent, "hello")
+
+    # Two lines: of headers and of bodies.
+    changes = ("s/self._pattern.search(data))/False)/", "s/return self._pattern.sub.*/return data/")
+    with broken_code(machine, *(("gateway/redact.py", change) for change in changes)):
+        _status, answer = product.python_inside(agent, ASK)
+
+    head, _, body = answer.partition("\r\n\r\n")
+    assert CANARY in head and CANARY in body
+
+
+def test_a_secret_that_an_agent_is_told_is_found_in_its_runner(product: Product) -> None:
+    agent = product.add()
+    product.send(agent, CANARY)
+
+    inside = {row["name"]: row["result"] for row in product.python_inside(agent, SEARCH, timeout_s=120)}
+
+    assert inside["secret-memory"] == "through"
 
 
 def crash_the_gateway(machine: Machine) -> None:
