@@ -12,7 +12,7 @@ from nanoclawd import journal, limits, paths, varlink
 from nanoclawd.errors import Unavailable
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
-from nanoclawd.policy import Rules, to_json
+from nanoclawd.policy import Policy, to_json
 from nanoclawd.wire import Json, VarlinkError, WireError
 
 _INTERFACE = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
@@ -27,12 +27,19 @@ class GatewayLink:
     """Keeps the gateway supplied with the listeners of live sessions, and with the policies of their agents.
 
     run() must run as a task. `policy_of` tells an agent's policy at this moment; what agents have asked for
-    goes to `take_over`, again if it was not on disk yet when the router before us ended.
+    goes to `take_over`, again if it was not on disk yet when the router before us ended. What is `beside`
+    runs while a gateway is connected.
     """
 
-    def __init__(self, policy_of: Callable[[AgentName], Rules], take_over: TakeOver) -> None:
+    def __init__(
+        self,
+        policy_of: Callable[[AgentName], Policy],
+        take_over: TakeOver,
+        beside: Sequence[Callable[[], Awaitable[None]]] = (),
+    ) -> None:
         self._policy_of = policy_of
         self._take_over = take_over
+        self._beside = beside
         self._wanted: dict[Key, socket.socket] = {}
         self._changed = asyncio.Event()
         self._supplied = asyncio.Event()  #: the gateway has all that it should have
@@ -42,16 +49,16 @@ class GatewayLink:
         faster.
         """
         self._wanted[agent, session] = listener
-        self._change()
+        self.change()
 
     def detach(self, agent: AgentName, session: SessionName) -> None:
         """Have the gateway close its copy. Harmless if it has none."""
         self._wanted.pop((agent, session), None)
-        self._change()
+        self.change()
 
     async def refresh(self) -> None:
         """Have the gateway take over policies that have changed; return when it has. Raises Unavailable."""
-        self._change()
+        self.change()
         if not self._wanted:
             return  # nobody runs: it gets them with the next session
         try:
@@ -62,7 +69,8 @@ class GatewayLink:
             hint = "'systemctl --user restart nanoclaw-gateway' makes it forget what it has"
             raise Unavailable(message, hint=hint) from None
 
-    def _change(self) -> None:
+    def change(self) -> None:
+        """Have the gateway take over what has changed, without waiting for it."""
         self._supplied.clear()
         self._changed.set()
 
@@ -82,9 +90,11 @@ class GatewayLink:
                 connection = await varlink.connect(paths.gateway_socket())
                 try:
                     async with asyncio.TaskGroup() as tasks:
-                        reading = tasks.create_task(self._keep_reading(), name="gateway's records")
+                        reading = [tasks.create_task(self._keep_reading(), name="gateway's records")]
+                        reading += [tasks.create_task(run()) for run in self._beside]  # type: ignore[arg-type]
                         await self._keep_supplied(connection)
-                        reading.cancel()
+                        for task in reading:
+                            task.cancel()
                 finally:
                     connection.close()
                     self._supplied.clear()
@@ -133,19 +143,23 @@ class GatewayLink:
         has: dict[Key, socket.socket | None] = {
             (AgentName(agent), SessionName(session)): None for agent, _, session in names
         }
-        policies: dict[AgentName, Rules] = {}
+        policies: dict[AgentName, Policy] = {}
         while True:
             self._changed.clear()
             for key in has.keys() - self._wanted.keys():
                 del has[key]
                 await _ask(connection, "Detach", {"agent": key[0], "session": key[1]})
             agents = {agent for agent, _ in self._wanted}
-            policies = {agent: rules for agent, rules in policies.items() if agent in agents}
+            policies = {agent: policy for agent, policy in policies.items() if agent in agents}
             for agent in agents:  # before its sessions, which may nothing without it
-                if policies.get(agent) != (rules := self._policy_of(agent)):
-                    told = {"agent": agent, "rules": [*map(to_json, rules)]}
+                if policies.get(agent) != (policy := self._policy_of(agent)):
+                    told = {
+                        "agent": agent,
+                        "unknown": policy.unknown,
+                        "rules": [*map(to_json, policy.rules)],
+                    }
                     await _ask(connection, "SetPolicy", told)
-                    policies[agent] = rules
+                    policies[agent] = policy
             for key, listener in list(self._wanted.items()):
                 # Looked up again: meanwhile the session may have ended and closed it.
                 if self._wanted.get(key) is listener and has.get(key) is not listener and key[0] in policies:

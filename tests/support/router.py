@@ -12,6 +12,7 @@ import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +22,17 @@ from nanoclawd import __main__ as nanoclawd
 from nanoclawd import containers, paths
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
+from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
+from nanoclawd.policy import Rule, with_rule
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.server import Server
@@ -307,6 +311,10 @@ class RegistryDouble:
             raise ConfigError("agents/broken.toml:1: is broken", hint="repair it")
         return self.agents[name]
 
+    async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> None:
+        config = self.agents[name]
+        self.agents[name] = replace(config, policy=with_rule(config.policy, rule, last=last))
+
     def instructions(self, name: str) -> str:
         return "Be brief."
 
@@ -374,6 +382,8 @@ class Router:
         self.outlets: Outlets
         self.audit: Audit
         self.gateway: GatewayLink
+        self.approvals: Approvals
+        self.holds: HoldLink
         self._slots = slots
 
     async def run(self) -> None:
@@ -386,7 +396,11 @@ class Router:
                 tasks.create_task(db.run(), name="database")
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
-                self.gateway = GatewayLink(lambda _: (), self.audit.take_over)
+                self.approvals = Approvals(db=db, registry=registry, outlets=outlets)
+                await self.approvals.load()
+                self.holds = HoldLink(self.approvals)
+                self.gateway = GatewayLink(self.approvals.policy, self.audit.take_over, [self.holds.run])
+                self.approvals.on_expiry = self.gateway.change
                 self.sessions = Sessions(
                     db=db,
                     systemd=systemd,

@@ -15,7 +15,7 @@ from typing import Any
 from nanoclawd.gateway.sessions import Gateway, Session
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.ids import AgentName, SessionName
-from nanoclawd.policy import Rule, Rules
+from nanoclawd.policy import Policy, Rule, Rules, Unknown
 from nanoclawd.settings import parse_settings
 
 AGENT, SESSION = AgentName("berta"), SessionName("s1")
@@ -137,6 +137,7 @@ async def bench(
     settings: str = "",
     tls: ssl.SSLContext | None = None,
     rules: Rules = MODEL_ONLY,
+    unknown: Unknown = Unknown.DENY,
 ) -> AsyncIterator[Bench]:
     """Run a gateway with one session, forwarding to `handler` (None: to a port where nobody listens).
 
@@ -168,7 +169,7 @@ async def bench(
         gateway = Gateway(tasks, make_tls())
         gateway.settings = parse_settings(settings)
         path = directory / "gateway.sock"
-        gateway.set_policy(AGENT, rules)
+        gateway.set_policy(AGENT, Policy(rules=rules, unknown=unknown))
         gateway.attach(AGENT, SESSION, listen(path))
         table = Bench(gateway, path, port)
         try:

@@ -83,7 +83,7 @@ class Program:
 
     def attach(self, listener: socket.socket, session: str = "s1") -> None:
         rules = [to_json(Rule(route="anthropic"))]
-        self.call("io.nanoclaw.Gateway.SetPolicy", {"agent": "berta", "rules": rules})
+        self.call("io.nanoclaw.Gateway.SetPolicy", {"agent": "berta", "unknown": "deny", "rules": rules})
         self.call("io.nanoclaw.Gateway.Attach", {"agent": "berta", "session": session}, fd=listener.fileno())
 
     def close(self) -> None:
