@@ -32,6 +32,7 @@ from nanoclawd import credentials, paths, quadlet
 from nanoclawd.cli import control, doctor, output
 from nanoclawd.cli.agent import purge
 from nanoclawd.cli.conversation import Conversation, Delivery
+from nanoclawd.cli.logs import own_journal
 from nanoclawd.cli.screen import Screen
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused
 from nanoclawd.ids import AgentName, SessionName, parse_credential_name, unit_name
@@ -199,8 +200,12 @@ class _Attack:
         rows: list[Json] = json.loads(self._ask({"do": ["probe"], **parameters}))
         session = SessionName(control.sessions(AGENT)[0]["session"])
         unit = unit_name(AGENT, session)
-        rows += [_other_uid(_container_pid(AGENT, session), parameters["other"]), self._forged_lines(unit)]
-        rows += [self._log_flood(), self._memory(unit), self._stop(added["runtime"]["hostUid"])]
+        host_uid = added["runtime"]["hostUid"]
+        rows += [
+            _other_uid(_container_pid(AGENT, session), parameters["other"]),
+            self._forged_lines(host_uid),
+        ]
+        rows += [self._log_flood(), self._memory(unit), self._stop(host_uid)]
         return [*rows, self._instructions(), self._others_turn(turn), self._links(), self._journal()]
 
     # --- what it may find -------------------------------------------------------------------------
@@ -292,11 +297,10 @@ class _Attack:
 
     # --- what only the host can judge -------------------------------------------------------------
 
-    def _forged_lines(self, unit: str) -> Json:
+    def _forged_lines(self, host_uid: int) -> Json:
         """The program has written a line with the mark of an emergency before it."""
-        # Not --user: what an agent writes has its uid.
-        line = ("journalctl", "--quiet", self._since, "--output=json", f"_SYSTEMD_USER_UNIT={unit}")
-        lines = [json.loads(text) for text in doctor.ask(*line)[1].splitlines() if self._token in text]
+        text = doctor.ask(*own_journal(host_uid), "--quiet", self._since, "--output=json")[1]
+        lines = [json.loads(line) for line in text.splitlines() if self._token in line]
         found = sorted({str(entry.get("PRIORITY")) for entry in lines})
         result = "untried" if not found else "held" if found == ["7"] else "through"
         detail = f"priority {', '.join(found)}" if found else "you may not see its lines in the journal"
