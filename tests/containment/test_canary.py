@@ -188,7 +188,7 @@ def test_a_gateway_that_covers_nothing_is_noticed(machine: Machine, product: Pro
 
 def test_a_secret_that_an_agent_is_told_is_found_in_its_runner(product: Product) -> None:
     agent = product.add()
-    product.send(agent, CANARY)
+    product.send(agent, f"NANOCLAWCANARY{secrets.token_hex(16)}")  # not the key, which must be nowhere
 
     inside = {row["name"]: row["result"] for row in product.python_inside(agent, SEARCH, timeout_s=120)}
 
