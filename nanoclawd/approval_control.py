@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from nanoclawd import asking, limits, policy
-from nanoclawd.approvals import Approvals, Scope
+from nanoclawd.approvals import Approvals, Scope, request_of
 from nanoclawd.asking import Request
 from nanoclawd.audit import Audit
 from nanoclawd.db import Database, Row, now_ms
@@ -55,12 +55,11 @@ class ApprovalControl:
 
     async def _show(self, call: Call) -> Json:
         row = await self.approvals.find(call.parameters["id"])
-        shown = _describe(row)
-        if shown["request"] is None:
-            return {"approval": shown, "why": "", "choices": []}
-        request = asking.parse(row["payload"])
+        request = request_of(row)
+        if request is None:
+            return {"approval": _describe(row), "why": "", "choices": []}
         return {
-            "approval": shown,
+            "approval": _describe(row),
             "why": self.approvals.decide(request).message,
             "choices": _choices(request),
         }
@@ -138,9 +137,8 @@ def _describe(row: Row) -> Json:
     shown: Json = {name: row[name] for name in names}
     shown |= {"askedAt": row["asked_at"] / 1000, "expiresAt": row["expires_at"] / 1000}
     shown |= {"decidedAt": row["decided_at"] and row["decided_at"] / 1000, "decidedBy": row["decided_by"]}
-    if asking.hash_of(row["payload"]) != row["sha256"]:
+    if (request := request_of(row)) is None:
         return {**shown, "request": None}
-    request = asking.parse(row["payload"])
     told = asking.to_json(request)
     wanted = {name: told[name] for name in ("way", "method", "host", "port", "headers", "body")}
     return {**shown, "request": {**wanted, "url": request.url, "bodyBytes": len(request.body_bytes)}}

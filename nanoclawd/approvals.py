@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 from nanoclawd import asking, journal, limits
 from nanoclawd.asking import Request
@@ -74,7 +75,7 @@ class Approvals:
     def _take_over(self, rows: list[Row]) -> None:
         self._rules = {}
         for row in rows:
-            request = _request(row)
+            request = request_of(row)
             if request is not None and len(rules := self._rules.setdefault(row["agent"], [])) < RULES:
                 deny = row["state"] == ApprovalState.DENIED
                 rules.append(request.rule(deny=deny, until=row["expires_at"] / 1000))
@@ -185,7 +186,7 @@ class Approvals:
             )
         if row["state"] != ApprovalState.PENDING or row["expires_at"] <= now_ms():
             raise Refused(f"approval {id} has expired", hint="when the agent asks again, there is a new one")
-        request = _request(row)
+        request = request_of(row)
         if request is None or row["sha256"] != sha256:
             hint = f"look again: 'nanoclawctl approval show {id}'"
             raise Refused(f"approval {id} is not about what you were shown: its hash differs", hint=hint)
@@ -214,8 +215,17 @@ class Approvals:
 
         row, live = await self._db.write(operation)
         self._take_over(live)
-        journal.info(f"approval-{row['state']}", approval=id, agent=row["agent"], scope=scope)
+        if scope is not Scope.ONCE:
+            await self._db.write(partial(self._end_decided, agent=row["agent"]))
         return row
+
+    def _end_decided(self, tx: Transaction, agent: str) -> None:
+        """End questions that an answer to another one has answered, too."""
+        for pending in tx.all("pending_approvals", agent=agent):
+            request = request_of(pending)
+            if request is not None and self.decide(request).reason != "ask":
+                (row,) = tx.all("expire_approval", id=pending["id"])
+                _note(tx, Kind.REQUEST, "expired", row)
 
     async def forget(self, agent: str) -> None:
         """End all of an agent that is removed: the next one of that name inherits nothing."""
@@ -262,9 +272,14 @@ class Approvals:
         self.on_expiry()
 
 
-def _request(row: Row) -> Request | None:
-    """Return what the row is about; None if its hash is not that of what it has."""
-    return asking.parse(row["payload"]) if asking.hash_of(row["payload"]) == row["sha256"] else None
+def request_of(row: Row) -> Request | None:
+    """Return what the row is about; None if somebody wrote it anew, so that this cannot be known."""
+    if asking.hash_of(row["payload"]) != row["sha256"]:
+        return None
+    try:
+        return asking.parse(row["payload"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _expire(tx: Transaction, now: int) -> None:
@@ -272,10 +287,11 @@ def _expire(tx: Transaction, now: int) -> None:
         _note(tx, Kind.REQUEST, "expired", row)
 
 
-def _note(tx: Transaction, kind: Kind, event: str, row: Row, **more: object) -> None:
-    """Add a row to the audit trail."""
+def _note(tx: Transaction, kind: Kind, event: str, row: Row, **more: Any) -> None:
+    """Tell the journal, and the audit trail."""
+    tx.tell(journal.info, f"approval-{event}", approval=row["id"], agent=row["agent"], **more)
     detail: Json = {"approval": row["id"], "sha256": row["sha256"], "session": row["session"], **more}
-    if (request := _request(row)) is not None:
+    if (request := request_of(row)) is not None:
         detail |= {"method": request.method, "host": authority(request.host, request.port)}
         detail |= {"path": request.path[:_PATH_CHARACTERS]}
     append(tx, kind, f"approval_{event}", detail, agent=row["agent"])

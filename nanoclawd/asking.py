@@ -87,9 +87,13 @@ def to_json(request: Request) -> Json:
 
 
 def from_json(request: Json) -> Request:
-    """The reverse, as trusted as the sender."""
+    """The reverse. Raises ValueError if it is larger than one may be, or its body is not base64."""
     headers = tuple((header["name"], header["value"]) for header in request["headers"])
-    return Request(**{**request, "way": Way(request["way"]), "headers": headers})
+    found = Request(**{**request, "way": Way(request["way"]), "headers": headers})
+    base64.b64decode(found.body, validate=True)
+    if len(found.canonical) > REQUEST_CHARACTERS:
+        raise ValueError("the request is too large")
+    return found
 
 
 def parse(canonical: str) -> Request:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from nanoclawd import asking, journal, paths, varlink
+from nanoclawd import asking, journal, limits, paths, varlink
 from nanoclawd.approvals import Approvals
 from nanoclawd.asking import Request
 from nanoclawd.errors import Refused, Unavailable
@@ -59,9 +59,12 @@ class HoldLink:
             self._waiting = {key: hold for key, hold in self._waiting.items() if hold.id in known}
             for told in read["holds"]:
                 known.append(told["id"])
-                request = asking.from_json(told["request"])
-                if request.sha256 != told["sha256"]:
-                    raise WireError("holds.sha256", "is not that of the request")
+                try:
+                    request = asking.from_json(told["request"])
+                except ValueError as exc:
+                    raise WireError("holds.request", str(exc)) from None
+                if request.sha256 != told["sha256"] or len(known) > limits.HOLDS:
+                    raise WireError("holds", "are too many, or a hash is not that of its request")
                 self._waiting[request.sha256] = _Hold(told["id"], request)
                 await self.ask(request.sha256)
 

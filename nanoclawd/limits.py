@@ -49,6 +49,7 @@ APPROVAL_MAX_S = 30 * 86_400  #: what a person may allow or deny for a while
 APPROVALS_PER_AGENT = 20  #: that wait for an answer
 APPROVALS = 200
 APPROVALS_LISTED = 1000
+HOLDS = 1000  #: that a gateway may tell of; ours has fewer at a time
 ASK_NOTICES_PER_S = 1 / 60  #: lines in the chats of one agent, in the long run
 ASK_NOTICES_BURST = 5
 

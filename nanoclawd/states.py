@@ -56,7 +56,10 @@ DELIVERY_TRANSITIONS = {
 APPROVAL_TRANSITIONS = {
     (ApprovalState.PENDING, ApprovalState.ALLOWED): "a person allows it",
     (ApprovalState.PENDING, ApprovalState.DENIED): "a person denies it",
-    (ApprovalState.PENDING, ApprovalState.EXPIRED): "nobody answers in time, or its agent is removed",
+    (
+        ApprovalState.PENDING,
+        ApprovalState.EXPIRED,
+    ): "nobody answers in time, a rule decides by now, or its agent is removed",
     (ApprovalState.ALLOWED, ApprovalState.USED): "the very same request is sent, once",
     (ApprovalState.ALLOWED, ApprovalState.EXPIRED): "its time is over, or its agent is removed",
 }

@@ -265,8 +265,8 @@ def _set_tables(text: str, key: str, tables: list[Any]) -> str:
     comments = r"(?:^[ \t]*#.*\n){0,20}+"
     block = rf"{comments}^[ \t]*\[\[\s*{re.escape(key)}\s*\]\].*\n?(?:(?!{comments}[ \t]*\[).*\n?)*"
     rest = re.sub(block, "", text, flags=re.MULTILINE).rstrip()
-    loaded = ((_loads_or_none(found), found) for found in re.findall(block, text, re.MULTILINE))
-    old = [(values[key][0], found) for values, found in loaded if values]
+    blocks = (found[0] for found in re.finditer(block, text, re.MULTILINE))
+    old = [(values[key][0], found) for found in blocks if (values := _loads_or_none(found))]
 
     def render(table: Any) -> str:
         for values, found in old:
@@ -279,21 +279,20 @@ def _set_tables(text: str, key: str, tables: list[Any]) -> str:
             changed if _loads_or_none(changed) == {key: [table]} else f"[[{key}]]\n" + tomli_w.dumps(table)
         )
 
-    blocks = map(render, tables)
-    return "\n\n".join(part.rstrip() for part in (rest, *blocks) if part) + "\n"
+    return "\n\n".join(part.rstrip() for part in (rest, *map(render, tables)) if part) + "\n"
 
 
 def _change_table(block: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return the text of one [[table]] with its keys made those of `new`, as far as that is easy."""
-    head = re.match(r"(?:[ \t]*#.*\n)*.*\n", block)
-    assert head is not None
-    body = block[head.end() :].rstrip() + "\n"
+    start = re.compile(r"^[ \t]*\[\[.*\n?", re.MULTILINE).search(block)
+    assert start is not None
+    body = block[start.end() :].rstrip() + "\n"
     for key in old.keys() - new.keys():
         body = re.sub(rf"^[ \t]*{re.escape(key)}[ \t]*=.*\n", "", body, flags=re.MULTILINE)
     for key, value in new.items():
         if key not in old or old[key] != value:
             body = _set(body, key, value)
-    return head[0] + body
+    return block[: start.end()] + body
 
 
 def _loads_or_none(text: str) -> dict[str, Any] | None:

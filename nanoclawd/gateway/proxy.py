@@ -201,7 +201,7 @@ class AgentConnection:
                 message = f"The gateway has no usable key for {route.name}: {exc}."
                 raise Denied(401, f"credential-{exc.code}", message) from exc
         passed = [*route_headers(headers, route, secret), *body]
-        secrets = () if secret is None else (secret.reveal(), route.scheme.code(secret.reveal()))
+        secrets = () if secret is None else route.scheme.spellings(secret.reveal())
         upstream = await gateway.pool.connect(route.endpoint)
         try:
             path = route.endpoint.path + (ask.target if ask.target.startswith("/") else f"/{ask.target}")

@@ -379,13 +379,19 @@ SELECT * FROM approval WHERE substr(id, 1, length(:id)) = :id ORDER BY asked_at 
 
 -- list_approvals --
 -- The newest, the oldest of them first.
-SELECT id FROM (SELECT asked_at, id FROM approval
+SELECT id FROM (SELECT asked_at, rowid AS place, id FROM approval
                  WHERE (:agent IS NULL OR agent = :agent) AND (:state IS NULL OR state = :state)
-                 ORDER BY asked_at DESC LIMIT :limit)
- ORDER BY asked_at;
+                 ORDER BY asked_at DESC, rowid DESC LIMIT :limit)
+ ORDER BY asked_at, place;
 
 -- pending_approval --
 SELECT * FROM approval WHERE agent = :agent AND sha256 = :sha256 AND state = 'pending';
+
+-- pending_approvals --
+SELECT * FROM approval WHERE agent = :agent AND state = 'pending';
+
+-- expire_approval --
+UPDATE approval SET state = 'expired' WHERE id = :id RETURNING *;
 
 -- count_approvals --
 SELECT count(*) FILTER (WHERE agent = :agent) AS of_agent, count(*) AS total FROM approval WHERE state = 'pending';

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.machine import Machine
+from tests.support.machine import Machine, NestedMachine
 from tests.support.product import Product, unique_prefix
 from tests.support.web_server import ADDRESS, LOGIN
 
@@ -78,6 +78,25 @@ version = {"name": "thing", "version": "1.0.0",
 os.makedirs(f"{directory}/npm")
 with open(f"{directory}/npm/thing", "w") as file:
     json.dump({"name": "thing", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": version}}, file)
+"""
+#: A name server. moving.test leads to 127.0.0.2 once, then elsewhere; both.test to two addresses at once.
+NAME_SERVER = """
+import socket, struct
+asked = {}
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+    server.bind(("127.0.0.54", 53))
+    while True:
+        query, client = server.recvfrom(512)
+        end = query.index(b"\\0", 12) + 1
+        name, kind = query[12:end], query[end:end + 2]
+        found = []
+        if kind == b"\\0\\1":
+            asked[name] = asked.get(name, 0) + 1
+            found = [2, 3] if name.startswith(b"\\4both") else [2] if asked[name] == 1 else [3]
+        record = b"\\xc0\\x0c" + struct.pack(">HHIH", 1, 1, 0, 4)
+        answers = b"".join(record + bytes([127, 0, 0, last]) for last in found)
+        head = query[:2] + struct.pack(">5H", 0x8180, 1, len(found), 0, 0)
+        server.sendto(head + query[12:end + 4] + answers, client)
 """
 MAKE_CERTIFICATE = """
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=garden.test \
@@ -351,6 +370,33 @@ def test_name_that_leads_to_this_host_needs_its_addresses_in_the_rule(tools: Too
 
     tools.policy("allow", url, "--address", "127.0.0.1", "--address", "::1")
     assert tools.status(url, *proxied) == "200"
+
+
+@pytest.fixture
+def names(machine: Machine) -> Iterator[None]:
+    """A name server that changes its mind."""
+    if not isinstance(machine, NestedMachine):
+        pytest.skip("needs root, for a name server")
+    before = machine.read("/etc/resolv.conf")
+    machine.run(
+        *("systemd-run", "--quiet", "--collect", "--unit=names", "python3", "-c", NAME_SERVER), user="root"
+    )
+    machine.write("/etc/resolv.conf", "nameserver 127.0.0.54\n", user="root")
+    machine.wait_for(lambda: "127.0.0.2" in machine.run("getent", "ahosts", "both.test", check=False).stdout)
+    yield
+    machine.write("/etc/resolv.conf", before, user="root")
+    machine.run("systemctl", "stop", "names", user="root")
+
+
+@pytest.mark.usefixtures("names")
+def test_name_that_is_rebound_leads_nowhere_else(tools: Tools) -> None:
+    for name in ("moving.test", "both.test"):
+        tools.policy("allow", f"http://{name}:{PORT}/echo", "--address", ADDRESS)
+
+    # Looked up once: a second time would lead elsewhere.
+    assert tools.status(f"http://moving.test:{PORT}/echo") == "200"
+    assert tools.status(f"http://moving.test:{PORT}/echo") == "403"
+    assert tools.status(f"http://both.test:{PORT}/echo") == "403"
 
 
 def test_route_lends_its_credential_and_covers_it(tools: Tools) -> None:

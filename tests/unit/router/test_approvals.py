@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nanoclawd import gateway_link, limits, retention
+from nanoclawd import asking, gateway_link, limits, retention
 from nanoclawd.approvals import Approvals
 from nanoclawd.asking import Request
 from nanoclawd.db import now_ms
@@ -314,7 +316,7 @@ def test_denial_is_remembered_for_the_host_unless_it_is_for_once(place: Place) -
 def test_answers_that_are_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(world: World) -> None:
         id = await world.gone(world.request())
-        assert "no approval 'a0'" in await world.refused("a0", "NotFound")
+        assert "no approval 'b0'" in await world.refused("b0", "NotFound")
         assert "no approval ''" in await world.refused("", "NotFound")
         assert "its hash differs" in await world.refused(id, "Refused", sha256="0" * 64)
         for wrong in ({"scope": "for"}, {"seconds": 3}, {"scope": "for", "seconds": 0}):
@@ -465,6 +467,63 @@ def test_agent_of_the_same_name_inherits_nothing(place: Place) -> None:
         assert [a["state"] for a in await world.approvals()] == ["expired", "expired", "denied", "expired"]
         with pytest.raises(Denied, match="stays open"):
             await world.ask(request, 0.2)
+
+    run(place, body)
+
+
+def test_answer_to_one_question_ends_others_that_it_answers(place: Place) -> None:
+    async def body(world: World) -> None:
+        for target in ("/x", "/x/y", "/z"):
+            await world.gone(world.request(path=target, target=target))
+
+        await world.answer((await world.approvals())[0]["id"], "allow", "for", seconds=60)
+        assert [a["state"] for a in await world.approvals()] == ["allowed", "expired", "pending"]
+        await world.answer((await world.waiting())["id"], "deny", "for", seconds=60)
+        assert await world.approvals(state="pending") == []
+
+    run(place, body)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"sha256": "0" * 64},
+        {"body": "not base64"},
+        {"body": "a"},
+        {"headers": [{"name": "x", "value": "\x00" * 20_000}]},
+        {"way": "route"},
+        {"session": "no such session"},
+        {"agent": "nobody"},
+        None,
+    ],
+)
+def test_gateway_that_tells_nonsense_harms_only_itself(place: Place, nonsense: Json | None) -> None:
+    async def body(world: World) -> None:
+        told = {"id": "h1", "sha256": "", "request": asking.to_json(world.request())}
+        if nonsense is not None:
+            told["request"] |= {k: v for k, v in nonsense.items() if k != "sha256"}
+            with contextlib.suppress(ValueError):
+                told["sha256"] = asking.from_json(told["request"]).sha256
+            told |= {k: v for k, v in nonsense.items() if k == "sha256"}
+
+        taken = asyncio.Event()
+
+        async def read(known: list[str]) -> tuple[list[Any], list[str]]:
+            if known:
+                taken.set()
+                await asyncio.Event().wait()
+            hold = SimpleNamespace(id="h1", sha256=told["sha256"], request=None)
+            return ([hold], []) if nonsense is not None else ([], [])
+
+        world.gateway.told = told["request"]
+        world.gateway.holds.read = read  # type: ignore[assignment, method-assign]
+        reading = asyncio.create_task(world.router.holds.run())
+        try:
+            await eventually(lambda: taken.is_set() or reading.done())
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+        assert await world.approvals() == []
 
     run(place, body)
 

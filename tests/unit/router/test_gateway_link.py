@@ -46,6 +46,7 @@ class GatewayDouble:
         self.policies: dict[str, Rules] = {}
         self.unknown: dict[str, Unknown] = {}
         self.holds = Holds(self._decide)
+        self.told: Json | None = None  #: what it says of each request that waits
         self.trail = Trail()
         self.nonsense: Json | None = None  #: what it says of its records
         self.hang = asyncio.Event()
@@ -87,7 +88,9 @@ class GatewayDouble:
 
     async def _read_holds(self, call: Call) -> Json:
         new, gone = await self.holds.read(call.parameters["known"])
-        holds = [{"id": h.id, "sha256": h.sha256, "request": asking.to_json(h.request)} for h in new]
+        holds = [
+            {"id": h.id, "sha256": h.sha256, "request": self.told or asking.to_json(h.request)} for h in new
+        ]
         return {"holds": holds, "gone": gone}
 
     async def _answer_hold(self, call: Call) -> Json:
