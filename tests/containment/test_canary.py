@@ -171,15 +171,14 @@ def break_file(machine: Machine, product: Product, agent: str) -> tuple[int, str
 
 
 def test_a_gateway_that_covers_nothing_is_noticed(machine: Machine, product: Product, api: Api) -> None:
-    machine.expect_journal("nanoclaw-gateway.service <4> records-lost")  # the router is away for a moment
+    machine.expect_journal("nanoclaw(-gateway)?.service <4> records-")  # the router is away for a moment
     agent = product.add(provider="anthropic")
     error = {"type": "invalid_request_error", "message": f"your key is {CANARY}"}
     api.start({"text": "hi"}, {"status": 400, "headers": ECHO, "error": error}, require_key=CANARY)
     product.send(agent, "hello")
 
-    # Two lines: of headers and of bodies.
-    changes = ("s/self._pattern.search(data))/False)/", "s/return self._pattern.sub.*/return data/")
-    with broken_code(machine, *(("gateway/redact.py", change) for change in changes)):
+    uncovered = ("gateway/redact.py", "s/return any(secret in lower.*/return False/")
+    with broken_code(machine, uncovered):
         _status, answer = product.python_inside(agent, ASK)
 
     head, _, body = answer.partition("\r\n\r\n")

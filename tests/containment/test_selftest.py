@@ -71,13 +71,13 @@ BROKEN = {
     "new privileges": ("NoNewPrivileges=false", {"setuid-program"}),
     # Each row is one line's: they need no run each.
     "small ones": (
-        "User=2005\nReadOnly=false\nPodmanArgs=--security-opt=unmask=ALL\n[Service]\nSyslogLevelPrefix=yes",
-        {"same-uid", "elsewhere", "proc-hidden", "log-forge"},
+        "User=2005\nReadOnly=false\nPodmanArgs=--security-opt=unmask=ALL",
+        {"same-uid", "elsewhere", "proc-hidden"},
     ),
     "limits": (
         "Ulimit=\nUlimit=nofile=10000:10000\nUlimit=nproc=4000:4000\nUlimit=core=1000000:1000000\n"
-        "Tmpfs=\nTmpfs=/tmp:size=2g",
-        {"fork-flood", "descriptor-flood", "core", "disk-flood"},
+        "Tmpfs=\nTmpfs=/tmp:size=2g\n[Service]\nSyslogLevelPrefix=yes",
+        {"fork-flood", "descriptor-flood", "core", "disk-flood", "log-forge"},
     ),
     "mounts": (
         "Volume=%h:%h\nVolume=%t/nanoclaw/agents:%t/nanoclaw/agents\nUser=1000",
@@ -229,15 +229,8 @@ def broken_code(machine: Machine, *changes: tuple[str, str]) -> Iterator[None]:
 
 
 def selftest(machine: Machine, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Run it as a person who may read the journal; return its exit status and its rows by name."""
-    done = machine.run(
-        *("setpriv", "--reuid=claw", "--regid=claw", "--groups=systemd-journal", "env", "HOME=/home/claw"),
-        *("XDG_RUNTIME_DIR=/run/user/1000", "USER=claw", CTL, "selftest", *arguments, "--json"),
-        user="root",
-        cwd=machine.home,
-        check=False,
-        timeout_s=RUN_S,
-    )
+    """Run it as a person; return its exit status and its rows by name."""
+    done = machine.run(CTL, "selftest", *arguments, "--json", check=False, timeout_s=RUN_S)
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     rows = {row["name"]: row for row in found["probes"]}
@@ -290,7 +283,7 @@ def test_a_protection_that_is_gone_is_noticed(machine: Machine, product: Product
 
 
 def test_lines_of_ours_that_are_gone_are_noticed(machine: Machine, product: Product) -> None:
-    machine.expect_journal("nanoclaw-gateway.service <4> records-lost")  # the router is away for a moment
+    machine.expect_journal("nanoclaw(-gateway)?.service <4> records-")  # the router is away for a moment
     with broken_code(machine, *((path, expression) for path, expression, _ in BROKEN_CODE)):
         code, rows = selftest(machine)
 
