@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import images, journal, limits, paths, quadlet, queue
+from nanoclawd import budget, images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
 from nanoclawd.audit import Audit
 from nanoclawd.audit_control import AuditControl
@@ -32,6 +32,8 @@ from nanoclawd.session import SessionState
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
 from nanoclawd.systemd import Systemd
+from nanoclawd.usage import Usage
+from nanoclawd.usage_control import UsageControl
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
 
@@ -46,7 +48,7 @@ _COUNTS = (
 _KEYS = {
     re.sub("_(.)", lambda found: found[1].upper(), key): key
     for key in KEYS
-    if key not in ("mounts", "policy")
+    if key not in ("mounts", "policy", "budget")
 }
 
 
@@ -59,12 +61,14 @@ class ControlService:
     outlets: Outlets
     gateway: GatewayLink
     audit: Audit
+    usage: Usage
     sandbox: list[Check]
 
     def __post_init__(self) -> None:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self._audit_control = AuditControl(self.db, self.audit)
+        self._usage_control = UsageControl(self.usage, self.registry)
         methods = {
             "Status": Method(handler=self._status),
             "AddAgent": Method(handler=self._add_agent),
@@ -84,6 +88,7 @@ class ControlService:
             **PolicyControl(registry=self.registry, gateway=self.gateway).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
             **self._audit_control.methods,
+            **self._usage_control.methods,
         }
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
@@ -118,6 +123,7 @@ class ControlService:
             "sessionCount": len(sessions),
             "sessions": active[: limits.SESSIONS_SHOWN],
             "queue": {name: counts[name] for name in _COUNTS},
+            "budgetStops": [stop async for stop in self._usage_control.stops()],
             "sandbox": [
                 {"name": check.name, "active": check.active, "detail": check.detail}
                 for check in self.sandbox
@@ -240,6 +246,7 @@ class ControlService:
         agent = self.registry.get(call.parameters["name"])
         return {
             **await self._describe(agent),
+            "budget": budget.to_json(self.registry.budget(agent.name)),
             "instructions": self.registry.instructions(agent.name),
             "file": str(config_file(agent.name)),
             "workspace": str(paths.workspace(agent.name)),

@@ -22,6 +22,7 @@ from nanoclawd import containers, paths
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.audit import Audit
+from nanoclawd.budget import NO_LIMITS
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row
 from nanoclawd.errors import ConfigError, Failed, NotFound
@@ -35,6 +36,7 @@ from nanoclawd.server import Server
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import parse_settings
 from nanoclawd.systemd import LoadedUnit, Systemd, UnitChange
+from nanoclawd.usage import Usage
 from nanoclawd.wire import Json, VarlinkError
 from tests.support.varlink_peer import WAIT_S, Peer, eventually
 
@@ -373,6 +375,7 @@ class Router:
         self.channel_task: asyncio.Task[None]
         self.outlets: Outlets
         self.audit: Audit
+        self.usage: Usage
         self.gateway: GatewayLink
         self._slots = slots
 
@@ -386,7 +389,8 @@ class Router:
                 tasks.create_task(db.run(), name="database")
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
-                self.gateway = GatewayLink(lambda _: (), self.audit.take_over)
+                self.usage = Usage(db, lambda agent: place.budget)
+                self.gateway = GatewayLink(lambda _: (), self.audit.take_over, self.usage)
                 self.sessions = Sessions(
                     db=db,
                     systemd=systemd,
@@ -487,6 +491,7 @@ class Place:
         patch.delenv("NOTIFY_SOCKET", raising=False)
         self.systemd = SystemdDouble()
         self.registry = RegistryDouble()
+        self.budget = NO_LIMITS  #: of all agents
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
         for module in (containers, nanoclawd):

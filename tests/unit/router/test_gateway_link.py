@@ -6,21 +6,24 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from nanoclawd import gateway_link, paths
+from nanoclawd.budget import NO_LIMITS
 from nanoclawd.errors import Unavailable
 from nanoclawd.gateway.exchange import Exchange
+from nanoclawd.gateway.ledger import Ledger
 from nanoclawd.gateway.trail import Trail
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.policy import Rule, Rules, from_json
 from nanoclawd.server import Call, Method, Server, Service
+from nanoclawd.usage import Usage
 from nanoclawd.wire import Json
 from tests.support.varlink_peer import eventually
 
@@ -36,6 +39,16 @@ async def take_over(life: str, records: Sequence[Json]) -> None:
     raise AssertionError("nobody asked for anything")
 
 
+class NoUsage(Usage):
+    """Nobody has a budget, or has spent anything."""
+
+    def __init__(self) -> None:
+        self.budget_of = lambda agent: NO_LIMITS
+
+    async def spent_before(self, agent: AgentName, sessions: Collection[str], life: str) -> Json:
+        return {"day": "2026-11-22", "tokens": 0, "microdollars": 0, "sessions": []}
+
+
 class GatewayDouble:
     """The gateway's side of io.nanoclaw.Gateway: keeps what it is given."""
 
@@ -43,12 +56,15 @@ class GatewayDouble:
         self.has: dict[str, int] = {}  #: inode of the listener by session
         self.policies: dict[str, Rules] = {}
         self.trail = Trail()
+        self.ledger = Ledger("life")
+        self.budgets: list[Json] = []  #: as SetBudget() was called
         self.nonsense: Json | None = None  #: what it says of its records
         self.hang = asyncio.Event()
         self.hang.set()
         interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
         handlers = {"Attach": self._attach, "Detach": self._detach, "Status": self._status}
         handlers |= {"SetPolicy": self._set_policy, "ReadRecords": self._read_records}
+        handlers |= {"SetBudget": self._set_budget, "ReadUsage": self._read_usage, "GetLife": self._get_life}
         methods = {name: Method(handler=handler) for name, handler in handlers.items()}
         self.service = Service(interface=interface, methods=methods)
 
@@ -56,7 +72,18 @@ class GatewayDouble:
         """Record that a request has ended."""
         self.trail.add(BERTA, SessionName("s1"), Exchange(status=status))
 
+    async def _get_life(self, call: Call) -> Json:
+        return {"life": self.ledger.life}
+
+    async def _set_budget(self, call: Call) -> Json:
+        self.budgets.append(call.parameters)
+        return {}
+
+    async def _read_usage(self, call: Call) -> Json:
+        return {"life": self.ledger.life, "sums": await self.ledger.read(call.parameters["after"])}
+
     async def _set_policy(self, call: Call) -> Json:
+        assert call.parameters["agent"] in [told["agent"] for told in self.budgets], "the budget comes first"
         self.policies[call.parameters["agent"]] = tuple(map(from_json, call.parameters["rules"]))
         return {}
 
@@ -120,7 +147,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gateway_has_what_lives_also_after_its_restart() -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(5)}
             inodes = {name: os.fstat(sock.fileno()).st_ino for name, sock in listeners.items()}
@@ -147,8 +174,8 @@ def test_gateway_keeps_nothing_that_ended_without_a_router(adopted: list[str]) -
     async def run() -> None:
         gateway, link, next_link = (
             GatewayDouble(),
-            GatewayLink(policy_of, take_over),
-            GatewayLink(policy_of, take_over),
+            GatewayLink(policy_of, take_over, NoUsage()),
+            GatewayLink(policy_of, take_over, NoUsage()),
         )
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(3)}
@@ -169,7 +196,7 @@ def test_session_that_ends_while_others_are_handed_over_disturbs_none(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         gateway.hang.clear()
         listeners = {name: socket.socket(socket.AF_UNIX) for name in "abc"}
         async with gateway.served(), running(link):
@@ -193,7 +220,7 @@ def test_gateway_that_does_not_answer_is_asked_again(
 ) -> None:
     async def run() -> None:
         monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         gateway.hang.clear()
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
@@ -224,7 +251,7 @@ def test_gateway_that_tells_nonsense_of_what_it_decides_still_gets_its_sessions(
         return "".join(told)
 
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         gateway.nonsense = nonsense
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
@@ -238,13 +265,13 @@ def test_gateway_that_tells_nonsense_of_what_it_decides_still_gets_its_sessions(
 
 def test_status_of_a_gateway_that_is_away() -> None:
     with pytest.raises(Unavailable, match="cannot connect"):
-        asyncio.run(GatewayLink(policy_of, take_over).status())
+        asyncio.run(GatewayLink(policy_of, take_over, NoUsage()).status())
 
 
 def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
     async def run() -> None:
         rules: Rules = RULES
-        gateway, link = GatewayDouble(), GatewayLink(lambda _: rules, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(lambda _: rules, take_over, NoUsage())
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
                 link.attach(BERTA, SessionName("a"), listener)
@@ -258,13 +285,13 @@ def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
 
 
 def test_refresh_does_not_wait_for_a_gateway_that_nobody_needs() -> None:
-    asyncio.run(GatewayLink(policy_of, take_over).refresh())
+    asyncio.run(GatewayLink(policy_of, take_over, NoUsage()).refresh())
 
 
 def test_refresh_tells_of_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
-        link = GatewayLink(policy_of, take_over)
+        link = GatewayLink(policy_of, take_over, NoUsage())
         with socket.socket(socket.AF_UNIX) as listener:
             async with running(link):
                 link.attach(BERTA, SessionName("a"), listener)
