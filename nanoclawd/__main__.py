@@ -26,12 +26,14 @@ from systemd import daemon
 
 from nanoclawd import journal, limits, paths, recovery, retention, sandbox
 from nanoclawd.agent_service import AgentService
+from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.hold_link import HoldLink
 from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
 from nanoclawd.outlets import Outlets
@@ -161,7 +163,10 @@ async def _route(
             registry = Registry(db=db, systemd=systemd, settings=settings)
             audit, outlets = Audit(db), Outlets(db)
             usage = Usage(db, registry.budget)
-            gateway = GatewayLink(registry.policy, audit.take_over, usage)
+            approvals = Approvals(db=db, registry=registry, outlets=outlets)
+            holds = HoldLink(approvals)
+            gateway = GatewayLink(approvals.policy, audit.take_over, usage, [holds.run])
+            approvals.on_expiry = gateway.change
             sessions = Sessions(
                 db=db,
                 systemd=systemd,
@@ -182,12 +187,16 @@ async def _route(
                 gateway=gateway,
                 audit=audit,
                 usage=usage,
+                approvals=approvals,
+                holds=holds,
                 sandbox=checks,
             )
             channel_service = ChannelService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             await registry.load()
+            await approvals.load()
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             tasks.create_task(outlets.run(), name="outlets")
+            tasks.create_task(approvals.run(), name="approvals")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
             idle = IdleExit(db=db, sessions=sessions, seconds=lambda: registry.settings.idle_exit)

@@ -13,7 +13,7 @@ from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
-from nanoclawd.policy import Rule
+from nanoclawd.policy import Rule, Unknown
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 DEFAULT_IMAGE = "localhost/nanoclaw-agent:latest"
@@ -46,6 +46,7 @@ class AgentConfig:
     cpu_quota: str = ""  #: as CPUQuota= takes it; empty: none
     runtime: str = ""  #: the OCI runtime that makes its containers; empty: Podman's own, crun
     mounts: tuple[Mount, ...] = ()
+    unknown: Unknown = Unknown.DENY  #: what becomes of requests that no rule decides
     policy: tuple[Rule, ...] = ()  #: what it may reach, but for its provider
     budget: Budget = NO_LIMITS  #: what it may spend; None in it: as in nanoclaw.toml
 
@@ -221,6 +222,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
         max_count=MOUNTS,
         hint="write [[mounts]] and below it source = …, target = …",
     ),
+    "unknown": policy.unknown,
     "policy": tomltable.tables(
         policy.make_rule,
         policy.KEYS,

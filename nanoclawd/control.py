@@ -13,11 +13,14 @@ from typing import Any
 
 from nanoclawd import budget, images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
+from nanoclawd.approval_control import ApprovalControl
+from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.audit_control import AuditControl
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.hold_link import HoldLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
@@ -62,6 +65,8 @@ class ControlService:
     gateway: GatewayLink
     audit: Audit
     usage: Usage
+    approvals: Approvals
+    holds: HoldLink
     sandbox: list[Check]
 
     def __post_init__(self) -> None:
@@ -85,7 +90,17 @@ class ControlService:
             "Backup": Method(handler=self._backup),
             "StopAll": Method(handler=self._stop_all),
             "StartAll": Method(handler=self._start_all),
-            **PolicyControl(registry=self.registry, gateway=self.gateway).methods,
+            **PolicyControl(
+                registry=self.registry, gateway=self.gateway, policy_of=self.approvals.policy
+            ).methods,
+            **ApprovalControl(
+                db=self.db,
+                registry=self.registry,
+                approvals=self.approvals,
+                holds=self.holds,
+                gateway=self.gateway,
+                audit=self.audit,
+            ).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
             **self._audit_control.methods,
             **self._usage_control.methods,
@@ -104,6 +119,7 @@ class ControlService:
         except NanoclawError as exc:
             problem = exc.message
         counts = Counter({row["state"]: row["number"] for row in await self.db.read("count_states")})
+        (approvals,) = await self.db.read("count_approvals", agent="")
         sessions = [session async for session in self._describe_sessions(None)]
         # What goes on comes first, if there is more than a reply can hold.
         active = sorted(
@@ -124,6 +140,7 @@ class ControlService:
             "sessions": active[: limits.SESSIONS_SHOWN],
             "queue": {name: counts[name] for name in _COUNTS},
             "budgetStops": [stop async for stop in self._usage_control.stops()],
+            "approvalsPending": approvals["total"],
             "sandbox": [
                 {"name": check.name, "active": check.active, "detail": check.detail}
                 for check in self.sandbox
@@ -219,6 +236,10 @@ class ControlService:
         parameters = call.parameters
         parse_agent_name(parameters["name"])
         await _require_image(DEFAULT_IMAGE if parameters["image"] is None else parameters["image"])
+        if self.registry.find(AgentName(parameters["name"])) is None:
+            await self.approvals.forget(
+                parameters["name"]
+            )  # of one that had the name, and went with its file
         agent = await self.registry.add(parameters["name"], _values(parameters), parameters["instructions"])
         return await self._describe(agent)
 
@@ -258,6 +279,7 @@ class ControlService:
         agent = await self.registry.hold(call.parameters["name"], True)
         await self._give_up(agent.name, f"agent '{agent.name}' was removed")
         trash = await self.registry.remove(agent.name)
+        await self.approvals.forget(agent.name)
         return {"trash": str(trash) if trash else None}
 
     async def _start_agent(self, call: Call) -> Json:

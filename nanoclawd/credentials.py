@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import ctypes
 import os
+import resource
 import stat
 import textwrap
 from dataclasses import dataclass
@@ -29,8 +31,10 @@ SERVICE = Path("/run/systemd/io.systemd.Credentials")  #: there since systemd 25
 SERVICE_S = 30.0  #: one question to it; the first one may wait for the machine's key to be made
 SECRET_BYTES = 16 << 10
 BLOB_BYTES = 128 << 10
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 PREFIX = "nanoclaw."
-UNENCRYPTED = "stored without encryption, since systemd here is older than 256"
+SINCE = 256  #: the first version of systemd that encrypts for users
+UNENCRYPTED = f"stored without encryption, which needs systemd {SINCE}"
 
 
 class Secret:
@@ -61,6 +65,18 @@ class Entry:
     path: Path
     encrypted: bool  #: False: readable to whoever reads this user's files
     modified_at: float  #: seconds since 1970
+
+
+def never_dump_core() -> None:
+    """Have this process, which is to hold secrets, dump no core; what /proc shows of it becomes root's.
+
+    The limit alone is not enough: the kernel ignores it where cores go to a program. See prctl(2). Who owns
+    the user namespace of a process may trace it nevertheless, and that is this user.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise Failed(f"this program cannot be kept from dumping core: {os.strerror(ctypes.get_errno())}")
 
 
 def encrypted_path(name: CredentialName) -> Path:

@@ -13,7 +13,7 @@ from nanoclawd.budget import Budget
 from nanoclawd.errors import Unavailable
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
-from nanoclawd.policy import Rules, to_json
+from nanoclawd.policy import Policy, to_json
 from nanoclawd.usage import Usage
 from nanoclawd.wire import Json, VarlinkError, WireError
 
@@ -30,13 +30,20 @@ class GatewayLink:
 
     run() must run as a task. `policy_of` tells an agent's policy at this moment, and `usage` its budget;
     what agents have asked for goes to `take_over`, and what they have spent to `usage`, again if it was not
-    on disk yet when the router before us ended.
+    on disk yet when the router before us ended. What is `beside` runs while a gateway is connected.
     """
 
-    def __init__(self, policy_of: Callable[[AgentName], Rules], take_over: TakeOver, usage: Usage) -> None:
+    def __init__(
+        self,
+        policy_of: Callable[[AgentName], Policy],
+        take_over: TakeOver,
+        usage: Usage,
+        beside: Sequence[Callable[[], Awaitable[None]]] = (),
+    ) -> None:
         self._policy_of = policy_of
         self._take_over = take_over
         self._usage = usage
+        self._beside = beside
         self._wanted: dict[Key, socket.socket] = {}
         self._changed = asyncio.Event()
         self._supplied = asyncio.Event()  #: the gateway has all that it should have
@@ -46,16 +53,16 @@ class GatewayLink:
         faster.
         """
         self._wanted[agent, session] = listener
-        self._change()
+        self.change()
 
     def detach(self, agent: AgentName, session: SessionName) -> None:
         """Have the gateway close its copy. Harmless if it has none."""
         self._wanted.pop((agent, session), None)
-        self._change()
+        self.change()
 
     async def refresh(self) -> None:
         """Have the gateway take over policies that have changed; return when it has. Raises Unavailable."""
-        self._change()
+        self.change()
         if not self._wanted:
             return  # nobody runs: it gets them with the next session
         try:
@@ -66,7 +73,8 @@ class GatewayLink:
             hint = "'systemctl --user restart nanoclaw-gateway' makes it forget what it has"
             raise Unavailable(message, hint=hint) from None
 
-    def _change(self) -> None:
+    def change(self) -> None:
+        """Have the gateway take over what has changed, without waiting for it."""
         self._supplied.clear()
         self._changed.set()
 
@@ -93,6 +101,7 @@ class GatewayLink:
                                 ("ReadUsage", "sums", self._usage.take_over),
                             )
                         ]
+                        reading += [tasks.create_task(run()) for run in self._beside]  # type: ignore[arg-type]
                         await self._keep_supplied(connection)
                         for task in reading:
                             task.cancel()
@@ -144,7 +153,7 @@ class GatewayLink:
         has: dict[Key, socket.socket | None] = {
             (AgentName(agent), SessionName(session)): None for agent, _, session in names
         }
-        policies: dict[AgentName, Rules] = {}
+        policies: dict[AgentName, Policy] = {}
         budgets: dict[AgentName, tuple[Budget, set[SessionName]]] = {}
         life = (await _ask(connection, "GetLife", {}))["life"]
         while True:
@@ -153,7 +162,7 @@ class GatewayLink:
                 del has[key]
                 await _ask(connection, "Detach", {"agent": key[0], "session": key[1]})
             agents = {agent for agent, _ in self._wanted}
-            policies = {agent: rules for agent, rules in policies.items() if agent in agents}
+            policies = {agent: policy for agent, policy in policies.items() if agent in agents}
             budgets = {agent: told for agent, told in budgets.items() if agent in agents}
             for agent in agents:  # before its sessions, which may nothing without it
                 limit = self._usage.budget_of(agent)
@@ -163,10 +172,14 @@ class GatewayLink:
                     told = {"agent": agent, "budget": budget.to_json(limit), **spent}
                     await _ask(connection, "SetBudget", told)
                     budgets[agent] = limit, sessions
-                if policies.get(agent) != (rules := self._policy_of(agent)):
-                    told = {"agent": agent, "rules": [*map(to_json, rules)]}
+                if policies.get(agent) != (policy := self._policy_of(agent)):
+                    told = {
+                        "agent": agent,
+                        "unknown": policy.unknown,
+                        "rules": [*map(to_json, policy.rules)],
+                    }
                     await _ask(connection, "SetPolicy", told)
-                    policies[agent] = rules
+                    policies[agent] = policy
             for key, listener in list(self._wanted.items()):
                 # Looked up again: meanwhile the session may have ended and closed it.
                 if self._wanted.get(key) is listener and has.get(key) is not listener and key[0] in policies:

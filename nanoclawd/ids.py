@@ -47,9 +47,11 @@ def parse_session_name(text: str) -> SessionName:
 
 
 def parse_credential_name(text: str) -> CredentialName:
-    """Return `text` as a credential's name, or raise Refused."""
-    form = "1 to 64 of a-z, 0-9, _ and -, beginning with a letter, e.g. 'anthropic'"
-    return CredentialName(_parse(text, CREDENTIAL_NAME, "a credential", form))
+    """Return `text` as a credential's name, or raise Refused, without it: it may be a value."""
+    if not CREDENTIAL_NAME.fullmatch(text):
+        form = "1 to 64 of a-z, 0-9, _ and -, beginning with a letter, e.g. 'anthropic'"
+        raise Refused("this is not a name for a credential", hint=f"use {form}")
+    return CredentialName(text)
 
 
 def _parse(text: str, pattern: re.Pattern[str], what: str, form: str) -> str:

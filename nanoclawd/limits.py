@@ -40,6 +40,20 @@ ACTIVITY_BYTES = 4096  #: one line of progress; longer ones are cut
 INSTRUCTIONS_BYTES = 256 << 10
 AGENTS = 1000
 
+# --- approvals ------------------------------------------------------------------------------------
+ASK_S = 120  #: that a request waits for a person's answer, unless nanoclaw.toml says otherwise
+ASK_MAX_S = 3600
+APPROVAL_OPEN_S = 86_400.0  #: so long it can be answered
+APPROVAL_ONCE_S = 3600.0  #: what was allowed once waits so long for the agent to ask again
+DENIAL_S = 3600.0  #: a denial is remembered so long, unless the person says otherwise
+APPROVAL_MAX_S = 30 * 86_400  #: what a person may allow or deny for a while
+APPROVALS_PER_AGENT = 20  #: that wait for an answer
+APPROVALS = 200
+APPROVALS_LISTED = 1000
+HOLDS = 1000  #: that a gateway may tell of; ours has fewer at a time
+ASK_NOTICES_PER_S = 1 / 60  #: lines in the chats of one agent, in the long run
+ASK_NOTICES_BURST = 5
+
 # --- queue ----------------------------------------------------------------------------------------
 LEASE_S = 45.0  #: a lease without renewal
 HEARTBEAT_S = 15.0  #: what we ask of a runner

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -52,6 +53,13 @@ class Way(StrEnum):
     PLAIN = "plain"  #: for http://…, as to any proxy
 
 
+class Unknown(StrEnum):
+    """What becomes of a request for a host about which no rule decides."""
+
+    DENY = "deny"
+    ASK = "ask"  #: it waits for a person's answer
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
     """One row of [[policy]]. It names a host or a route; what it does not say does not matter to it."""
@@ -67,6 +75,7 @@ class Rule:
     max_down_bytes: int = 1 << 30  #: of one, to the agent
     per_minute: int = 600  #: requests and tunnels of one agent
     timeout_seconds: int = 3600  #: for a whole request or tunnel
+    until: float = 0.0  #: seconds since 1970; 0: for ever. Only an answer to a request has it, no file
 
     @property
     def is_narrow(self) -> bool:
@@ -80,13 +89,18 @@ class Rule:
         return [ipaddress.ip_network(network) for network in named]
 
     @property
+    def seconds_left(self) -> float:
+        """How long what it allows may take from now on."""
+        return min(self.timeout_seconds, self.until - time.time()) if self.until else self.timeout_seconds
+
+    @property
     def match(self) -> tuple[object, ...]:
         """What it is about: of two rules with the same, the second never decides."""
         return self.host, self.host and self.port, self.route, frozenset(self.methods), self.path
 
     def matches(self, ask: Ask) -> bool:
         """Say whether it decides about `ask`. Of a tunnel nobody knows method and path."""
-        if self.route != ask.route:
+        if self.route != ask.route or (self.until and self.until <= time.time()):
             return False
         if not self.route:
             below = self.host.startswith("*.") and ask.host.endswith(self.host[1:])
@@ -109,6 +123,14 @@ Rules = tuple[Rule, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """All that decides about an agent's requests. By default nothing is allowed."""
+
+    rules: Rules = ()
+    unknown: Unknown = Unknown.DENY
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
     """What an agent asks for, in its one spelling."""
 
@@ -127,12 +149,12 @@ class Decision(NamedTuple):
     allowed: bool
     number: int  #: of the rule that decided, from 1 on; 0: none did
     rule: Rule | None
-    reason: str  #: allowed, denied, no-rule or needs-route
+    reason: str  #: allowed, denied, no-rule, needs-route; ask: a person is; approved: one has said yes
     message: str  #: the same for people
 
 
-def decide(rules: Sequence[Rule], ask: Ask) -> Decision:
-    """Return which of `rules` decides about `ask`, and how."""
+def decide(rules: Sequence[Rule], ask: Ask, unknown: Unknown = Unknown.DENY) -> Decision:
+    """Return which of `rules` decides about `ask`, and how; `unknown`: if none does."""
     what = f"the route {ask.route}" if ask.route else authority(ask.host, ask.port)
     for number, rule in enumerate(rules, 1):
         if not rule.matches(ask):
@@ -148,20 +170,30 @@ def decide(rules: Sequence[Rule], ask: Ask) -> Decision:
         if rule.deny:
             return Decision(False, number, rule, "denied", f"{named} denies {what}.")
         return Decision(True, number, rule, "allowed", f"{named} allows {what}.")
+    if rules and unknown is Unknown.ASK and ask.host and _may_be_asked_for(ask.host):
+        message = f"No rule decides about {ask.method} {what}{ask.path}: a person is asked."
+        return Decision(False, 0, None, "ask", message)
     why = f"no rule allows {ask.method} {what}{ask.path}" if rules else "the policy is empty or unreadable"
     return Decision(False, 0, None, "no-rule", f"The agent's policy denies this: {why}.")
 
 
-def with_rule(rules: Rules, rule: Rule) -> Rules:
+def _may_be_asked_for(host: str) -> bool:
+    """Say whether a person can allow it with one word: what is not public has to be named in a rule."""
+    address = _address(host)
+    return address is None or address.is_global
+
+
+def with_rule(rules: Rules, rule: Rule, *, last: bool = False) -> Rules:
     """Return `rules` and one more, which takes the place of one with the same match.
 
-    One that denies comes first, so that it does; one that allows comes last, so that those still do.
+    One that denies comes first, so that it does; one that allows comes last, so that those still do. `last`:
+    this one in any case.
     """
     same = next((old for old in rules if old.match == rule.match), None)
     if same is not None and same.deny == rule.deny:
         return tuple(rule if old is same else old for old in rules)
     others = tuple(old for old in rules if old.match != rule.match)
-    return (rule, *others) if rule.deny else (*others, rule)
+    return (rule, *others) if rule.deny and not last else (*others, rule)
 
 
 # --- requests ---------------------------------------------------------------------------------------
@@ -209,6 +241,13 @@ def parse_url(method: str, url: str) -> Ask:
     rest = re.split("[/?#]", url[8:], maxsplit=1)[0]
     host, port = parse_authority(rest, 443)
     return Ask(way=Way.TUNNEL, method=method, host=host, port=port)
+
+
+def unknown(value: Any) -> Unknown:
+    """Read what becomes of unknown hosts. Raises BadValue."""
+    if value not in tuple(Unknown):
+        raise BadValue("must be deny or ask", 'write unknown = "ask" to be asked about each unknown host')
+    return Unknown(value)
 
 
 def authority(host: str, port: int) -> str:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nanoclawd import policy
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.policy import Denied
+from nanoclawd.ids import AgentName
+from nanoclawd.policy import Denied, Policy
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method
 from nanoclawd.wire import Json
 
 
 class PolicyControl:
-    def __init__(self, *, registry: Registry, gateway: GatewayLink) -> None:
+    def __init__(
+        self, *, registry: Registry, gateway: GatewayLink, policy_of: Callable[[AgentName], Policy]
+    ) -> None:
         self._registry = registry
         self._gateway = gateway
+        self._policy_of = policy_of
         self.methods = {
             "ShowPolicy": Method(handler=self._show),
             "AddRule": Method(handler=self._add_rule),
@@ -23,15 +29,15 @@ class PolicyControl:
 
     async def _show(self, call: Call) -> Json:
         agent = self._registry.get(call.parameters["name"])
-        rules = self._registry.policy(agent.name)
-        return {"rules": [*map(policy.to_json, rules)]}
+        found = self._policy_of(agent.name)
+        return {"unknown": found.unknown, "rules": [*map(policy.to_json, found.rules)]}
 
     async def _add_rule(self, call: Call) -> Json:
         agent = await self._registry.add_rule(
             call.parameters["name"], policy.from_json(call.parameters["rule"])
         )
         await self._gateway.refresh()
-        return {"rules": [*map(policy.to_json, self._registry.policy(agent.name))]}
+        return {"rules": [*map(policy.to_json, self._policy_of(agent.name).rules)]}
 
     async def _test(self, call: Call) -> Json:
         agent = self._registry.get(call.parameters["name"])
@@ -39,8 +45,11 @@ class PolicyControl:
             ask = policy.parse_url(call.parameters["method"], call.parameters["url"])
         except Denied as exc:
             raise Refused(f"the gateway would not understand this: {exc}") from None
-        decision = policy.decide(self._registry.policy(agent.name), ask)
+        found = self._policy_of(agent.name)
+        decision = policy.decide(found.rules, ask, found.unknown)
         allowed, reason, message = decision.allowed, decision.reason, decision.message
+        if agent.config is None:
+            message = f"The agent's file cannot be read, and so it may reach nothing: {agent.problem}"
         if allowed and ask.route:
             route = self._registry.settings.routes.get(ask.route)
             if route is None:

@@ -179,12 +179,12 @@ class Registry:
         journal.info("agent-changed", agent=agent.name, keys=",".join(values))
         return agent
 
-    async def add_rule(self, name: str, rule: Rule) -> Agent:
-        """Add a rule to the policy in an agent's file; on any failure it is as before."""
+    async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> Agent:
+        """Add a rule to an agent's file, as with_rule() does; on any failure it is as before."""
         async with self._changing:
             before = self.get(name)
             path = config_file(before.name)
-            rules = with_rule(agents.read_agent(path).policy, rule)
+            rules = with_rule(agents.read_agent(path).policy, rule, last=last)
             config = agents.change_agent(path, {"policy": rules})
             agent = self._agents[before.name] = replace(before, config=config)
         journal.info("policy-changed", str(rule), agent=agent.name)

@@ -1,5 +1,5 @@
-"""Messages that ended long ago are deleted with their deliveries, and old rows of the audit trail, and usage
-is summed up: at start, and then once a day.
+"""Messages that ended long ago are deleted with their deliveries, as are approvals and old rows of the audit
+trail, and usage is summed up: at start, and then once a day.
 
 The file does not shrink, but what becomes free in it is used again. Giving pages back would need
 auto_vacuum, which must be there from the first table on and moves pages at each commit.
@@ -44,6 +44,11 @@ async def prune(db: Database, *, before: int) -> None:
         ids = [row["id"] for row in rows]
         await db.write(partial(_delete, ids=ids))
         pruned += len(ids)
+    approvals = partial(
+        Transaction.all, query="delete_approvals", before=before, limit=limits.PRUNED_AT_ONCE
+    )
+    while await db.write(approvals):
+        pass
     deliveries, old = 0, partial(Transaction.all, query="delete_old_deliveries", before=before)
     while rows := await db.write(partial(old, limit=limits.PRUNED_AT_ONCE)):
         deliveries += len(rows)

@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
+from urllib.parse import quote
 
 from nanoclawd.ids import CredentialName
 from nanoclawd.policy import Ask, Denied
+
+PASSWORD_BYTES = 8  #: a shorter one is not covered by itself: by chance it is in many answers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +42,18 @@ class Scheme(StrEnum):
     BASIC = "basic"  #: the credential is USER:PASSWORD
     PLAIN = "plain"  #: as it is
 
-    def code(self, credential: bytes) -> bytes:
-        """Return the credential as it stands in its header, behind the word for the scheme."""
-        return base64.b64encode(credential) if self is Scheme.BASIC else credential
+    def spellings(self, credential: bytes) -> set[bytes]:
+        """Return what no answer may say: the credential, its password; each in base64, too, and in URLs."""
+        found = {credential}
+        if self is Scheme.BASIC and len(password := credential.partition(b":")[2]) >= PASSWORD_BYTES:
+            found.add(password)
+        found |= {base64.b64encode(each) for each in found}
+        return found | {quote(each, safe="").encode() for each in found}
 
     def value_of(self, credential: bytes) -> bytes:
         """Return what the header says."""
         word = b"" if self is Scheme.PLAIN else self.value.capitalize().encode() + b" "
-        return word + self.code(credential)
+        return word + (base64.b64encode(credential) if self is Scheme.BASIC else credential)
 
 
 class UsageShape(StrEnum):

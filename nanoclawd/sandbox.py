@@ -131,6 +131,12 @@ def _no_core_dump() -> tuple[bool, str]:
     return limit == (0, 0), f"RLIMIT_CORE: {limit[0]}, {limit[1]}"
 
 
+def _not_dumpable() -> tuple[bool, str]:
+    # Of a process that is not, all that /proc shows is root's. See PR_SET_DUMPABLE in prctl(2).
+    owner = Path("/proc/self/mem").stat().st_uid
+    return owner != os.getuid(), f"/proc/self/mem: owner {owner}"
+
+
 def _only_loopback() -> tuple[bool, str]:
     # Not socket.if_nameindex(): it needs the socket that the unit must not have.
     lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
@@ -154,6 +160,7 @@ ROUTER: dict[str, Try] = _COMMON | {
     "private-network": _only_loopback,
 }
 GATEWAY: dict[str, Try] = _COMMON | {
+    "not-dumpable": _not_dumpable,
     "home-hidden": _home_hidden,
     "state-hidden": _is_hidden(paths.state),
     "agents-hidden": _is_hidden(paths.agents),

@@ -44,6 +44,7 @@ class Settings:
     retention_days: int  #: of what has ended; 0 is for ever
     audit_days: int  #: of the audit trail; 0 is for ever
     usage_days: int  #: that usage is kept by the day; 0 is for ever
+    ask_seconds: int  #: that a request waits for a person's answer
     require_sandbox: bool  #: do not start without a line of the unit's sandbox
     mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
     routes: Mapping[str, Route]  #: by name; those of providers too
@@ -127,7 +128,7 @@ def _credential(value: Any) -> CredentialName:
     try:
         return parse_credential_name(line_of_text(PATH_CHARACTERS)(value))
     except Refused as exc:
-        raise BadValue("is not a name for a credential", exc.hint) from None
+        raise BadValue("is not a name for a credential", exc.hint, secret=True) from None
 
 
 _HEADER = line_of_text(
@@ -176,6 +177,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "retention_days": (whole_number(0, RETENTION_DAYS_MAX), limits.RETENTION_DAYS),
     "audit_days": (whole_number(0, RETENTION_DAYS_MAX), limits.AUDIT_DAYS),
     "usage_days": (whole_number(0, RETENTION_DAYS_MAX), limits.USAGE_DAYS),
+    "ask_seconds": (whole_number(1, limits.ASK_MAX_S), limits.ASK_S),
     "require_sandbox": (true_or_false, False),
     "idle_exit": (whole_number(0, limits.IDLE_EXIT_MAX_S), 0),
     "mounts.allow": (

@@ -1,4 +1,4 @@
-"""The states of messages and deliveries, and every way from one to another. There are no other ways:
+"""The states of messages, deliveries and approvals, and every way from one to another. There are no others:
 the database refuses them, since its triggers are made from these tables.
 """
 
@@ -20,6 +20,14 @@ class DeliveryState(StrEnum):
     LEASED = "leased"  #: an adapter has it
     SENT = "sent"  #: the platform has it
     DEAD = "dead"  #: attempts used up, or the platform does not take it
+
+
+class ApprovalState(StrEnum):
+    PENDING = "pending"  #: waits for a person's answer until expires_at
+    ALLOWED = "allowed"  #: once: until it is used; for a while: until expires_at; always: by a rule
+    DENIED = "denied"  #: remembered until expires_at
+    USED = "used"  #: what was allowed once was sent
+    EXPIRED = "expired"  #: not answered, or what was allowed not used, in time
 
 
 #: From, to: what does it. ARCHITECTURE.md has the same as a picture.
@@ -45,11 +53,22 @@ DELIVERY_TRANSITIONS = {
     (DeliveryState.LEASED, DeliveryState.DEAD): "its adapter reports that it cannot be sent",
     (DeliveryState.DEAD, DeliveryState.PENDING): "the operator puts the dead letter back",
 }
+APPROVAL_TRANSITIONS = {
+    (ApprovalState.PENDING, ApprovalState.ALLOWED): "a person allows it",
+    (ApprovalState.PENDING, ApprovalState.DENIED): "a person denies it",
+    (
+        ApprovalState.PENDING,
+        ApprovalState.EXPIRED,
+    ): "nobody answers in time, a rule decides by now, or its agent is removed",
+    (ApprovalState.ALLOWED, ApprovalState.USED): "the very same request is sent, once",
+    (ApprovalState.ALLOWED, ApprovalState.EXPIRED): "its time is over, or its agent is removed",
+}
 
 #: Where a row may be deleted: in an end, and a dead letter only when the operator has dropped it.
 _MAY_BE_DELETED = {
     "inbox": "old.state IN ('answered', 'stopped') OR (old.state = 'dead' AND old.dropped)",
     "outbox": "old.state = 'sent' OR (old.state = 'dead' AND old.dropped)",
+    "approval": "old.state IN ('denied', 'used', 'expired') OR old.scope IS 'always'",
 }
 
 
@@ -59,6 +78,7 @@ def triggers() -> str:
     for table, first, transitions in (
         ("inbox", MessageState.QUEUED, MESSAGE_TRANSITIONS),
         ("outbox", DeliveryState.PENDING, DELIVERY_TRANSITIONS),
+        ("approval", ApprovalState.PENDING, APPROVAL_TRANSITIONS),
     ):
         allowed = ", ".join(f"('{source}', '{target}')" for source, target in transitions)
         parts.append(f"""

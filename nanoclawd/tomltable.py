@@ -292,19 +292,40 @@ def _comment(assignment: str) -> str:
 
 
 def _set_tables(text: str, key: str, tables: list[Any]) -> str:
-    """Return the TOML text with all [[key]] tables replaced."""
-    # From each [[key]] up to the next line that begins with a bracket.
-    block = rf"^[ \t]*\[\[\s*{re.escape(key)}\s*\]\].*\n?(?:(?![ \t]*\[).*\n?)*"
+    """Return the TOML text with all [[key]] tables replaced; what stays or is changed keeps its comments."""
+    # From each [[key]], with the comment right above it, up to the next line that begins with a bracket. In
+    # bounds, for a file of nothing but comments.
+    comments = r"(?:^[ \t]*#.*\n){0,20}+"
+    block = rf"{comments}^[ \t]*\[\[\s*{re.escape(key)}\s*\]\].*\n?(?:(?!{comments}[ \t]*\[).*\n?)*"
     rest = re.sub(block, "", text, flags=re.MULTILINE).rstrip()
-    old = [(_loads_or_none(found), found) for found in re.findall(block, text, re.MULTILINE)]
+    blocks = (found[0] for found in re.finditer(block, text, re.MULTILINE))
+    old = [(values[key][0], found) for found in blocks if (values := _loads_or_none(found))]
 
     def render(table: Any) -> str:
-        """What stays the same keeps its comments."""
-        kept = (found for values, found in old if values == {key: [table]})
-        return next(kept, f"[[{key}]]\n" + tomli_w.dumps(table))
+        for values, found in old:
+            if values == table:
+                return found
+        gone = (each for each in old if each[0] not in tables)
+        like = max(gone, key=lambda each: sum(table.get(k) == v for k, v in each[0].items()), default=None)
+        changed = _change_table(like[1], like[0], table) if like else ""
+        return (
+            changed if _loads_or_none(changed) == {key: [table]} else f"[[{key}]]\n" + tomli_w.dumps(table)
+        )
 
-    blocks = map(render, tables)
-    return "\n\n".join(part.rstrip() for part in (rest, *blocks) if part) + "\n"
+    return "\n\n".join(part.rstrip() for part in (rest, *map(render, tables)) if part) + "\n"
+
+
+def _change_table(block: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the text of one [[table]] with its keys made those of `new`, as far as that is easy."""
+    start = re.compile(r"^[ \t]*\[\[.*\n?", re.MULTILINE).search(block)
+    assert start is not None
+    body = block[start.end() :].rstrip() + "\n"
+    for key in old.keys() - new.keys():
+        body = re.sub(rf"^[ \t]*{re.escape(key)}[ \t]*=.*\n", "", body, flags=re.MULTILINE)
+    for key, value in new.items():
+        if key not in old or old[key] != value:
+            body = _set(body, key, value)
+    return block[: start.end()] + body
 
 
 def _loads_or_none(text: str) -> dict[str, Any] | None:

@@ -166,7 +166,8 @@ def _keys(options: Namespace) -> Json:
         "instructions": None if options.instructions is None else _read_instructions(options.instructions),
     }
     return {
-        key: getattr(options, key) for key in ("description", "provider", "model", "image", "runtime")
+        key: getattr(options, key)
+        for key in ("description", "provider", "model", "image", "runtime", "unknown")
     } | keys
 
 

@@ -70,6 +70,11 @@ def _values(option: Option) -> list[tuple[str, str]]:
             letters = control.dead_letters(timeout_s=control.COMPLETION_S)
             return [(letter.get("id") or letter["key"], letter["reason"] or "") for letter in letters]
         return []
+    if option.complete == "approvals":
+        with suppress(NanoclawError):
+            found = control.approvals(None, "pending", timeout_s=control.COMPLETION_S)
+            return [(approval["id"], approval["agent"]) for approval in found]
+        return []
     if option.complete:
         return [(f":{option.complete}", "")]
     return [(choice, "") for choice in option.choices]

@@ -72,6 +72,12 @@ def dead_letters(*, timeout_s: float = ANSWER_S) -> list[Json]:
     return [r.get("message") or r["delivery"] for r in list_all("ListDeadLetters", timeout_s=timeout_s)]
 
 
+def approvals(agent: str | None, state: str | None, *, timeout_s: float = ANSWER_S) -> list[Json]:
+    """Return approvals, of one agent or of all, in one state or in any."""
+    wanted = {"agent": agent, "state": state}
+    return [reply["approval"] for reply in list_all("ListApprovals", wanted, timeout_s=timeout_s)]
+
+
 def call_agent(method: str, agent: str, parameters: Json | None = None) -> Json:
     """Call a method that has the agent's name as its parameter `name`."""
     return call(method, {"name": agent, **(parameters or {})})

@@ -235,16 +235,22 @@ def check_sandbox(program: str, sandbox: list[Json]) -> Check:
 
 
 def check_credentials(routes: list[Json], agents: list[Json]) -> Iterator[Check]:
-    """Check the credential of each provider that an agent uses."""
+    """Check the credential of each provider that an agent uses, and of each of [[routes]]."""
+    from nanoclawd.credentials import UNENCRYPTED
+
     used = {agent["configuration"]["provider"] for agent in agents if agent["configuration"]}
     for route in routes:
-        if route["name"] in used and route["credential"]:
-            name, found = f"credential {route['credential']}", f"for {route['name']}"
-            if route["credentialState"] == "ok":
-                yield Check(name, OK, found)
-            else:
-                todo = f"nanoclawctl secret set {route['credential']}"
-                yield Check(name, MISSING, f"{found}: {route['credentialState']}", todo)
+        if not route["credential"] or (route["name"] == "anthropic" and "anthropic" not in used):
+            continue
+        name, found = f"credential {route['credential']}", f"for {route['name']}"
+        if route["credentialState"] == "ok":
+            yield Check(name, OK, found)
+            continue
+        found += f": {route['credentialState']}"
+        if UNENCRYPTED in found:
+            yield Check(name, WARNING, found, "upgrade the distribution, then set it again")
+        else:
+            yield Check(name, MISSING, found, f"nanoclawctl secret set {route['credential']}")
 
 
 def check_agents(agents: list[Json]) -> Iterator[Check]:

@@ -38,8 +38,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
     more = f"'{PROGRAM} {command.name} --help' says more"
     for value in values:
         if value.startswith("-") and value != "-":
-            hint = did_you_mean(value.partition("=")[0], [option.name for option in flags], more)
-            raise UsageError(f"unknown option '{value}'", hint=hint)
+            name = value.partition("=")[0]
+            hint = did_you_mean(name, [option.name for option in flags], more)
+            raise UsageError(f"unknown option '{name}'", hint=hint)
     values += rest[end + 1 :]
     for option in command.options:
         if option.positional:
@@ -52,7 +53,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Namespace]:
                 raise UsageError(f"{option.name}: {exc}", hint=more) from None
             setattr(namespace, option.name, found if option.repeat else found[0] if found else None)
     if values:
-        raise UsageError(f"unknown argument '{values[0]}'", hint=more)
+        # Not shown if it may be a value: output is kept in more places than the person thinks of.
+        shown = "" if command.words[0] == "secret" else f" '{values[0]}'"
+        raise UsageError(f"unknown argument{shown}", hint=more)
     return command, namespace
 
 

@@ -23,13 +23,19 @@ _COLUMNS: output.Fields = {
     "DOWN": lambda rule: output.size(rule["maxDownBytes"]),
     "PER MINUTE": "perMinute",
     "SECONDS": "timeoutSeconds",
+    "UNTIL": lambda rule: output.when(rule["until"]) if rule["until"] else "",
 }
 
 
 def policy_show(options: Namespace) -> None:
-    rules = control.call_agent("ShowPolicy", options.AGENT)["rules"]
-    numbered = [{"number": number, **rule} for number, rule in enumerate(rules, 1)]
+    shown = control.call_agent("ShowPolicy", options.AGENT)
+    numbered = [{"number": number, **rule} for number, rule in enumerate(shown["rules"], 1)]
+    if options.json:
+        return output.say_json({"unknown": shown["unknown"], "rules": numbered})
     output.say_list(options, "rules", numbered, _COLUMNS, f"'{options.AGENT}' may reach nothing.")
+    if numbered:
+        rest = {"deny": "is denied", "ask": "waits for your answer ('nanoclawctl approval list')"}
+        output.talk(f"What no rule decides {rest[shown['unknown']]}.")
 
 
 def policy_allow(options: Namespace) -> None:

@@ -5,12 +5,14 @@ They work on files and systemd's credential service: no secret passes the router
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 
 from nanoclawd import credentials
 from nanoclawd.cli import control, output
-from nanoclawd.errors import NanoclawError, Refused
+from nanoclawd.cli.doctor import ask, first_line
+from nanoclawd.errors import NanoclawError, Refused, Unavailable
 from nanoclawd.ids import parse_credential_name
 
 VALUE_BYTES = 64 << 10  #: read at most; what may be stored is less
@@ -22,6 +24,7 @@ _COLUMNS: output.Fields = {
 
 
 def secret_set(options: Namespace) -> None:
+    credentials.never_dump_core()
     if sys.stdin.isatty():
         from getpass import getpass
 
@@ -39,6 +42,7 @@ def set_secret(name: str, value: bytes) -> None:
     Says on stderr if it cannot be encrypted here. Raises Refused, Failed, Unavailable.
     """
     parsed = parse_credential_name(name)
+    _require_encryption()
     value = value.removesuffix(b"\n").removesuffix(b"\r")
     if not value.strip():
         raise Refused("the value is empty", hint="give it on stdin, or type it when asked")
@@ -48,6 +52,17 @@ def set_secret(name: str, value: bytes) -> None:
             f"warning: '{name}' is {credentials.UNENCRYPTED}: '{entry.path}' (mode 0600) is as safe as "
             "your home directory and its backups"
         )
+
+
+def _require_encryption() -> None:
+    """Raise Unavailable where systemd is new enough to encrypt: nobody asked for a plain file there."""
+    if credentials.SERVICE.is_socket():
+        return
+    _, said = ask("systemctl", "--version")
+    found = re.match(r"systemd (\d+)", said)
+    if found is None or int(found[1]) >= credentials.SINCE:
+        message = f"systemd's credential service, which should encrypt it, is away ({first_line(said)})"
+        raise Unavailable(message, hint="as root: systemctl enable --now systemd-creds.socket")
 
 
 def secret_list(options: Namespace) -> None:

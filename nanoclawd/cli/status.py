@@ -47,7 +47,7 @@ def status(options: Namespace) -> None:
             credential = f"credential '{route['credential']}'" if route["credential"] else "no credential"
             say_field("Route", f"{route['name']} to {route['endpoint']}, {credential}")
             if route["credentialState"] != "ok":
-                say_field("", route["credentialState"], "cannot be used:", YELLOW)
+                say_field("", route["credentialState"], "credential:", YELLOW)
     _say_counts(found)
     for stop in found["budgetStops"]:
         who = f"{stop['agent']}@{stop['session']}" if stop["session"] else stop["agent"]
@@ -67,6 +67,9 @@ def _say_counts(found: Json) -> None:
     waiting = f"{queue['queued']} waiting ({queue['deferred']} put off), {queue['leased']} being answered"
     say_field("Messages", f"{waiting}, {queue['answered']} answered, {queue['stopped']} stopped")
     say_field("Deliveries", f"{queue['deliveriesPending']} waiting, {queue['deliveriesSent']} sent")
+    if found["approvalsPending"]:
+        waiting = f"{found['approvalsPending']} wait for your answer:"
+        say_field("Approvals", "see 'nanoclawctl approval list'", waiting, YELLOW)
     if queue["dead"] or queue["deliveriesDead"]:
         dead = f"{queue['dead']} messages, {queue['deliveriesDead']} deliveries:"
         say_field("Dead letters", "see 'nanoclawctl deadletter list'", dead, YELLOW)

@@ -44,6 +44,14 @@ def size(value: str) -> int:
     return count(number) << 10 * " KMGT".index(unit or " ")
 
 
+def span(value: str) -> int:
+    """90s, 30m, 1h or 7d; returns seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
+    if unit is None:
+        raise ArgumentTypeError(f"'{value[:32]}' is not a time like 30m, 1h or 7d")
+    return count(value[:-1]) * unit
+
+
 def moment(value: str) -> float:
     """SPAN ago as in 30m, 12h or 7d, or a time of the person's clock; returns seconds since 1970."""
     from datetime import datetime
@@ -123,12 +131,19 @@ _OPTIONS = (
     Option("TEXT", "the message; - or nothing reads it from stdin"),
     Option("NAME", "name of the secret, e.g. anthropic"),
     Option("ID", "id of a message or key of a delivery, or its beginning", complete="letters"),
+    Option("APPROVAL", "id of an approval, or its beginning", complete="approvals"),
     Option("LETTER", "the same; may be repeated", repeat=True, complete="letters"),
     Option("FILE", "the backup", complete="files"),
     Option("SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
     Option("--json", "print one JSON document; an error is one too, on stderr"),
     Option("--all", "each that there is"),
     Option("--state", "only those in one state", "STATE", choices=MESSAGE_STATES),
+    Option("--once", "this request only"),
+    Option("--always", "by a rule in the agent's file"),
+    Option("--for", "for a while: 30m, 1h or 7d", "SPAN", span),
+    Option(
+        "--unknown", "what becomes of what no rule decides: deny or ask", "WHAT", choices=("deny", "ask")
+    ),
     Option("--limit", "at most N of them, the newest", "N", count, default=50),
     Option(
         "--since", "only from then on: 30m, 12h or 7d ago, or a time like 2026-11-22T08:00", "TIME", moment
@@ -188,6 +203,7 @@ NOUNS = {
     "message": "look at messages: what became of each",
     "deadletter": "see to messages and deliveries that were given up",
     "policy": "say what an agent may reach through the gateway",
+    "approval": "answer what agents may do only if you say so",
     "audit": "see what agents asked for at the gateway, and what was changed here",
     "image": "make the image that agents run in",
     "secret": "keep the credentials that the gateway uses",
@@ -195,7 +211,7 @@ NOUNS = {
 
 _KEYS = (
     "--description --provider --model --image --instructions --idle-seconds --memory-max --tasks-max "
-    "--cpu-quota --runtime --mount"
+    "--cpu-quota --runtime --unknown --mount"
 )
 COMMANDS = (
     Command("status", "--json", "show what runs, what waits, and whether the sandboxes are active"),
@@ -263,6 +279,22 @@ COMMANDS = (
         "AGENT URL --method --json",
         "say whether an agent may ask for something, and which rule decides",
         more="Fails with code 5 if it may not.",
+    ),
+    Command("approval list", "[AGENT] --all --json", "list what waits for your answer"),
+    Command(
+        "approval show", "APPROVAL --json", "show all of a request that waits, and what each answer does"
+    ),
+    Command(
+        "approval allow",
+        "APPROVAL --once --for --always --json",
+        "allow a request, by default once",
+        more="--for and --always allow more than this one: 'approval show' says what.",
+    ),
+    Command(
+        "approval deny",
+        "APPROVAL --once --for --always --json",
+        "deny a request, and for an hour all to its host that no rule decides",
+        more="--once denies this one only.",
     ),
     Command(
         "audit list",

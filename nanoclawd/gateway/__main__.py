@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from systemd import daemon
 
-from nanoclawd import journal, sandbox
+from nanoclawd import credentials, journal, sandbox
 from nanoclawd.errors import ConfigError
 from nanoclawd.gateway import limits
 from nanoclawd.gateway.service import GatewayService
@@ -50,6 +50,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(EXIT_USAGE)
+    credentials.never_dump_core()
     with socket.socket(fileno=named[0]) as listener:
         asyncio.run(run(listener))
 

@@ -67,6 +67,14 @@ def refusal(address: Address, named: Iterable[Network]) -> str | None:
     return "this host" if _is_own(address) else None
 
 
+def refusal_of(host: str) -> str | None:
+    """Return why no agent may reach `host` if that is an address; a name is not looked up for this."""
+    try:
+        return refusal(ip_address(host), ())
+    except ValueError:
+        return None
+
+
 def _is_own(address: Address) -> bool:
     """Say whether a connection to `address` would stay on this host. Nothing is sent."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6

@@ -38,6 +38,11 @@ class Exchange:
     def is_tunnel(self) -> bool:
         return self.ask is not None and self.ask.way is Way.TUNNEL
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits for a person's answer, or waited in vain."""
+        return self.decision is not None and self.decision.reason == "ask"
+
     def count(self, up: int, down: int) -> None:
         """Count bytes that are about to pass. Raises Denied if they are more than the rule allows."""
         assert self.decision is not None and self.decision.rule is not None
@@ -59,6 +64,7 @@ class Exchange:
         """Return what the audit trail gets of it, as io.nanoclaw.Gateway has it: no query."""
         ask, decision = self.ask, self.decision
         refused = self.reason is not None and not self.is_head_sent and 400 <= self.status < HUNG_UP
+        refused = refused or self.is_held
         return {
             "event": "denied" if refused else "allowed",
             "rule": decision.number if decision else 0,
@@ -76,6 +82,10 @@ class Exchange:
     def is_allowed_by(self, now: Decision) -> bool:
         """Say whether what was begun might go on if it had been decided like this."""
         was = self.decision.rule if self.decision else None
+        if self.is_held:  # it is decided anew, and told what came of that
+            return True
+        if now.reason == "ask":  # what a person allowed once needs no rule
+            return self.decision is not None and self.decision.reason == "approved"
         if not now.allowed or now.rule is None or was is None:
             return False
         return now.rule.addresses == was.addresses  # else it may be connected to what was named only then

@@ -10,6 +10,9 @@ REQUESTS_BURST = 500
 TOO_FAST_S = 0.5  #: each refusal of such a request waits so long, so that asking again gains nothing
 HEADER_BYTES = 32 << 10  #: request line and headers
 CHUNK_BYTES = 64 << 10  #: one read; also how much is buffered for a side that does not read
+HELD_PER_AGENT = 8  #: requests that wait for a person's answer; less than CONNECTIONS, for all the others
+HELD = 64  #: of all agents
+HOLDS_AT_ONCE = 4  #: that the router is told of in one message; see asking.REQUEST_CHARACTERS
 LINGER_BYTES = 64 << 20  #: read and thrown away after a refusal, so that the agent sees why
 
 # --- how long we wait for an agent ----------------------------------------------------------------
@@ -23,7 +26,7 @@ TUNNEL_IDLE_S = 300.0  #: without a byte in either direction
 LOG_TOO_FAST_S = 10.0  #: one line about it in so long
 
 # --- how long we wait for a server -------------------------------------------------------------
-CONNECT_S = 15.0  #: name, connection and TLS handshake
+CONNECT_S = 15.0  #: a name; then a connection with its TLS handshake
 ADDRESSES = 3  #: of one name that are tried; each has its share of that time
 ENDPOINT_STALL_S = 60.0  #: a server that takes nothing of the request
 ANSWER_S = 600.0  #: until the headers of the answer: an answer that is not streamed is computed first

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import h11
 
-from nanoclawd import journal, policy
+from nanoclawd import asking, journal, policy
+from nanoclawd.asking import Request
 from nanoclawd.errors import NanoclawError
 from nanoclawd.gateway import limits, tunnel
 from nanoclawd.gateway.exchange import HUNG_UP, Exchange
@@ -21,7 +24,7 @@ from nanoclawd.gateway.redact import Redactor
 from nanoclawd.gateway.replies import AgentGone, render_error
 from nanoclawd.gateway.upstream import Upstream
 from nanoclawd.gateway.usage import Meter
-from nanoclawd.policy import Ask, Denied, Rule, Way
+from nanoclawd.policy import Ask, Decision, Denied, Rule, Way
 from nanoclawd.routes import Route
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class AgentConnection:
         self.session = session
         self.exchange: Exchange | None = None  #: a request that is being answered
         self.is_last = False  #: hang up after the present request
+        self._events: list[h11.Event] = []  #: of the request that was read to ask a person, and not sent on
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.HEADER_BYTES)
 
     async def serve(self, sock: socket.socket) -> None:
@@ -103,6 +107,7 @@ class AgentConnection:
                 return None
             self._http.receive_data(data)
         self.exchange = exchange
+        self._events.clear()
         await self.session.check_rate()
         async with deadline(limits.HEADERS_S, 408, "slow-headers", "The request's headers came too slowly."):
             event = await self.event()
@@ -119,15 +124,17 @@ class AgentConnection:
         exchange.method, exchange.target = method[:16], target
         ask = exchange.ask = policy.parse_ask(method, target)
         decision = exchange.decision = self.session.decide(ask)
+        headers = list(request.headers)
+        if exchange.is_held:
+            decision = exchange.decision = await self._ask_person(ask, headers)
         rule = decision.rule
         if not decision.allowed or rule is None:
             raise Denied(403, decision.reason, decision.message)
         self.session.check_rule_rate(rule)
-        headers = list(request.headers)
         # What a request line and headers carry out counts too.
         exchange.count(len(target) + sum(len(name) + len(value) for name, value in headers), 0)
         late = f"The policy allows {rule.timeout_seconds} s for this."
-        async with deadline(rule.timeout_seconds, 504, "timeout", late):
+        async with deadline(rule.seconds_left, 504, "timeout", late):
             match ask.way:
                 case Way.ROUTE:
                     await self._answer_route(ask, rule, headers, exchange)
@@ -135,6 +142,54 @@ class AgentConnection:
                     await self._answer_plain(ask, rule, headers, exchange)
                 case Way.TUNNEL:
                     await self._answer_tunnel(ask, rule, exchange)
+
+    async def _ask_person(self, ask: Ask, headers: list[Header]) -> Decision:
+        """Wait for the answer to a request that no rule decides. Raises Denied, AgentGone."""
+        session, holds = self.session, self.session.gateway.holds
+        timeout_s = session.gateway.ask_seconds
+        with holds.place(session.agent):
+            request = await self._read_request(ask, headers)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    watching = tasks.create_task(self.watch(), name="watch")
+                    decision = await holds.wait(request, timeout_s)
+                    watching.cancel()
+            except BaseExceptionGroup as group:
+                expected = (Denied, AgentGone)
+                raise min(group.exceptions, key=lambda exc: isinstance(exc, expected)) from None
+        return decision
+
+    async def _read_request(self, ask: Ask, headers: list[Header]) -> Request:
+        """Return all of a request that a person is to be asked about; its body is kept for event()."""
+        passed: list[Header] = []
+        body = bytearray()
+        if ask.way is Way.PLAIN:
+            passed = plain_headers(headers, ask)
+            body_headers(ask.method.encode(), headers, sys.maxsize)
+            await self.send_continue()
+            slow = "The request's body came too slowly."
+            async with deadline(limits.BODY_SILENCE_S, 408, "slow-body", slow):
+                while not isinstance(event := await self.event(), h11.EndOfMessage):
+                    assert isinstance(event, h11.Data)
+                    body += event.data
+                    if len(body) > asking.BODY_BYTES:
+                        raise _too_large_to_ask(f"a body of more than {asking.BODY_BYTES} bytes")
+            self._events = [h11.Data(data=bytes(body)), event]
+        request = Request(
+            agent=self.session.agent,
+            session=self.session.name,
+            way=ask.way,
+            method=ask.method,
+            host=ask.host,
+            port=ask.port,
+            path=ask.path,
+            target=ask.target,
+            headers=tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in passed),
+            body=base64.b64encode(body).decode(),
+        )
+        if len(request.canonical) > asking.REQUEST_CHARACTERS:
+            raise _too_large_to_ask("such long headers")
+        return request
 
     async def _answer_route(self, ask: Ask, rule: Rule, headers: list[Header], exchange: Exchange) -> None:
         gateway = self.session.gateway
@@ -168,16 +223,18 @@ class AgentConnection:
                 message = f"The gateway has no usable key for {route.name}: {exc}."
                 raise Denied(401, f"credential-{exc.code}", message) from exc
         passed = [*route_headers(headers, route, secret), *body]
-        secrets = () if secret is None else (secret.reveal(), route.scheme.code(secret.reveal()))
+        secrets = () if secret is None else route.scheme.spellings(secret.reveal())
         upstream = await gateway.pool.connect(route.endpoint)
         try:
             path = route.endpoint.path + (ask.target if ask.target.startswith("/") else f"/{ask.target}")
             head = h11.Request(method=ask.method, target=path, headers=passed)
             await Forward(self, upstream, exchange, redactor=Redactor(secrets), meter=meter).run(head)
         except AgentGone:
-            if meter is not None and gateway.ledger.is_bounded(self.session.agent):
-                await hear_out(upstream, meter)
-            upstream.abort()
+            try:
+                if meter is not None and gateway.ledger.is_bounded(self.session.agent):
+                    await hear_out(upstream, meter)
+            finally:
+                upstream.abort()
             raise
         except BaseException:
             upstream.abort()
@@ -215,6 +272,8 @@ class AgentConnection:
 
     async def event(self) -> h11.Event:
         """Return what the agent sent next. Raises Denied if it is no HTTP, AgentGone if it broke off."""
+        if self._events:
+            return self._events.pop(0)
         try:
             return await self._stream.receive()
         except h11.RemoteProtocolError as exc:
@@ -272,3 +331,10 @@ class AgentConnection:
                 left = limits.LINGER_BYTES
                 while left > 0 and (data := await self._stream.reader.read(limits.CHUNK_BYTES)):
                     left -= len(data)
+
+
+def _too_large_to_ask(what: str) -> Denied:
+    message = (
+        f"No rule decides about this, and a person is not asked about a request with {what}: add a rule."
+    )
+    return Denied(413, "too-large-to-ask", message)

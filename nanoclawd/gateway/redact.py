@@ -11,8 +11,9 @@ class Redactor:
 
     def __init__(self, secrets: Iterable[bytes]) -> None:
         # The longest first: a secret may be the beginning of another.
-        self._secrets = sorted(set(filter(None, secrets)), key=len, reverse=True)
-        self._pattern = re.compile(b"|".join(map(re.escape, self._secrets)), re.IGNORECASE)
+        found = sorted({secret.lower() for secret in secrets if secret}, key=len, reverse=True)
+        self._secrets = found
+        self._pattern = re.compile(b"|".join(map(re.escape, found)), re.IGNORECASE)
         self._held = b""
 
     @property
@@ -21,15 +22,19 @@ class Redactor:
 
     def holds(self, data: bytes) -> bool:
         """Say whether there is a secret in `data`, in whatever case."""
-        return bool(self._secrets and self._pattern.search(data))
+        lower = data.lower()
+        return any(secret in lower for secret in self._secrets)
 
     def feed(self, data: bytes) -> bytes:
         """Return what can be passed on; what may be the beginning of a secret waits for more."""
         if not self._secrets:
             return data
-        data = self._cover(self._held + data)
-        longest = min(len(self._secrets[0]) - 1, len(data))
-        keep = next((n for n in range(longest, 0, -1) if self._is_beginning(data[-n:])), 0)
+        data = self._held + data
+        if self.holds(data):  # many times as fast as the pattern, which seldom finds anything
+            data = self._pattern.sub(lambda found: b"*" * len(found[0]), data)
+        tail = data[1 - len(self._secrets[0]) :].lower() if len(self._secrets[0]) > 1 else b""
+        begins = (n for n in range(len(tail)) if any(s.startswith(tail[n:]) for s in self._secrets))
+        keep = len(tail) - next(begins, len(tail))
         data, self._held = data[: len(data) - keep], data[len(data) - keep :]
         return data
 
@@ -37,9 +42,3 @@ class Redactor:
         """Return what waited."""
         held, self._held = self._held, b""
         return held
-
-    def _cover(self, data: bytes) -> bytes:
-        return self._pattern.sub(lambda found: b"*" * len(found[0]), data)
-
-    def _is_beginning(self, data: bytes) -> bool:
-        return any(secret[: len(data)].lower() == data.lower() for secret in self._secrets)

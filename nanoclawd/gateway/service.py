@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from nanoclawd import budget, journal, paths
+from nanoclawd import asking, budget, journal, paths
 from nanoclawd.budget import Spent
 from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.gateway.sessions import Gateway, check_listener
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName, parse_agent_name, parse_session_name, unit_name
-from nanoclawd.policy import from_json
+from nanoclawd.policy import Policy, Unknown, from_json
 from nanoclawd.routes import Route
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service
@@ -37,6 +37,8 @@ class GatewayService:
                 "ReadUsage": Method(handler=self._read_usage, more=True),
                 "GetLife": Method(handler=self._get_life),
                 "SetBudget": Method(handler=self._set_budget),
+                "ReadHolds": Method(handler=self._read_holds, more=True),
+                "AnswerHold": Method(handler=self._answer_hold),
             },
         )
 
@@ -57,7 +59,8 @@ class GatewayService:
     async def _set_policy(self, call: Call) -> Json:
         agent = parse_agent_name(call.parameters["agent"])
         rules = tuple(map(from_json, call.parameters["rules"]))
-        self._gateway.set_policy(agent, rules)
+        policy = Policy(rules=rules, unknown=Unknown(call.parameters["unknown"]))
+        self._gateway.set_policy(agent, policy)
         journal.info("policy-set", agent=agent, rules=len(rules))
         return {}
 
@@ -88,6 +91,20 @@ class GatewayService:
         before = Spent(told["tokens"], told["microdollars"])
         self._gateway.ledger.set_budget(agent, limit, told["day"], before, sessions)
         return {}
+
+    async def _read_holds(self, call: Call) -> Json:
+        new, gone = await self._gateway.holds.read(call.parameters["known"])
+        holds = [
+            {"id": hold.id, "sha256": hold.sha256, "request": asking.to_json(hold.request)} for hold in new
+        ]
+        return {"holds": holds, "gone": gone}
+
+    async def _answer_hold(self, call: Call) -> Json:
+        parameters, holds = call.parameters, self._gateway.holds
+        hold, message = (parameters["id"], parameters["sha256"]), parameters["message"]
+        if parameters["answer"] == "pending":
+            return {"taken": holds.note_pending(*hold, message)}
+        return {"taken": holds.answer(*hold, allowed=parameters["answer"] == "allowed", message=message)}
 
     async def _status(self, call: Call) -> Json:
         settings = self._gateway.settings

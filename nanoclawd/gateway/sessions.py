@@ -15,15 +15,16 @@ from systemd import daemon
 from nanoclawd import journal
 from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.gateway import limits
-from nanoclawd.gateway.addresses import resolve
+from nanoclawd.gateway.addresses import refusal_of, resolve
 from nanoclawd.gateway.exchange import Exchange
+from nanoclawd.gateway.holds import Holds
 from nanoclawd.gateway.keys import Keys
 from nanoclawd.gateway.ledger import Ledger
 from nanoclawd.gateway.proxy import AgentConnection
 from nanoclawd.gateway.trail import Trail
 from nanoclawd.gateway.upstream import Pool, dial
 from nanoclawd.ids import AgentName, SessionName, unit_name
-from nanoclawd.policy import Ask, Decision, Denied, Rule, Rules, decide
+from nanoclawd.policy import Ask, Decision, Denied, Policy, Rule, authority, decide
 from nanoclawd.rates import Rate
 from nanoclawd.routes import Route
 from nanoclawd.settings import Settings
@@ -33,8 +34,8 @@ from nanoclawd.sockets import accept
 class Allowance:
     """What an agent may reach, and what all its sessions share of that."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
         self.rates: dict[Rule, Rate] = {}
         self.lookups = asyncio.Semaphore(limits.LOOKUPS)
 
@@ -71,12 +72,12 @@ class Session:
 
     def decide(self, ask: Ask) -> Decision:
         """Return what the agent's policy says. Every request comes by here."""
-        return decide(self._allowance.rules, ask)
+        return self.gateway.decide(self.agent, ask)
 
     @property
     def _allowance(self) -> Allowance:
         """Of whom the router told no policy, that is nothing."""
-        return self.gateway.allowances.get(self.agent) or Allowance(())
+        return self.gateway.allowances.get(self.agent) or Allowance(Policy())
 
     def check_rule_rate(self, rule: Rule) -> None:
         """Count one request that `rule` allows. Raises Denied if there were too many."""
@@ -89,7 +90,7 @@ class Session:
         """Connect to the host that `ask` names, which `rule` allows. Raises Denied."""
         slots = self._allowance.lookups
         addresses = await resolve(ask.host, ask.port, rule, self.gateway.threads, slots)
-        return await dial(ask.host, ask.port, addresses)
+        return await dial(ask.host, ask.port, [*map(str, addresses)])
 
     def log(self, exchange: Exchange) -> None:
         """Write one line about a finished request, and one for the audit trail."""
@@ -114,6 +115,7 @@ class Gateway:
         self.keys = Keys()
         self.trail = Trail()
         self.ledger = Ledger(self.trail.life)
+        self.holds = Holds(lambda request: self.decide(AgentName(request.agent), request.ask))
         self.threads = ThreadPoolExecutor(limits.LOOKUP_THREADS, thread_name_prefix="lookup")
         self.pool = Pool(tasks, tls)
         self.sessions: dict[tuple[AgentName, SessionName], Session] = {}
@@ -133,11 +135,28 @@ class Gateway:
             raise Denied(503, "bad-config", f"The gateway has no configuration: {self.settings}.")
         return self.settings
 
-    def set_policy(self, agent: AgentName, rules: Rules) -> None:
+    @property
+    def ask_seconds(self) -> int:
+        """How long a request waits for a person's answer. Raises Denied."""
+        if isinstance(self.settings, ConfigError):
+            raise Denied(503, "bad-config", f"The gateway has no configuration: {self.settings}.")
+        return self.settings.ask_seconds
+
+    def decide(self, agent: AgentName, ask: Ask) -> Decision:
+        """Return what the policy of `agent` says; of whom the router told none, that is nothing."""
+        policy = self.allowances[agent].policy if agent in self.allowances else Policy()
+        decision = decide(policy.rules, ask, policy.unknown)
+        if decision.reason == "ask" and (why := refusal_of(ask.host)):
+            message = f"{authority(ask.host, ask.port)} is {why}: only a rule that names it can allow that."
+            return decision._replace(reason="no-rule", message=message)
+        return decision
+
+    def set_policy(self, agent: AgentName, policy: Policy) -> None:
         """Take over an agent's policy; what runs and is allowed no more ends at once."""
-        allowance = self.allowances.setdefault(agent, Allowance(rules))
-        allowance.rules = rules
-        allowance.rates = {rule: rate for rule, rate in allowance.rates.items() if rule in rules}
+        allowance = self.allowances.setdefault(agent, Allowance(policy))
+        allowance.policy = policy
+        allowance.rates = {rule: rate for rule, rate in allowance.rates.items() if rule in policy.rules}
+        self.holds.decide_again()
         for session in self.sessions.values():
             for connection, task in session.open.items() if session.agent == agent else ():
                 exchange = connection.exchange
@@ -180,6 +199,7 @@ class Gateway:
     async def drain(self) -> None:
         """Take no more requests; return when those that run are answered, or DRAIN_S have passed."""
         self._stopping = True
+        self.holds.close()
         for session in self.sessions.values():
             session.stop_accepting()
         connections = {c: task for session in self.sessions.values() for c, task in session.open.items()}

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import h11
 
 from nanoclawd.gateway import limits
-from nanoclawd.gateway.addresses import Address
 from nanoclawd.gateway.http import Stream, deadline
 from nanoclawd.policy import Denied, authority
 from nanoclawd.routes import Endpoint
@@ -77,6 +76,8 @@ class Pool:
         self._tasks = tasks
         self._tls = tls
         self._idle: dict[Endpoint, list[Upstream]] = {}
+        #: The address that answered: where IPv6 leads nowhere, only the first connection waits for it.
+        self._used_last: dict[Endpoint, str] = {}
 
     async def connect(self, endpoint: Endpoint) -> Upstream:
         """Return a connection, by preference the one used last. Raises Denied."""
@@ -91,19 +92,14 @@ class Pool:
             if upstream.watch.cancelled() and not upstream.reader.at_eof():
                 return upstream
             upstream.abort()
-        try:
-            async with asyncio.timeout(limits.CONNECT_S):
-                # Its addresses are not checked: a person named it, and it has to show its certificate.
-                reader, writer = await asyncio.open_connection(
-                    endpoint.host,
-                    endpoint.port,
-                    ssl=self._tls if endpoint.tls else None,
-                    limit=limits.CHUNK_BYTES,
-                    happy_eyeballs_delay=0.25,
-                )
-        except OSError as exc:
-            raise _no_connection(endpoint.authority, endpoint.host, exc) from exc
-        upstream = Upstream(reader, _kept_alive(writer))
+        # Not checked: a person named the endpoint, and it has to show its certificate.
+        addresses = await _look_up(endpoint)
+        addresses.sort(key=lambda address: address != self._used_last.get(endpoint))
+        reader, writer = await dial(
+            endpoint.host, endpoint.port, addresses, tls=self._tls if endpoint.tls else None
+        )
+        self._used_last[endpoint] = writer.get_extra_info("peername")[0]
+        upstream = Upstream(reader, writer)
         upstream.endpoint = endpoint
         return upstream
 
@@ -135,18 +131,36 @@ class Pool:
 
 
 async def dial(
-    host: str, port: int, addresses: Sequence[Address]
+    host: str, port: int, addresses: Sequence[str], *, tls: ssl.SSLContext | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the first of `addresses` that takes it: never the name once more. Raises Denied."""
+    """Connect to the first of `addresses` that takes it: never the name once more. Raises Denied.
+
+    One after the other: asyncio's race of addresses, when cancelled, forgets the socket that had won.
+    """
     problem: OSError = TimeoutError()
-    for address in addresses[: limits.ADDRESSES]:
+    addresses = addresses[: limits.ADDRESSES]
+    for address in addresses:
         try:
-            async with asyncio.timeout(limits.CONNECT_S / limits.ADDRESSES):
-                reader, writer = await asyncio.open_connection(str(address), port, limit=limits.CHUNK_BYTES)
+            async with asyncio.timeout(limits.CONNECT_S / len(addresses)):
+                reader, writer = await asyncio.open_connection(
+                    address, port, limit=limits.CHUNK_BYTES, ssl=tls, server_hostname=host if tls else None
+                )
                 return reader, _kept_alive(writer)
         except OSError as exc:
             problem = exc
     raise _no_connection(authority(host, port), host, problem) from problem
+
+
+async def _look_up(endpoint: Endpoint) -> list[str]:
+    """Return the endpoint's addresses. Raises Denied."""
+    try:
+        async with asyncio.timeout(limits.CONNECT_S):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                endpoint.host, endpoint.port, type=socket.SOCK_STREAM
+            )
+    except OSError as exc:
+        raise _no_connection(endpoint.authority, endpoint.host, exc) from exc
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def _kept_alive(writer: asyncio.StreamWriter) -> asyncio.StreamWriter:

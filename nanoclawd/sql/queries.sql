@@ -405,3 +405,76 @@ SELECT '', '', agent, session, model, sum(calls), sum(estimated), sum(unpriced),
 
 -- delete_old_usage --
 DELETE FROM usage WHERE day < :day AND life != :running AND day != '' RETURNING day;
+
+-- session_of --
+SELECT * FROM session WHERE agent = :agent AND name = :name;
+
+-- find_approval --
+SELECT * FROM approval WHERE id = :id;
+
+-- find_approvals --
+-- Those whose id begins so.
+SELECT * FROM approval WHERE substr(id, 1, length(:id)) = :id ORDER BY asked_at DESC LIMIT :limit;
+
+-- list_approvals --
+-- The newest, the oldest of them first.
+SELECT id FROM (SELECT asked_at, rowid AS place, id FROM approval
+                 WHERE (:agent IS NULL OR agent = :agent) AND (:state IS NULL OR state = :state)
+                 ORDER BY asked_at DESC, rowid DESC LIMIT :limit)
+ ORDER BY asked_at, place;
+
+-- pending_approval --
+SELECT * FROM approval WHERE agent = :agent AND sha256 = :sha256 AND state = 'pending';
+
+-- pending_approvals --
+SELECT * FROM approval WHERE agent = :agent AND state = 'pending';
+
+-- expire_approval --
+UPDATE approval SET state = 'expired' WHERE id = :id RETURNING *;
+
+-- count_approvals --
+SELECT count(*) FILTER (WHERE agent = :agent) AS of_agent, count(*) AS total FROM approval WHERE state = 'pending';
+
+-- add_approval --
+INSERT INTO approval (id, kind, agent, session, channel, chat, thread, payload, sha256, asked_at, expires_at)
+VALUES (:id, :kind, :agent, :session, :channel, :chat, :thread, :payload, :sha256, :now, :expires);
+
+-- decide_approval --
+UPDATE approval SET state = :state, scope = :scope, decided_at = :now, decided_by = :by, expires_at = :expires
+ WHERE id = :id AND state = 'pending' AND expires_at > :now RETURNING *;
+
+-- use_approval --
+-- What was allowed once is used by whoever asks for the same, and then it is used up.
+UPDATE approval SET state = 'used'
+ WHERE id = (SELECT id FROM approval WHERE agent = :agent AND sha256 = :sha256 AND state = 'allowed'
+                AND scope = 'once' AND expires_at > :now ORDER BY decided_at LIMIT 1)
+RETURNING *;
+
+-- expire_approvals --
+-- What nobody answered, or used, in time; and what was allowed for a while.
+UPDATE approval SET state = 'expired'
+ WHERE expires_at <= :now AND (state = 'pending' OR (state = 'allowed' AND scope != 'always')) RETURNING *;
+
+-- end_approvals --
+-- Of an agent that is gone: another one of its name inherits nothing.
+UPDATE approval SET state = 'expired'
+ WHERE agent = :agent AND (state = 'pending' OR (state = 'allowed' AND scope != 'always')) RETURNING *;
+
+-- forget_denials --
+UPDATE approval SET expires_at = min(expires_at, :now) WHERE agent = :agent AND state = 'denied';
+
+-- live_approvals --
+-- Answers for a while, the newest first.
+SELECT * FROM approval
+ WHERE state IN ('allowed', 'denied') AND scope = 'for' AND expires_at > :now ORDER BY decided_at DESC;
+
+-- next_expiry --
+SELECT min(expires_at) AS at FROM approval
+ WHERE state = 'pending' OR (state = 'allowed' AND scope != 'always') OR (state = 'denied' AND expires_at > :now);
+
+-- delete_approvals --
+DELETE FROM approval WHERE id IN
+       (SELECT id FROM approval
+         WHERE (state IN ('denied', 'used', 'expired') OR (state = 'allowed' AND scope = 'always'))
+           AND max(expires_at, coalesce(decided_at, 0)) < :before LIMIT :limit)
+RETURNING id;

@@ -26,8 +26,8 @@ class Api:
         self.machine = machine
         self._record = f"{machine.home}/messages-api.record"
 
-    def start(self, *answers: Json, require_key: str = KEY) -> None:
-        """Serve these answers, to requests with the key."""
+    def start(self, *answers: Json, require_key: str | None = KEY) -> None:
+        """Serve these answers, to requests with the key (None: with any)."""
         script = f"{self.machine.home}/messages-api.json"
         self.machine.write(script, json.dumps(answers))
         self.machine.sh(f"rm -f {self._record}")
@@ -35,7 +35,8 @@ class Api:
             *("systemd-run", "--user", "--quiet", "--collect", f"--unit={UNIT}", "--description=API"),
             f"--working-directory={self.machine.project}",
             *("python3", "-m", "tests.support.messages_api", f"--port={PORT}", f"--script={script}"),
-            *(f"--require-key={require_key}", f"--record={self._record}"),
+            *(() if require_key is None else (f"--require-key={require_key}",)),
+            f"--record={self._record}",
         )
         listens = ("bash", "-c", f": < /dev/tcp/127.0.0.1/{PORT}")
         self.machine.wait_for(lambda: self.machine.run(*listens, check=False).returncode == 0)
@@ -258,6 +259,26 @@ def test_the_router_may_be_new_in_mid_stream(
 
     assert wait_reply(sending) == "one two three four five six seven eight nine ten"
     assert len(api.requests()) == 1
+
+
+def test_a_new_key_counts_from_the_next_call_on_also_in_mid_stream(
+    product: Product, machine: Machine, agent: str, api: Api
+) -> None:
+    text = "one two three four five six seven eight nine ten"
+    api.start({"text": text, "pause_s": 0.15}, {"text": "again"}, require_key=None)
+    sending = product.send_later(agent, "count")
+    machine.wait_for(lambda: len(api.requests()) == 1)
+    runner = product.runner_pid(agent)
+
+    set_key(product, "sk-ant-the-next-one")
+    try:
+        assert wait_reply(sending) == text
+        assert product.send(agent, "hello") == "again"
+    finally:
+        set_key(product)
+
+    assert [r["headers"]["x-api-key"] for r in api.requests()] == [KEY, "sk-ant-the-next-one"]
+    assert product.runner_pid(agent) == runner
 
 
 # --- the key -------------------------------------------------------------------------------------------

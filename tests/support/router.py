@@ -12,6 +12,7 @@ import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +22,18 @@ from nanoclawd import __main__ as nanoclawd
 from nanoclawd import containers, paths
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
+from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
+from nanoclawd.policy import Rule, with_rule
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.server import Server
@@ -309,6 +313,10 @@ class RegistryDouble:
             raise ConfigError("agents/broken.toml:1: is broken", hint="repair it")
         return self.agents[name]
 
+    async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> None:
+        config = self.agents[name]
+        self.agents[name] = replace(config, policy=with_rule(config.policy, rule, last=last))
+
     def instructions(self, name: str) -> str:
         return "Be brief."
 
@@ -377,6 +385,8 @@ class Router:
         self.audit: Audit
         self.usage: Usage
         self.gateway: GatewayLink
+        self.approvals: Approvals
+        self.holds: HoldLink
         self._slots = slots
 
     async def run(self) -> None:
@@ -390,7 +400,13 @@ class Router:
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
                 self.usage = Usage(db, lambda agent: place.budget)
-                self.gateway = GatewayLink(lambda _: (), self.audit.take_over, self.usage)
+                self.approvals = Approvals(db=db, registry=registry, outlets=outlets)
+                await self.approvals.load()
+                self.holds = HoldLink(self.approvals)
+                self.gateway = GatewayLink(
+                    self.approvals.policy, self.audit.take_over, self.usage, [self.holds.run]
+                )
+                self.approvals.on_expiry = self.gateway.change
                 self.sessions = Sessions(
                     db=db,
                     systemd=systemd,

@@ -24,6 +24,7 @@ NAME = CredentialName("anthropic")
 def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setattr(credentials, "SERVICE", tmp_path / "io.systemd.Credentials")
+    monkeypatch.setattr(secret, "ask", lambda *_: (0, "systemd 255 (255.4)"))
     return tmp_path / "config"
 
 
@@ -99,6 +100,18 @@ def test_plain_credential_comes_back_below_256(
     assert credentials.read(NAME).reveal() == b"sk-1"
     assert "without encryption" in capsys.readouterr().err
     assert not credentials.list_entries()[0].encrypted
+
+
+@pytest.mark.parametrize("said", ["systemd 256 (256.1)", "systemd 257 (257.13-1)", "systemd 300~rc1", ""])
+def test_value_that_systemd_should_encrypt_is_not_stored_plain(
+    monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setattr(secret, "ask", lambda *_: (0, said))
+
+    with pytest.raises(Unavailable, match="credential service"):
+        secret.set_secret("anthropic", b"sk-1")
+
+    assert credentials.list_entries() == []
 
 
 def test_encrypted_credential_replaces_a_plain_one(configuration: Path) -> None:

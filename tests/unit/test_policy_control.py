@@ -12,7 +12,8 @@ from nanoclawd import agents, paths
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
-from nanoclawd.policy import Rule, to_json
+from nanoclawd.ids import AgentName
+from nanoclawd.policy import Policy, Rule, Rules, to_json
 from nanoclawd.policy_control import PolicyControl
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call
@@ -39,9 +40,14 @@ class Person:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
+        self.answers: Rules = ()  #: of people, to requests
         self._methods = PolicyControl(
-            registry=registry, gateway=GatewayLink(registry.policy, take_over, NoUsage())
+            registry=registry, gateway=GatewayLink(self.policy, take_over, NoUsage()), policy_of=self.policy
         ).methods
+
+    def policy(self, agent: AgentName) -> Policy:
+        config = self.registry.get(agent).config
+        return Policy(rules=(*config.rules, *self.answers), unknown=config.unknown) if config else Policy()
 
     async def call(self, name: str, /, **parameters: object) -> Json:
         given = INTERFACE.check_parameters(name, {"name": "berta", **parameters})
@@ -98,6 +104,36 @@ def test_comments_of_rules_stay(host: Host) -> None:
     assert (paths.agents() / "berta.toml").read_text() == WRITTEN + '\n[[policy]]\nhost = "a.example"\n'
 
 
+COMMENTED = """# mine
+provider = "echo"
+
+# all that packages need
+[[policy]]
+host = "pypi.org" # packages
+methods = [ "GET" ] # no more
+port = 80
+per_minute = 7 # they are few
+max_up_bytes = 9 # and small
+
+# pictures
+[[policy]]
+host = "*.example.com"
+"""
+
+
+def test_comments_of_a_rule_go_where_it_goes(host: Host) -> None:
+    async def work(person: Person) -> None:
+        await person.add(Rule(host="bad.example.com", deny=True))
+        await person.add(Rule(host="pypi.org", port=80, methods=("GET",), per_minute=8))
+
+    with_berta(host, work, COMMENTED)
+
+    denied = '[[policy]]\nhost = "bad.example.com"\ndeny = true\n\n'
+    written = COMMENTED.replace("# all that", f"{denied}# all that").replace("= 7 #", "= 8 #")
+    written = written.replace("max_up_bytes = 9 # and small\n", "")
+    assert (paths.agents() / "berta.toml").read_text() == written
+
+
 def test_unit_is_left_alone(host: Host) -> None:
     async def work(person: Person) -> None:
         reloads = host.reloads
@@ -136,6 +172,8 @@ def test_policy_of_a_file_that_breaks_allows_nothing(host: Host) -> None:
         await person.registry.load()
         assert person.registry.policy(BERTA) == ()
         assert await person.test("https://pypi.org") == (False, None, "no-rule")
+        reply = await person.call("TestPolicy", url="https://pypi.org", method="GET")
+        assert "cannot be read" in reply["message"] and "berta.toml:2" in reply["message"]
 
     with_berta(host, work)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import socket
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoclawd import idl, paths, policy
-from nanoclawd.errors import NanoclawError, Refused
+from nanoclawd.errors import NanoclawError, NotFound, Refused
 from nanoclawd.ids import no_agent
 from nanoclawd.server import Call, Method, Server, Service
 from nanoclawd.varlink import Connection
@@ -30,6 +31,7 @@ CONFIGURATION: Json = {
     "tasksMax": 256,
     "cpuQuota": "",
     "runtime": "",
+    "unknown": "deny",
     "mounts": [{"source": "/home/ada/src", "target": "/mnt/src", "readOnly": True}],
 }
 RUNTIME: Json = {
@@ -110,6 +112,32 @@ BUDGET |= {"moneyPerDay": 2_500_000, "moneyPerSession": None}
 USAGE: Json = {"agent": "berta", "session": "", "day": "", "calls": 12, "estimated": 2, "unpriced": 1}
 USAGE |= {"input": 100, "output": 50, "cacheWrite": 20, "cacheRead": 900, "microdollars": 1_020_300}
 USAGE |= {"tokensLeft": 3930, "microdollarsLeft": 1_479_700}
+APPROVAL: Json = {
+    "id": "a0123abcd",
+    "kind": "request",
+    "agent": "berta",
+    "session": "s1",
+    "channel": "terminal",
+    "chat": "berta",
+    "thread": "",
+    "sha256": "5" * 64,
+    "state": "pending",
+    "askedAt": 1.0,
+    "expiresAt": 4e9,
+    "scope": None,
+    "decidedAt": None,
+    "decidedBy": None,
+    "request": {
+        "way": "plain",
+        "method": "POST",
+        "host": "a.example",
+        "port": 80,
+        "url": f"http://a.example/{'x' * 300}/end",
+        "headers": [{"name": "x-mine", "value": "1\x1b[2J\nHost: b.example"}],
+        "bodyBytes": 11,
+        "body": base64.b64encode("a\x1b\u202eb\nWhy:".encode()).decode(),
+    },
+}
 CHECK: Json = {"name": "network", "active": True, "detail": "connect: EPERM"}
 STATUS: Json = {
     "version": "0.1.0",
@@ -136,6 +164,7 @@ STATUS: Json = {
         "deliveriesSent": 7,
         "deliveriesDead": 8,
     },
+    "approvalsPending": 2,
     "sandbox": [CHECK],
     "gateway": {
         "version": "0.1.0",
@@ -168,6 +197,9 @@ class RouterDouble:
         self.calls: list[tuple[str, Json]] = []
         self.trash: str | None = None
         self.rules: policy.Rules = ()
+        self.unknown = policy.Unknown.DENY
+        self.approvals: list[Json] = [APPROVAL]
+        self.sent = True  #: what is allowed still waited
         self.trail: list[Json] = list(AUDIT)
         self.verdict: Json = {"rows": 2, "head": "f" * 64, "broken": None, "problem": ""}
         self.usage: Json | None = USAGE
@@ -341,7 +373,7 @@ class RouterDouble:
         }
 
     async def _ShowPolicy(self, _call: Call) -> Json:
-        return {"rules": [*map(policy.to_json, self.rules)]}
+        return {"unknown": self.unknown, "rules": [*map(policy.to_json, self.rules)]}
 
     async def _AddRule(self, call: Call) -> Json:
         self.rules = policy.with_rule(self.rules, policy.from_json(call.parameters["rule"]))
@@ -349,8 +381,30 @@ class RouterDouble:
 
     async def _TestPolicy(self, call: Call) -> Json:
         ask = policy.parse_url(call.parameters["method"], call.parameters["url"])
-        allowed, number, _, reason, message = policy.decide(self.rules, ask)
+        allowed, number, _, reason, message = policy.decide(self.rules, ask, self.unknown)
         return {"allowed": allowed, "way": ask.way, "rule": number, "reason": reason, "message": message}
+
+    async def _ListApprovals(self, call: Call) -> Json:
+        wanted = call.parameters["state"]
+        found = [a for a in self.approvals if wanted in (None, a["state"])]
+        for approval in found[:-1]:
+            await call.send({"approval": approval})
+        return {"approval": found[-1] if found else None}
+
+    def _approval(self, call: Call) -> Json:
+        found = next((a for a in self.approvals if a["id"].startswith(call.parameters["id"])), None)
+        if found is None:
+            raise NotFound("no approval", hint="there are others")
+        return found
+
+    async def _ShowApproval(self, call: Call) -> Json:
+        choices = [{"answer": "allow", "scope": "once", "what": "this request"}]
+        return {"approval": self._approval(call), "why": "No rule decides.", "choices": choices}
+
+    async def _AnswerApproval(self, call: Call) -> Json:
+        approval = {**self._approval(call), "scope": call.parameters["scope"], "state": "allowed"}
+        rule = "allow a.example:80" if call.parameters["scope"] == "always" else None
+        return {"approval": approval, "sent": self.sent, "rule": rule}
 
     async def _RemoveAgent(self, call: Call) -> Json:
         del self.agents[call.parameters["name"]]

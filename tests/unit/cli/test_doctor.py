@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nanoclawd import credentials
 from nanoclawd.cli import doctor
 from nanoclawd.cli.doctor import MISSING, OK, WARNING
 from tests.unit.cli.conftest import ROOT, Run, fake_program
@@ -194,6 +195,15 @@ def test_credential_counts_only_if_its_provider_is_used() -> None:
     assert list(doctor.check_credentials(routes, [])) == []
     (check,) = doctor.check_credentials(routes, [thinker])
     assert (check.state, check.todo) == (MISSING, "nanoclawctl secret set anthropic")
+
+
+def test_credential_that_is_not_encrypted_is_a_standing_warning() -> None:
+    state = f"usable, but {credentials.UNENCRYPTED}"
+    routes = [{"name": "github", "endpoint": "", "credential": "github", "credentialState": state}]
+
+    (check,) = doctor.check_credentials(routes, [])
+
+    assert (check.state, "without encryption" in check.found) == (WARNING, True)
 
 
 def test_sandbox_that_is_not_active_is_missing() -> None:

@@ -16,7 +16,7 @@ from nanoclawd.budget import NO_LIMITS, Budget, Spent, today
 from nanoclawd.gateway.sessions import Gateway, Session
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.ids import AgentName, SessionName
-from nanoclawd.policy import Rule, Rules
+from nanoclawd.policy import Policy, Rule, Rules, Unknown
 from nanoclawd.settings import parse_settings
 
 AGENT, SESSION = AgentName("berta"), SessionName("s1")
@@ -139,6 +139,7 @@ async def bench(
     tls: ssl.SSLContext | None = None,
     rules: Rules = MODEL_ONLY,
     budget: Budget = NO_LIMITS,
+    unknown: Unknown = Unknown.DENY,
 ) -> AsyncIterator[Bench]:
     """Run a gateway with one session, forwarding to `handler` (None: to a port where nobody listens).
 
@@ -171,7 +172,7 @@ async def bench(
         gateway.settings = parse_settings(settings)
         path = directory / "gateway.sock"
         gateway.ledger.set_budget(AGENT, budget, today(), Spent(), {})
-        gateway.set_policy(AGENT, rules)
+        gateway.set_policy(AGENT, Policy(rules=rules, unknown=unknown))
         gateway.attach(AGENT, SESSION, listen(path))
         table = Bench(gateway, path, port)
         try:

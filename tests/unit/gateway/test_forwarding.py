@@ -17,6 +17,7 @@ from nanoclawd.gateway import limits
 from nanoclawd.gateway.redact import Redactor
 from nanoclawd.ids import CredentialName
 from nanoclawd.policy import Rule
+from tests.support.varlink_peer import eventually
 from tests.unit.gateway.harness import (
     AGENT,
     KEY,
@@ -91,10 +92,13 @@ def test_request_gets_the_key_and_its_own_headers(directory: Path) -> None:
 
 
 def test_chunked_body_passes(directory: Path) -> None:
-    seen = []
+    seen = b""
 
     async def handler(reader: Reader, writer: Writer) -> None:
-        seen.append(await read_request(reader))
+        nonlocal seen
+        await read_head(reader)
+        while not seen.endswith(b"\r\n\r\n"):
+            seen += await reader.read(1)
         writer.write(OK)
 
     async def main() -> Reply:
@@ -105,7 +109,7 @@ def test_chunked_body_passes(directory: Path) -> None:
             return await table.ask(request)
 
     assert asyncio.run(main()).status == 200
-    assert seen[0][2] == b"abcde"
+    assert seen.endswith(b"\r\n0\r\n\r\n") and b"x=y" not in seen  # no trailers, no extensions
 
 
 def test_body_passes_while_it_comes(directory: Path) -> None:
@@ -199,6 +203,34 @@ def test_connection_that_the_endpoint_closed_is_not_used_again(directory: Path) 
     assert asyncio.run(main()) == 3
 
 
+@pytest.mark.parametrize("when", ["with it", "later"])
+def test_answer_that_nobody_asked_for_is_nobodys(directory: Path, when: str) -> None:
+    forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
+
+    async def main() -> list[bytes]:
+        answered = asyncio.Event()
+
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(OK + (forged if when == "with it" else b""))
+            await answered.wait()
+            if when == "later":
+                writer.write(forged)
+            await read_request(reader)
+            writer.write(OK)
+
+        def waits() -> bool:
+            return any(task.get_name() == "idle-upstream" for task in asyncio.all_tasks())
+
+        async with bench(directory, handler) as table:
+            bodies = [(await table.ask(post())).body]
+            answered.set()
+            await eventually(lambda: not waits())  # the connection was given up
+            return [*bodies, (await table.ask(post())).body]
+
+    assert asyncio.run(main()) == [b"{}", b"{}"]
+
+
 def test_request_is_never_sent_twice(directory: Path) -> None:
     received = []
 
@@ -275,6 +307,39 @@ def test_key_does_not_come_back_in_a_body(directory: Path, monkeypatch: pytest.M
     assert asyncio.run(main()).body == b"[" + b"*" * len(KEY) + b"]"
 
 
+@pytest.mark.parametrize(
+    "answered",
+    [
+        b"HTTP/1.1 401 %s\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 401 No\r\nContent-Length: LENGTH\r\n\r\n%s",
+        b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n2;%s=%s\r\n{}\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x\r\n\r\n2\r\n{}\r\n0\r\nX: %s\r\n\r\n",
+        b"HTTP/1.1 103 %s\r\nLink: %s\r\n\r\n" + OK,
+        b"HTTP/1.1 302 Go\r\nLocation: http://a.example/?%s\r\nContent-Length: LENGTH\r\n\r\n%s",
+        b"HTTP/1.1 200 OK\r\nX-%s: 1\r\nContent-Type: x/%s\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 401 No\r\nWWW-Authenticate: %s\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: %s\x00\r\n\r\n",
+        b"%s\r\n\r\n",
+    ],
+)
+def test_key_comes_back_nowhere_in_an_answer(
+    directory: Path, answered: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answered = answered.replace(b"%s", KEY).replace(b"LENGTH", b"%d" % len(KEY))
+
+    async def main() -> bytes:
+        async with bench(directory, answer(answered)) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            writer.write(post(headers=b"Connection: close\r\n"))
+            return await reader.read()
+
+    said = asyncio.run(main())
+    told = capfd.readouterr()
+
+    assert said.startswith(b"HTTP/1.1 ") and KEY not in said
+    assert KEY.decode() not in told.out + told.err
+
+
 def test_answer_in_which_a_key_could_hide_is_refused(directory: Path) -> None:
     reply = ask(
         directory, post(), b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"
@@ -324,6 +389,32 @@ def test_endpoint_without_an_answer(directory: Path, data: bytes, status: int) -
             return await table.ask(post())
 
     assert asyncio.run(main()).status == status
+
+
+def test_endpoint_whose_headers_do_not_end_is_given_up(directory: Path) -> None:
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2 * limits.ENDPOINT_HEADER_BYTES)
+        await reader.read()
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(post())
+
+    assert asyncio.run(main()).status == 502
+
+
+def test_endpoint_that_only_says_that_it_goes_on_is_given_up(directory: Path) -> None:
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * (limits.INFORMATIONAL + 1))
+        await reader.read()
+
+    async def main() -> Reply:
+        async with bench(directory, handler) as table:
+            return await table.ask(post())
+
+    assert asyncio.run(main()).status == 502
 
 
 def test_refused_connection(directory: Path) -> None:
@@ -546,6 +637,102 @@ def test_slow_agent_is_refused(
     reply = ask(directory, request_bytes)
 
     assert (reply.status, reply.error["type"]) == (408, "timeout_error")
+
+
+def test_headers_without_end_are_refused(directory: Path) -> None:
+    async def main() -> Reply:
+        async with bench(directory, answer(OK)) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            writer.write(POST + b"X: ")
+            for _ in range(limits.HEADER_BYTES // 1000 + 1):
+                writer.write(b"y" * 1000)  # in reads of their own, all of them shorter than the limit
+                await writer.drain()
+                await asyncio.sleep(0)
+            return await read_reply(reader)
+
+    assert asyncio.run(main()).status == 431
+
+
+def test_connection_without_a_request_is_closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "KEEP_ALIVE_S", 0.05)
+
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            assert await reader.read() == b""
+            reader, writer = await table.connect()
+            writer.write(post())
+            assert (await read_reply(reader)).status == 200
+            assert await reader.read() == b""
+
+    asyncio.run(main())
+
+
+def test_agent_that_takes_nothing_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "AGENT_STALL_S", 0.05)
+
+    async def main() -> None:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
+            writer.write(b"x" * (64 << 20))
+            await reader.read()
+
+        async with bench(directory, handler) as table, asyncio.timeout(20):
+            _, writer = await table.connect()
+            writer.write(post())
+            await eventually(lambda: table.connections)
+            await asyncio.wait([task for task in table.connections if task])  # the gateway hung up
+
+    asyncio.run(main())
+
+
+def test_endpoint_that_takes_nothing_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "ENDPOINT_STALL_S", 0.05)
+
+    async def main() -> Reply:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await asyncio.Event().wait()
+
+        async with bench(directory, handler) as table, asyncio.timeout(20):
+            reply = await table.ask(post(b"x" * (16 << 20)))
+            for task in table.connections:
+                assert task is not None
+                task.cancel()
+            return reply
+
+    assert asyncio.run(main()).status == 504
+
+
+def test_endpoint_that_falls_silent_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SILENCE_S", 0.05)
+
+    async def main() -> None:
+        async def handler(reader: Reader, writer: Writer) -> None:
+            await read_request(reader)
+            writer.write(STREAM + b"5\r\nhello\r\n")
+            await reader.read()
+
+        async with bench(directory, handler) as table, asyncio.timeout(20):
+            reader, writer = await table.connect()
+            writer.write(post())
+            with pytest.raises(asyncio.IncompleteReadError):
+                await read_reply(reader)
+
+    asyncio.run(main())
+
+
+def test_refused_agent_that_stays_is_hung_up_on(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LINGER_S", 0.05)
+
+    async def main() -> None:
+        async with bench(directory, answer(OK)) as table:
+            reader, writer = await table.connect()
+            writer.write(POST + b"Content-Length: -1\r\n\r\n")
+            assert (await read_reply(reader)).status == 400
+            await eventually(lambda: not table.session.open)
+
+    asyncio.run(main())
 
 
 def test_too_many_requests_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

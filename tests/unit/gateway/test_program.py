@@ -86,7 +86,7 @@ class Program:
         spent = {"day": budget.today(), "tokens": 0, "microdollars": 0, "sessions": []}
         told = {"agent": "berta", "budget": budget.to_json(budget.NO_LIMITS), **spent}
         self.call("io.nanoclaw.Gateway.SetBudget", told)
-        self.call("io.nanoclaw.Gateway.SetPolicy", {"agent": "berta", "rules": rules})
+        self.call("io.nanoclaw.Gateway.SetPolicy", {"agent": "berta", "unknown": "deny", "rules": rules})
         self.call("io.nanoclaw.Gateway.Attach", {"agent": "berta", "session": session}, fd=listener.fileno())
 
     def close(self) -> None:

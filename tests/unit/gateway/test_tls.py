@@ -33,7 +33,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return both
 
 
-def ask_twice(directory: Path, certificate: Path) -> tuple[Reply, int]:
+def ask_twice(directory: Path, certificate: Path, settings: str = "") -> tuple[Reply, int]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
 
@@ -43,7 +43,7 @@ def ask_twice(directory: Path, certificate: Path) -> tuple[Reply, int]:
             writer.write(OK)
 
     async def main() -> tuple[Reply, int]:
-        async with bench(directory, handler, tls=context) as table:
+        async with bench(directory, handler, tls=context, settings=settings) as table:
             await table.ask(post())
             return await table.ask(post()), len(table.connections)
 
@@ -58,6 +58,18 @@ def test_two_requests_need_one_handshake(
     reply, connections = ask_twice(directory, certificate)
 
     assert (reply.status, connections) == (200, 1)
+
+
+def test_certificate_for_another_name_is_refused(
+    directory: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    by_address = '[providers.anthropic]\nendpoint = "https://127.0.0.1:PORT"\n'
+
+    reply, connections = ask_twice(directory, certificate, by_address)
+
+    assert (reply.status, connections) == (502, 0)
+    assert "certificate" in reply.error["message"]
 
 
 def test_certificate_of_a_stranger_is_refused(directory: Path, certificate: Path) -> None:

@@ -13,7 +13,7 @@ from nanoclawd.gateway import limits
 from nanoclawd.gateway.exchange import Exchange
 from nanoclawd.gateway.trail import Trail
 from nanoclawd.ids import AgentName, CredentialName
-from nanoclawd.policy import Rule
+from nanoclawd.policy import Policy, Rule
 from nanoclawd.wire import Json
 from tests.support.varlink_peer import eventually
 from tests.unit.gateway.harness import AGENT, HANDLER_PORT, KEY, SESSION, bench, post, read_reply
@@ -72,7 +72,7 @@ def test_a_tunnel_is_told_of_when_a_change_of_the_policy_ends_it(directory: Path
             reader, writer = await b.connect()
             writer.write(f"CONNECT 127.0.0.1:{b.port} HTTP/1.1\r\nHost: x\r\n\r\nhello".encode())
             await reader.readuntil(b"hello")
-            b.gateway.set_policy(AGENT, ())
+            b.gateway.set_policy(AGENT, Policy(rules=()))
             (record,) = await newest(b.gateway.trail)
 
         assert (record["event"], record["status"], record["reason"]) == ("allowed", 200, "policy-changed")

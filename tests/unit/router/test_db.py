@@ -120,7 +120,7 @@ def test_every_statement_of_queries_sql_can_be_prepared(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path / "db") as db:
             for name, statement in read_queries((paths.SQL / "queries.sql").read_text()).items():
-                parameters = dict.fromkeys(re.findall(r":([a-z_]+)", statement))
+                parameters = dict.fromkeys(re.findall(r":([a-z_0-9]+)", statement))
                 try:
                     await db._reader.execute_fetchall(f"EXPLAIN {statement}", parameters)
                 except sqlite3.Error as exc:

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from nanoclawd import gateway_link, paths
+from nanoclawd import asking, gateway_link, paths
+from nanoclawd.asking import Request
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.errors import Unavailable
 from nanoclawd.gateway.exchange import Exchange
+from nanoclawd.gateway.holds import Holds
 from nanoclawd.gateway.ledger import Ledger
 from nanoclawd.gateway.trail import Trail
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
-from nanoclawd.policy import Rule, Rules, from_json
+from nanoclawd.policy import Decision, Policy, Rule, Rules, Unknown, decide, from_json
 from nanoclawd.server import Call, Method, Server, Service
 from nanoclawd.usage import Usage
 from nanoclawd.wire import Json
@@ -31,8 +33,8 @@ BERTA = AgentName("berta")
 RULES = (Rule(host="pypi.org", methods=("GET",)),)
 
 
-def policy_of(agent: AgentName) -> Rules:
-    return RULES
+def policy_of(agent: AgentName) -> Policy:
+    return Policy(rules=RULES)
 
 
 async def take_over(life: str, records: Sequence[Json]) -> None:
@@ -55,6 +57,9 @@ class GatewayDouble:
     def __init__(self) -> None:
         self.has: dict[str, int] = {}  #: inode of the listener by session
         self.policies: dict[str, Rules] = {}
+        self.unknown: dict[str, Unknown] = {}
+        self.holds = Holds(self._decide)
+        self.told: Json | None = None  #: what it says of each request that waits
         self.trail = Trail()
         self.ledger = Ledger("life")
         self.budgets: list[Json] = []  #: as SetBudget() was called
@@ -65,6 +70,7 @@ class GatewayDouble:
         handlers = {"Attach": self._attach, "Detach": self._detach, "Status": self._status}
         handlers |= {"SetPolicy": self._set_policy, "ReadRecords": self._read_records}
         handlers |= {"SetBudget": self._set_budget, "ReadUsage": self._read_usage, "GetLife": self._get_life}
+        handlers |= {"ReadHolds": self._read_holds, "AnswerHold": self._answer_hold}
         methods = {name: Method(handler=handler) for name, handler in handlers.items()}
         self.service = Service(interface=interface, methods=methods)
 
@@ -82,9 +88,15 @@ class GatewayDouble:
     async def _read_usage(self, call: Call) -> Json:
         return {"life": self.ledger.life, "sums": await self.ledger.read(call.parameters["after"])}
 
+    def _decide(self, request: Request) -> Decision:
+        return decide(self.policies[request.agent], request.ask, self.unknown[request.agent])
+
     async def _set_policy(self, call: Call) -> Json:
-        assert call.parameters["agent"] in [told["agent"] for told in self.budgets], "the budget comes first"
-        self.policies[call.parameters["agent"]] = tuple(map(from_json, call.parameters["rules"]))
+        agent = call.parameters["agent"]
+        assert agent in [told["agent"] for told in self.budgets], "the budget comes first"
+        self.policies[agent] = tuple(map(from_json, call.parameters["rules"]))
+        self.unknown[agent] = Unknown(call.parameters["unknown"])
+        self.holds.decide_again()
         return {}
 
     async def _attach(self, call: Call) -> Json:
@@ -101,6 +113,21 @@ class GatewayDouble:
             return self.nonsense
         return {"life": self.trail.life, "records": await self.trail.read(call.parameters["after"])}
 
+    async def _read_holds(self, call: Call) -> Json:
+        new, gone = await self.holds.read(call.parameters["known"])
+        holds = [
+            {"id": h.id, "sha256": h.sha256, "request": self.told or asking.to_json(h.request)} for h in new
+        ]
+        return {"holds": holds, "gone": gone}
+
+    async def _answer_hold(self, call: Call) -> Json:
+        told = call.parameters
+        if told["answer"] == "pending":
+            return {"taken": self.holds.note_pending(told["id"], told["sha256"], told["message"])}
+        allowed = told["answer"] == "allowed"
+        taken = self.holds.answer(told["id"], told["sha256"], allowed=allowed, message=told["message"])
+        return {"taken": taken}
+
     async def _detach(self, call: Call) -> Json:
         del self.has[call.parameters["session"]]
         return {}
@@ -110,12 +137,14 @@ class GatewayDouble:
         return {"version": "", "sessions": sessions, "routes": [], "sandbox": []}
 
     @asynccontextmanager
-    async def served(self) -> AsyncIterator[None]:
+    async def served(self, *, again: bool = False) -> AsyncIterator[None]:
+        """Listen; `again`: this is still the one that listened before."""
         path = paths.gateway_socket()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        self.has.clear()
-        self.policies.clear()
+        if not again:
+            self.has.clear()
+            self.policies.clear()
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
@@ -271,7 +300,7 @@ def test_status_of_a_gateway_that_is_away() -> None:
 def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
     async def run() -> None:
         rules: Rules = RULES
-        gateway, link = GatewayDouble(), GatewayLink(lambda _: rules, take_over, NoUsage())
+        gateway, link = GatewayDouble(), GatewayLink(lambda _: Policy(rules=rules), take_over, NoUsage())
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
                 link.attach(BERTA, SessionName("a"), listener)

@@ -30,7 +30,7 @@ class Operator:
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
 
-    async def call(self, method: str, **parameters: Any) -> Json:
+    async def call(self, method: str, /, **parameters: Any) -> Json:
         return await self._peer.call(f"{CONTROL}.{method}", parameters)
 
     async def stream(self, method: str, **parameters: Any) -> list[Json]:
@@ -78,6 +78,8 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         gateway=router.gateway,
         audit=router.audit,
         usage=router.usage,
+        approvals=router.approvals,
+        holds=router.holds,
         sandbox=[],
     )
     serving = asyncio.create_task(Server(control.service, listener).run())

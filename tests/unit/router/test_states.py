@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 
 from nanoclawd import paths, states
-from nanoclawd.states import DELIVERY_TRANSITIONS, MESSAGE_TRANSITIONS, DeliveryState, MessageState
+from nanoclawd.states import (
+    APPROVAL_TRANSITIONS,
+    DELIVERY_TRANSITIONS,
+    MESSAGE_TRANSITIONS,
+    ApprovalState,
+    DeliveryState,
+    MessageState,
+)
 
 ARCHITECTURE = Path(__file__).parents[3] / "ARCHITECTURE.md"
 TABLES: dict[str, tuple[type[StrEnum], dict[tuple[StrEnum, StrEnum], str]]] = {
     "inbox": (MessageState, dict(MESSAGE_TRANSITIONS)),
     "outbox": (DeliveryState, dict(DELIVERY_TRANSITIONS)),
+    "approval": (ApprovalState, dict(APPROVAL_TRANSITIONS)),
 }
 PAIRS = [
     (table, source, target)
@@ -40,6 +48,11 @@ def db() -> Iterator[sqlite3.Connection]:
         "INSERT INTO outbox (key, agent, channel, chat, thread, kind, body, created_at)"
         " VALUES ('k1', 'berta', 'test', 'chat', '', 'reply', 'text', 0)"
     )
+    connection.execute(
+        "INSERT INTO approval"
+        " (id, kind, agent, session, channel, chat, thread, payload, sha256, asked_at, expires_at) VALUES"
+        " ('a1', 'request', 'berta', 's1', 'test', 'chat', '', '{}', hex(zeroblob(32)), 0, 1)"
+    )
     yield connection
     connection.close()
 
@@ -58,11 +71,24 @@ def prepare_inbox(db: sqlite3.Connection, state: str) -> None:
     )
 
 
+def prepare_approval(db: sqlite3.Connection, state: str) -> None:
+    answered = state in ("allowed", "denied", "used")
+    values = ("once", 1, "ada") if answered else (None, None, None)
+    db.execute("UPDATE approval SET state = ?, scope = ?, decided_at = ?, decided_by = ?", (state, *values))
+
+
+def prepare_outbox(db: sqlite3.Connection, state: str) -> None:
+    put(db, "outbox", state)
+
+
+PREPARE = {"inbox": prepare_inbox, "outbox": prepare_outbox, "approval": prepare_approval}
+
+
 @pytest.mark.parametrize(("table", "source", "target"), PAIRS)
 def test_only_what_the_table_has_is_possible(
     db: sqlite3.Connection, table: str, source: StrEnum, target: StrEnum
 ) -> None:
-    move = prepare_inbox if table == "inbox" else lambda db, state: put(db, "outbox", state)
+    move = PREPARE[table]
     move(db, source)
     db.executescript(states.triggers())
 
@@ -76,9 +102,11 @@ def test_only_what_the_table_has_is_possible(
 @pytest.mark.parametrize("table", TABLES)
 def test_row_begins_in_its_first_state(db: sqlite3.Connection, table: str) -> None:
     db.executescript(states.triggers())
-    key = "id" if table == "inbox" else "key"
+    key = "key" if table == "outbox" else "id"
     columns = [name for _, name, *_ in db.execute(f"PRAGMA table_info({table})") if name not in ("seq",)]
     chosen = {key: "'new'", "event": "'new'", "state": "'dead'", "ended_at": "1"}
+    if table == "approval":
+        chosen |= {"agent": "'emil'", "state": "'expired'"}
     values = ", ".join(chosen.get(name, name) for name in columns)
 
     with pytest.raises(sqlite3.IntegrityError, match="begins as"):
@@ -90,23 +118,32 @@ def test_row_begins_in_its_first_state(db: sqlite3.Connection, table: str) -> No
 def test_only_what_has_ended_can_be_deleted(
     db: sqlite3.Connection, table: str, state: StrEnum, dropped: bool
 ) -> None:
-    if table == "inbox":
-        prepare_inbox(db, state)
-        db.execute("UPDATE inbox SET dropped = ?", (dropped,))
-    else:
-        put(db, table, state, dropped=dropped)
+    PREPARE[table](db, state)
+    if table != "approval":
+        db.execute(f"UPDATE {table} SET dropped = ?", (dropped,))
+    elif state == "allowed" and dropped:
+        db.execute("UPDATE approval SET scope = 'always'")
     db.executescript(states.triggers())
 
-    if state in ("answered", "stopped", "sent") or (state == "dead" and dropped):
+    ends = ("answered", "stopped", "sent", "denied", "used", "expired")
+    if state in ends or (state in ("dead", "allowed") and dropped):
         db.execute(f"DELETE FROM {table}")
     else:
         with pytest.raises(sqlite3.IntegrityError, match="is needed"):
             db.execute(f"DELETE FROM {table}")
 
 
-@pytest.mark.parametrize("transitions", [MESSAGE_TRANSITIONS, DELIVERY_TRANSITIONS])
-def test_architecture_has_the_same_table(transitions: dict[tuple[StrEnum, StrEnum], str]) -> None:
-    title = "message" if transitions is MESSAGE_TRANSITIONS else "delivery"
+@pytest.mark.parametrize(
+    ("title", "transitions"),
+    [
+        ("message", MESSAGE_TRANSITIONS),
+        ("delivery", DELIVERY_TRANSITIONS),
+        ("approval", APPROVAL_TRANSITIONS),
+    ],
+)
+def test_architecture_has_the_same_table(
+    title: str, transitions: dict[tuple[StrEnum, StrEnum], str]
+) -> None:
     section = ARCHITECTURE.read_text().partition(f"| {title} | ")[2].partition("\n\n")[0]
 
     rows = re.findall(r"^\| (\w+) → (\w+) \| (.*) \|$", section, re.MULTILINE)

@@ -1,0 +1,174 @@
+"""The part of io.nanoclaw.Control that is about approvals."""
+
+from __future__ import annotations
+
+import pwd
+import socket
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from nanoclawd import asking, limits, policy
+from nanoclawd.approvals import Approvals, Scope, request_of
+from nanoclawd.asking import Request
+from nanoclawd.audit import Audit
+from nanoclawd.db import Database, Row, now_ms
+from nanoclawd.errors import NanoclawError, Refused, Unavailable
+from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.hold_link import HoldLink
+from nanoclawd.policy import Rule, Way
+from nanoclawd.registry import Registry
+from nanoclawd.server import Call, Method
+from nanoclawd.wire import Json
+
+_PEER = struct.Struct("3i")  # man 7 unix, SO_PEERCRED: pid, uid, gid
+
+
+@dataclass(eq=False, kw_only=True)
+class ApprovalControl:
+    db: Database
+    registry: Registry
+    approvals: Approvals
+    holds: HoldLink
+    gateway: GatewayLink
+    audit: Audit
+
+    def __post_init__(self) -> None:
+        self.methods = {
+            "ListApprovals": Method(handler=self._list),
+            "ShowApproval": Method(handler=self._show),
+            "AnswerApproval": Method(handler=self._answer),
+        }
+
+    async def _list(self, call: Call) -> Json:
+        wanted = {name: call.parameters[name] for name in ("agent", "state")}
+        rows = await self.db.read("list_approvals", limit=limits.APPROVALS_LISTED, **wanted)
+        if not rows and wanted["agent"] is not None:
+            self.registry.get(wanted["agent"])
+
+        async def approvals() -> AsyncIterator[Json]:
+            for row in rows:  # one at a time, since requests may be long
+                for found in await self.db.read("find_approval", id=row["id"]):
+                    yield {"approval": _describe(found)}
+
+        return await call.send_all(approvals(), {"approval": None})
+
+    async def _show(self, call: Call) -> Json:
+        row = await self.approvals.find(call.parameters["id"])
+        request = request_of(row)
+        if request is None:
+            return {"approval": _describe(row), "why": "", "choices": []}
+        return {
+            "approval": _describe(row),
+            "why": self.approvals.decide(request).message,
+            "choices": _choices(request),
+        }
+
+    async def _answer(self, call: Call) -> Json:
+        parameters = call.parameters
+        row = await self.approvals.find(parameters["id"])
+        allow, scope = parameters["answer"] == "allow", Scope(parameters["scope"])
+        request = self.approvals.check(row, parameters["sha256"], allow=allow)
+        rule = None
+        if scope is Scope.ALWAYS:
+            rule = await self._add_rule(request, deny=not allow)
+        until = _until(allow, scope, parameters["seconds"])
+        row = await self.approvals.answer(
+            row["id"], row["sha256"], allow=allow, scope=scope, until=until, by=_person(call)
+        )
+        sent = await self._carry_out(request, allow=allow, scope=scope, by=row["decided_by"])
+        (row,) = await self.db.read("find_approval", id=row["id"])
+        return {"approval": _describe(row), "sent": sent, "rule": rule and str(rule)}
+
+    async def _add_rule(self, request: Request, *, deny: bool) -> Rule:
+        """Write the answer into the agent's file, after all rules that are there: it overrides none."""
+        rule = request.rule(deny=deny)
+        detail: Json = {"rule": policy.to_json(rule)}
+        await self.audit.note("AddRule", detail, agent=request.agent)
+        try:
+            await self.registry.add_rule(request.agent, rule, last=True)
+        except NanoclawError as exc:  # e.g. the path is one that no file can have
+            await self.audit.note("AddRule", {**detail, "failed": exc.code}, agent=request.agent)
+            raise
+        return rule
+
+    async def _carry_out(self, request: Request, *, allow: bool, scope: Scope, by: str) -> bool:
+        """Have the gateway do what was answered; return whether it has let the request go."""
+        if scope is Scope.ONCE:
+            if allow:
+                return await self.holds.ask(request.sha256)
+            await self.holds.deny(request.sha256, f"{by} denied this.")
+            return False
+        waits = self.holds.waits(request.sha256)
+        try:
+            await self.gateway.refresh()
+        except Unavailable as exc:
+            hint = "the answer is stored, and the gateway gets it as soon as it can"
+            raise Unavailable(exc.message, hint=hint) from None
+        return allow and waits
+
+
+def _until(allow: bool, scope: Scope, seconds: int | None) -> int:
+    """Return until when an answer counts (ms). Raises Refused."""
+    if (scope is Scope.FOR) != (seconds is not None):
+        raise Refused("seconds: must be there for the scope 'for', and for no other", hint="e.g. 3600")
+    if seconds is not None and not 1 <= seconds <= limits.APPROVAL_MAX_S:
+        raise Refused(
+            f"seconds: must be from 1 to {limits.APPROVAL_MAX_S}", hint="or make it a rule: --always"
+        )
+    if scope is Scope.ONCE:
+        seconds = int(limits.APPROVAL_ONCE_S) if allow else 0
+    return now_ms() + (seconds or 0) * 1000
+
+
+def _person(call: Call) -> str:
+    """Say who is at the other end of the call, by the kernel's word."""
+    sock = call.connection.sock
+    _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _describe(row: Row) -> Json:
+    """Return the row as the interface has it; a request that somebody wrote anew is not shown as one."""
+    names = ("id", "kind", "agent", "session", "channel", "chat", "thread", "sha256", "state", "scope")
+    shown: Json = {name: row[name] for name in names}
+    shown |= {"askedAt": row["asked_at"] / 1000, "expiresAt": row["expires_at"] / 1000}
+    shown |= {"decidedAt": row["decided_at"] and row["decided_at"] / 1000, "decidedBy": row["decided_by"]}
+    if (request := request_of(row)) is None:
+        return {**shown, "request": None}
+    told = asking.to_json(request)
+    wanted = {name: told[name] for name in ("way", "method", "host", "port", "headers", "body")}
+    return {**shown, "request": {**wanted, "url": request.url, "bodyBytes": len(request.body_bytes)}}
+
+
+def _choices(request: Request) -> list[Json]:
+    """Say what each answer would allow or deny, and nothing else."""
+    rule, host = request.rule(), policy.authority(request.host, request.port)
+    size = f"{rule.max_up_bytes >> 20} MiB up and {rule.max_down_bytes >> 20} MiB down"
+    if request.way is Way.TUNNEL:
+        what = f"each tunnel to {host}, whatever is said in it, of up to {size}"
+        once = f"one tunnel to {host}, whatever is said in it, of up to {size}"
+    else:
+        below = f"{rule.path} and all below it" if rule.path else "each path"
+        what = (
+            f"{request.method} of {below} at http://{host}, with any query, headers and body, up to {size}"
+        )
+        once = "this request, with these headers and this body"
+    wait_s = int(limits.APPROVAL_ONCE_S)
+    denied = f"whatever is asked of {host} and no other rule decides"
+    agents = "in all chats of this agent"
+    return [
+        {
+            "answer": "allow",
+            "scope": "once",
+            "what": f"{once}; now, or when it comes again within {wait_s} s",
+        },
+        {"answer": "allow", "scope": "for", "what": f"for so long, {agents}: {what}"},
+        {"answer": "allow", "scope": "always", "what": f"by a rule in its file, {agents}: {what}"},
+        {"answer": "deny", "scope": "once", "what": "only this; the next one is asked about again"},
+        {"answer": "deny", "scope": "for", "what": f"for so long, {agents}: {denied}"},
+        {"answer": "deny", "scope": "always", "what": f"by a rule in its file, {agents}: {denied}"},
+    ]
