@@ -125,9 +125,10 @@ class Ledger:
         per_minute = limit.requests_per_minute
         if account.rate is None or per_minute != account.budget.requests_per_minute:
             account.rate = Rate(per_minute / 60, per_minute) if per_minute else None
+        if limit != account.budget:
+            account.stopped.clear()
         account.budget, account.told_on = limit, day
         account.day_before, account.sessions_before = spent, sessions
-        account.stopped.clear()
         account.changed.set()
 
     @contextlib.asynccontextmanager
