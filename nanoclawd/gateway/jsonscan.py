@@ -13,7 +13,9 @@ Path = tuple[str, ...]  #: keys from the outside in
 DEPTH = 2  #: of paths
 KEY_BYTES = 64
 VALUE_BYTES = 16 << 10  #: of one value; a longer one is not kept
+STEPS = 50_000  #: some 50 ms; whoever sends more brackets than that is not looked at any more
 _STRING_REST = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_DEEP = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)  #: between two brackets
 _TOKEN = re.compile(rb'[{}\[\],:"]|[^{}\[\],:"]++')
 
 
@@ -24,6 +26,7 @@ class Scanner:
         self.found: dict[Path, Any] = {}
         self._wanted = wanted
         self._depth = 0  #: open brackets
+        self._steps = 0
         self._keys: list[str | None] = [None] * (DEPTH + 1)  #: the present key, by depth
         self._string: bytearray | None = None  #: the beginning of a string that is not complete
         self._last = b""  #: of the string before: perhaps a key
@@ -33,9 +36,14 @@ class Scanner:
 
     def feed(self, data: bytes) -> None:
         position = 0
-        while position < len(data):
+        while position < len(data) and self._steps < STEPS:
+            self._steps += 1
             if self._string is not None:
                 position = self._feed_string(data, position, self._string)
+                continue
+            if self._depth > DEPTH and (found := _DEEP.match(data, position)) and found[0]:
+                self._keep(found[0])
+                position = found.end()
                 continue
             found = _TOKEN.match(data, position)
             assert found is not None  # each byte is in one of the two

@@ -188,15 +188,22 @@ class _Lines:
     def __init__(self) -> None:
         self._head: bytes | None = b""  #: of the line, until it is known whether it is of data; then None
         self._is_data = False
+        self._is_open = False  #: an event has begun
 
     def split(self, data: bytes) -> list[bytes]:
-        """Return pieces of data, and b"" where an event ends."""
+        """Return pieces of data, and b"" where an event ends of which there were some."""
         pieces: list[bytes] = []
-        for nth, rest in enumerate(data.split(b"\n")):
+        lines = data.split(b"\n")
+        for nth, rest in enumerate(lines):
             if nth:
-                if self._head is not None and self._head.rstrip(b"\r") == b"":
+                if self._head is not None and not self._head.strip(b"\r") and self._is_open:
                     pieces.append(b"")
+                    self._is_open = False
                 self._head, self._is_data = b"", False
+                # Most lines are whole, and tell nothing: no need to look at each closely.
+                if nth < len(lines) - 1 and b'"usage"' not in rest and rest.strip(b"\r"):
+                    self._head = None
+                    continue
             if self._head is not None:
                 line = self._head + rest
                 if len(line) < len(self._FIELD):
@@ -206,4 +213,5 @@ class _Lines:
                 rest = line[len(self._FIELD) :]
             if self._is_data and rest:
                 pieces.append(rest)
+                self._is_open = True
         return pieces

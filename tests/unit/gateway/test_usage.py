@@ -223,6 +223,15 @@ def test_memory_is_bounded_whatever_comes() -> None:
     assert made.end() == ({"m-1-0": TOLD}, False)
 
 
+@pytest.mark.parametrize("flood", [b'""', b"{}", b"[", b'{"":'])
+def test_who_sends_nothing_but_brackets_is_not_looked_at_for_long(flood: bytes) -> None:
+    scanner = Scanner([("usage",)])
+
+    scanner.feed(b'{"usage": 1, "x": [' + flood * jsonscan.STEPS)
+
+    assert scanner._steps == jsonscan.STEPS and scanner.found == {("usage",): 1}
+
+
 def test_numbers_that_are_none_count_as_nothing() -> None:
     answer = json.dumps({"model": 7, "usage": {"input_tokens": -5, "output_tokens": 1 << 70}}).encode()
 

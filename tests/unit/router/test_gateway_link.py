@@ -14,17 +14,20 @@ import pytest
 
 from nanoclawd import asking, gateway_link, paths
 from nanoclawd.asking import Request
-from nanoclawd.budget import NO_LIMITS
+from nanoclawd.budget import NO_LIMITS, Budget, Spent
 from nanoclawd.errors import Unavailable
 from nanoclawd.gateway.exchange import Exchange
 from nanoclawd.gateway.holds import Holds
 from nanoclawd.gateway.ledger import Ledger
 from nanoclawd.gateway.trail import Trail
+from nanoclawd.gateway.usage import Meter
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.policy import Decision, Policy, Rule, Rules, Unknown, decide, from_json
+from nanoclawd.routes import UsageShape
 from nanoclawd.server import Call, Method, Server, Service
+from nanoclawd.settings import parse_settings
 from nanoclawd.usage import Usage
 from nanoclawd.wire import Json
 from tests.support.varlink_peer import eventually
@@ -326,5 +329,65 @@ def test_refresh_tells_of_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch
                 link.attach(BERTA, SessionName("a"), listener)
                 with pytest.raises(Unavailable, match="did not take"):
                     await link.refresh()
+
+    asyncio.run(run())
+
+
+class Book(NoUsage):
+    """What was asked and told, for one test."""
+
+    def __init__(self) -> None:
+        self.limit = Budget(money_per_session=7)
+        self.budget_of = lambda agent: self.limit
+        self.stored: list[tuple[str, Json]] = []
+
+    async def spent_before(self, agent: AgentName, sessions: Collection[str], life: str) -> Json:
+        spent = [{"session": name, "tokens": 1, "microdollars": 2} for name in sorted(sessions)]
+        return {"day": "2026-11-22", "tokens": 3, "microdollars": 4, "sessions": spent}
+
+    async def take_over(self, life: str, sums: Sequence[Json]) -> None:
+        self.stored += [(life, each) for each in sums]
+
+
+def test_budget_is_told_before_sessions_and_again_when_it_or_they_change() -> None:
+    async def run() -> None:
+        gateway, book = GatewayDouble(), Book()
+        link = GatewayLink(policy_of, take_over, book)
+        with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as other:
+            async with gateway.served(), running(link):
+                link.attach(BERTA, SessionName("a"), one)
+                await link.refresh()
+                await link.refresh()
+                link.attach(BERTA, SessionName("b"), other)
+                await link.refresh()
+                book.limit = Budget(money_per_day=9)
+                await link.refresh()
+            told = [
+                (each["budget"]["moneyPerSession"], [s["session"] for s in each["sessions"]])
+                for each in gateway.budgets
+            ]
+            assert told == [(7, ["a"]), (7, ["a", "b"]), (None, [])]
+            assert gateway.budgets[0]["tokens"] == 3 and gateway.budgets[-1]["budget"]["moneyPerDay"] == 9
+
+    asyncio.run(run())
+
+
+def test_what_was_spent_is_stored_again_by_a_next_router() -> None:
+    async def run() -> None:
+        gateway, session = GatewayDouble(), SessionName("a")
+        gateway.ledger.set_budget(BERTA, NO_LIMITS, "2026-11-22", Spent(), {})
+        meter = Meter(UsageShape.ANTHROPIC, size_bytes=1)
+        meter.feed(b'{"model": "m", "usage": {"input_tokens": 5}}')
+        async with gateway.ledger.call(BERTA, session, meter, parse_settings("").prices):
+            pass
+        with socket.socket(socket.AF_UNIX) as listener:
+            async with gateway.served():
+                for _ in range(2):
+                    book = Book()
+                    link = GatewayLink(policy_of, take_over, book)
+                    async with running(link):
+                        link.attach(BERTA, session, listener)
+                        await eventually(lambda book=book: len(book.stored) == 1)
+                    assert [(life, each["input"]) for life, each in book.stored] == [("life", 5)]
 
     asyncio.run(run())
