@@ -541,7 +541,7 @@ def test_status_shows_whose_budget_is_used_up(router: RouterDouble, run: Run) ->
         "agent": "berta",
         "session": "",
         "limit": "money_per_day",
-        "message": "$3.00 of $2.50 spent today",
+        "message": "$3 of $2 spent today",
     }
     router.status["budgetStops"] = [stop, {**stop, "session": "s1"}]
 
