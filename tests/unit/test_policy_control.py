@@ -18,7 +18,7 @@ from nanoclawd.registry import Registry
 from nanoclawd.server import Call
 from nanoclawd.settings import parse_settings
 from nanoclawd.wire import Json
-from tests.unit.router.test_gateway_link import take_over
+from tests.unit.router.test_gateway_link import NoUsage, take_over
 from tests.unit.test_registry import BERTA, Host, host, with_registry
 
 assert host  # a fixture
@@ -40,7 +40,9 @@ class Person:
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self._methods = PolicyControl(
-            registry=registry, gateway=GatewayLink(registry.policy, take_over), policy_of=registry.policy
+            registry=registry,
+            gateway=GatewayLink(registry.policy, take_over, NoUsage()),
+            policy_of=registry.policy,
         ).methods
 
     async def call(self, name: str, /, **parameters: object) -> Json:
