@@ -13,6 +13,7 @@ from typing import Any
 
 from nanoclawd import agents, files, journal, limits, mounts, paths, quadlet
 from nanoclawd.agents import AgentConfig
+from nanoclawd.budget import Budget
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName, no_agent, parse_agent_name
@@ -80,6 +81,11 @@ class Registry:
         """Return what the agent may reach; nothing, if its file is broken or gone."""
         agent = self._agents.get(name)
         return Policy() if agent is None or agent.config is None else agent.config.all_policy
+
+    def budget(self, name: AgentName) -> Budget:
+        """Return what the agent may spend."""
+        agent, default = self._agents.get(name), self.settings.budget
+        return agent.config.budget.or_default(default) if agent and agent.config else default
 
     def instructions(self, name: AgentName) -> str:
         """Return the text of NAME.md, read anew: a person may have changed it. Raises ConfigError."""

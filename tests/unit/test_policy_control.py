@@ -18,7 +18,7 @@ from nanoclawd.registry import Registry
 from nanoclawd.server import Call
 from nanoclawd.settings import parse_settings
 from nanoclawd.wire import Json
-from tests.unit.router.test_gateway_link import take_over
+from tests.unit.router.test_gateway_link import NoUsage, take_over
 from tests.unit.test_registry import BERTA, Host, host, with_registry
 
 assert host  # a fixture
@@ -42,7 +42,7 @@ class Person:
         self._methods = PolicyControl(
             registry=registry,
             policy_of=registry.policy,
-            changed=GatewayLink(registry.policy, take_over).refresh,
+            changed=GatewayLink(registry.policy, take_over, NoUsage()).refresh,
         ).methods
 
     async def call(self, name: str, /, **parameters: object) -> Json:
