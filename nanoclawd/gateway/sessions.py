@@ -206,7 +206,8 @@ class Gateway:
         for connection, task in connections.items():
             connection.is_last = True
             # Of a tunnel nobody knows whether it is still used: for most, waiting would be in vain.
-            if connection.exchange is None or connection.exchange.is_tunnel:
+            exchange = connection.exchange
+            if exchange is None or (exchange.is_tunnel and not exchange.is_held):
                 task.cancel()
         if connections:
             await asyncio.wait(connections.values(), timeout=limits.DRAIN_S)
