@@ -116,10 +116,10 @@ class Command:
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
 AUDIT_KINDS = ("request", "control", "trail")
+USAGE_BY = ("agent", "session", "day")
 
 #: By the first word of a command; imported only when it runs.
 MODULES = {
-    "logs": "agent",
     "deadletter": "message",
     **dict.fromkeys(("backup", "restore"), "database"),
     **dict.fromkeys(("reload", "session", "start", "stop", "version"), "status"),
@@ -147,9 +147,12 @@ _OPTIONS = (
     Option(
         "--since", "only from then on: 30m, 12h or 7d ago, or a time like 2026-11-22T08:00", "TIME", moment
     ),
+    Option("--by", "one line for each of these", "WHAT", choices=USAGE_BY, default="agent"),
+    Option("--agent", "only of this agent", "AGENT", complete="agents"),
     Option("--kind", "only rows of one kind", "KIND", choices=AUDIT_KINDS),
     Option("--yes", "do not ask", short="-y"),
     Option("--floor", "only what must be there before the installation"),
+    Option("--inside", "what the agent's own programs wrote, which the journal keeps apart"),
     Option("--follow", "go on with new lines as they come", short="-f"),
     Option("--lines", "show the last N lines", "N", count, short="-n", default=100),
     Option("--chat", "use another conversation with the same agent", "CHAT"),
@@ -226,8 +229,16 @@ COMMANDS = (
     ),
     Command("stop", "--all --json", "stop all agents at once, until they are started; their messages wait"),
     Command("start", "--all --json", "let all agents work again after 'stop --all'"),
+    Command(
+        "usage",
+        "--by --since --agent --json",
+        "show what agents have used of models, what that cost, and what is left of their budgets",
+        more="--since counts whole days.",
+    ),
     Command("reload", "--json", "read all configuration again"),
-    Command("logs", "[AGENT] --follow --lines --json", "show the journal of the daemons, or of one agent"),
+    Command(
+        "logs", "[AGENT] --inside --follow --lines --json", "show the journal of the daemons, or of an agent"
+    ),
     Command(
         "chat",
         "AGENT --chat",
@@ -246,7 +257,7 @@ COMMANDS = (
     Command("agent start", "AGENT --json", "let a stopped agent work again"),
     Command("agent stop", "AGENT --json", "stop an agent until it is started again; its messages wait"),
     Command("agent restart", "AGENT --json", "stop an agent's containers, and start those that have work"),
-    Command("agent logs", "AGENT --follow --lines --json", "show the journal of an agent"),
+    Command("agent logs", "AGENT --inside --follow --lines --json", "show the journal of an agent"),
     Command("agent shell", "AGENT --session", "open a shell in a running container of the agent"),
     Command("session list", "[AGENT] --json", "list sessions, of one agent or of all"),
     Command("message list", "[AGENT] --state --limit --json", "list the newest messages"),

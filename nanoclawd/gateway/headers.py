@@ -72,12 +72,14 @@ def route_headers(headers: Iterable[Header], route: Route, secret: Secret | None
         if name in ROUTE_HEADERS or name in more or name.startswith(ROUTE_HEADER_PREFIX)
     ]
     host = (b"host", route.endpoint.authority.encode())
+    if secret is not None or route.usage is not None:
+        # In a compressed answer nobody could find the credential, or what it has cost.
+        passed = [(name, value) for name, value in passed if name != b"accept-encoding"]
+        passed.append((b"accept-encoding", b"identity"))
     if secret is None:
         return [host, *passed]
-    # In a compressed answer nobody could find the credential.
-    passed = [(name, value) for name, value in passed if name != b"accept-encoding"]
     key = (route.header.encode(), route.scheme.value_of(secret.reveal()))
-    return [host, *(h for h in passed if h[0] != key[0]), (b"accept-encoding", b"identity"), key]
+    return [host, *(h for h in passed if h[0] != key[0]), key]
 
 
 def plain_headers(headers: Sequence[Header], ask: Ask) -> list[Header]:
