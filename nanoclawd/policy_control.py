@@ -63,7 +63,7 @@ class PolicyControl:
             try:
                 route.check(ask)
             except Denied as exc:
-                allowed, reason, message = False, exc.reason, str(exc)
+                allowed, reason, message = False, exc.reason, f"{message} But: {exc}"
         return {
             "allowed": allowed,
             "way": ask.way,

@@ -183,6 +183,8 @@ def test_test_says_which_rule_decides(host: Host) -> None:
         assert await person.test("http://pypi.org/") == (False, None, "no-rule")
         assert await person.test("/r/github/ada/x") == (True, 3, "allowed")
         assert await person.test("/r/github/ada/x", "POST") == (False, 3, "method")
+        reply = await person.call("TestPolicy", url="/r/github/ada/x", method="POST")
+        assert "rule 3" in reply["message"] and "forwards only GET, HEAD" in reply["message"]
         assert await person.test("/r/github/eve/x") == (False, None, "no-rule")
 
     with_berta(host, work)

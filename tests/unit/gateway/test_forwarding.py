@@ -663,15 +663,19 @@ def test_headers_without_end_are_refused(directory: Path) -> None:
 
 
 def test_connection_without_a_request_is_closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "KEEP_ALIVE_S", 0.05)
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        monkeypatch.setattr(limits, "KEEP_ALIVE_S", 0.05)  # not before: else it might not even get here
+        writer.write(OK)
+        await reader.read()
 
     async def main() -> None:
-        async with bench(directory, answer(OK)) as table, asyncio.timeout(20):
-            reader, writer = await table.connect()
-            assert await reader.read() == b""
+        async with bench(directory, handler) as table, asyncio.timeout(20):
             reader, writer = await table.connect()
             writer.write(post())
             assert (await read_reply(reader)).status == 200
+            assert await reader.read() == b""
+            reader, _ = await table.connect()
             assert await reader.read() == b""
 
     asyncio.run(main())

@@ -166,7 +166,7 @@ def test_tunnel_ends_when_nothing_comes_or_its_time_is_over(
     directory: Path, monkeypatch: pytest.MonkeyPatch, way: str, sent: bytes
 ) -> None:
     if way == "idle":
-        monkeypatch.setattr(limits, "TUNNEL_IDLE_S", 0.05)
+        monkeypatch.setattr(limits, "TUNNEL_IDLE_S", 0.5)
     rule = replace(HERE, timeout_seconds=3600 if way == "idle" else 1)
 
     async def main() -> bytes:
