@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import limits, policy, tomltable
+from nanoclawd import budget, limits, policy, tomltable
+from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
-from nanoclawd.policy import Rule, Unknown
+from nanoclawd.policy import Policy, Rule, Unknown
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 DEFAULT_IMAGE = "localhost/nanoclaw-agent:latest"
@@ -47,11 +48,12 @@ class AgentConfig:
     mounts: tuple[Mount, ...] = ()
     unknown: Unknown = Unknown.DENY  #: what becomes of requests that no rule decides
     policy: tuple[Rule, ...] = ()  #: what it may reach, but for its provider
+    budget: Budget = NO_LIMITS  #: what it may spend; None in it: as in nanoclaw.toml
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
-        """All of its policy. Last comes its provider, so that a rule of the person's can deny that too."""
-        return (*self.policy, Rule(route=self.provider))
+    def all_policy(self) -> Policy:
+        """All of it. Last comes its provider, so that a rule of the person's can deny that too."""
+        return Policy(rules=(*self.policy, Rule(route=self.provider)), unknown=self.unknown)
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -140,14 +142,18 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
 def _change(text: str, path: Path, changes: Mapping[str, Any]) -> str:
     """Return the text of an agent's file with `changes`, as far as they change anything."""
     before = parse_agent(text, path)
-    plain = {
-        key: [_table(v) for v in value] if isinstance(value, tuple) else value
-        for key, value in changes.items()
-    }
+    plain = {key: _plain(value) for key, value in changes.items()}
     tomltable.check(plain, KEYS, str(path))
     new = tomltable.change(text, {k: v for k, v in plain.items() if getattr(before, k) != changes[k]})
     parse_agent(new, path)
     return new
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as TOML has it."""
+    if isinstance(value, Budget):
+        return budget.to_toml(value)
+    return [_table(row) for row in value] if isinstance(value, tuple) else value
 
 
 def _table(row: Mount | Rule) -> dict[str, Any]:
@@ -224,6 +230,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
         max_count=policy.RULES,
         hint="write [[policy]] and below it host = …, or route = …",
     ),
+    "budget": parse_budget,
 }
 
 

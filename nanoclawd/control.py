@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import images, journal, limits, paths, quadlet, queue
+from nanoclawd import budget, images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
 from nanoclawd.approval_control import ApprovalControl
 from nanoclawd.approvals import Approvals
@@ -35,6 +35,8 @@ from nanoclawd.session import SessionState
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
 from nanoclawd.systemd import Systemd
+from nanoclawd.usage import Usage
+from nanoclawd.usage_control import UsageControl
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
 
@@ -49,7 +51,7 @@ _COUNTS = (
 _KEYS = {
     re.sub("_(.)", lambda found: found[1].upper(), key): key
     for key in KEYS
-    if key not in ("mounts", "policy")
+    if key not in ("mounts", "policy", "budget")
 }
 
 
@@ -62,6 +64,7 @@ class ControlService:
     outlets: Outlets
     gateway: GatewayLink
     audit: Audit
+    usage: Usage
     approvals: Approvals
     holds: HoldLink
     sandbox: list[Check]
@@ -70,6 +73,7 @@ class ControlService:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self._audit_control = AuditControl(self.db, self.audit)
+        self._usage_control = UsageControl(self.usage, self.registry)
         methods = {
             "Status": Method(handler=self._status),
             "AddAgent": Method(handler=self._add_agent),
@@ -99,6 +103,7 @@ class ControlService:
             ).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
             **self._audit_control.methods,
+            **self._usage_control.methods,
         }
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
@@ -134,6 +139,7 @@ class ControlService:
             "sessionCount": len(sessions),
             "sessions": active[: limits.SESSIONS_SHOWN],
             "queue": {name: counts[name] for name in _COUNTS},
+            "budgetStops": [stop async for stop in self._usage_control.stops()],
             "approvalsPending": approvals["total"],
             "sandbox": [
                 {"name": check.name, "active": check.active, "detail": check.detail}
@@ -261,6 +267,7 @@ class ControlService:
         agent = self.registry.get(call.parameters["name"])
         return {
             **await self._describe(agent),
+            "budget": budget.to_json(self.registry.budget(agent.name)),
             "instructions": self.registry.instructions(agent.name),
             "file": str(config_file(agent.name)),
             "workspace": str(paths.workspace(agent.name)),

@@ -58,8 +58,12 @@ def agent_show(options: Namespace) -> None:
     reply = control.call_agent("ShowAgent", options.AGENT)
     if options.json:
         return output.say_json(reply)
-    instructions = reply.pop("instructions").rstrip()
-    output.say_document(reply)
+    from nanoclawd import prices  # slow to import
+
+    instructions, budget = reply.pop("instructions").rstrip(), reply.pop("budget")
+    for key in ("moneyPerDay", "moneyPerSession"):
+        budget[key] = None if budget[key] is None else prices.show(budget[key])
+    output.say_document({**reply, "budget": budget})
     if instructions:
         output.say(f"\n{instructions}")
 

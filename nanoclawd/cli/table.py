@@ -116,6 +116,7 @@ class Command:
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
 AUDIT_KINDS = ("request", "control", "trail")
+USAGE_BY = ("agent", "session", "day")
 
 #: By the first word of a command; imported only when it runs.
 MODULES = {
@@ -146,6 +147,8 @@ _OPTIONS = (
     Option(
         "--since", "only from then on: 30m, 12h or 7d ago, or a time like 2026-11-22T08:00", "TIME", moment
     ),
+    Option("--by", "one line for each of these", "WHAT", choices=USAGE_BY, default="agent"),
+    Option("--agent", "only of this agent", "AGENT", complete="agents"),
     Option("--kind", "only rows of one kind", "KIND", choices=AUDIT_KINDS),
     Option("--yes", "do not ask", short="-y"),
     Option("--floor", "only what must be there before the installation"),
@@ -226,6 +229,12 @@ COMMANDS = (
     ),
     Command("stop", "--all --json", "stop all agents at once, until they are started; their messages wait"),
     Command("start", "--all --json", "let all agents work again after 'stop --all'"),
+    Command(
+        "usage",
+        "--by --since --agent --json",
+        "show what agents have used of models, what that cost, and what is left of their budgets",
+        more="--since counts whole days.",
+    ),
     Command("reload", "--json", "read all configuration again"),
     Command(
         "logs", "[AGENT] --inside --follow --lines --json", "show the journal of the daemons, or of an agent"

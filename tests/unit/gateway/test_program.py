@@ -17,7 +17,7 @@ import anthropic
 import httpx2
 import pytest
 
-from nanoclawd import credentials, varlink
+from nanoclawd import budget, credentials, varlink
 from nanoclawd.ids import CredentialName
 from nanoclawd.policy import Rule, to_json
 from nanoclawd.wire import Json, VarlinkError
@@ -83,6 +83,9 @@ class Program:
 
     def attach(self, listener: socket.socket, session: str = "s1") -> None:
         rules = [to_json(Rule(route="anthropic"))]
+        spent = {"day": budget.today(), "tokens": 0, "microdollars": 0, "sessions": []}
+        told = {"agent": "berta", "budget": budget.to_json(budget.NO_LIMITS), **spent}
+        self.call("io.nanoclaw.Gateway.SetBudget", told)
         self.call("io.nanoclaw.Gateway.SetPolicy", {"agent": "berta", "unknown": "deny", "rules": rules})
         self.call("io.nanoclaw.Gateway.Attach", {"agent": "berta", "session": session}, fd=listener.fileno())
 
