@@ -123,7 +123,8 @@ PodmanArgs=--security-opt=seccomp=unconfined --security-opt=unmask=ALL
 Volume=/run/user:/run/user
 Volume=/run/systemd:/run/systemd
 Volume=/run/dbus:/run/dbus
-Volume=/home:/home
+Volume=%h/.config:%h/.config
+Volume=%h/.local/state:%h/.local/state
 """
 
 

@@ -256,7 +256,7 @@ def test_limits_of_the_agent_are_on_its_unit(seen: Seen, product: Product, machi
         "MemorySwapMax": "0",
         "TasksMax": "77",
         "CPUQuotaPerSecUSec": "400ms",
-        "OOMPolicy": "kill",
+        "OOMPolicy": "stop",
         "Slice": "nanoclaw-agents.slice",
     }
 
