@@ -9,7 +9,7 @@ from datetime import date, timedelta
 from typing import Any, NamedTuple
 
 from nanoclawd import prices, tomltable
-from nanoclawd.prices import MILLION, dollars
+from nanoclawd.prices import dollars
 from nanoclawd.tomltable import Rows, whole_number
 from nanoclawd.wire import Json
 
@@ -103,12 +103,6 @@ def explain(stop: Stop, agent: str, today: str) -> str:
 def today() -> str:
     """Return the day of this host's calendar, as in 2026-11-22."""
     return time.strftime("%Y-%m-%d")
-
-
-def to_toml(budget: Budget) -> dict[str, Any]:
-    """Return the table as a file has it."""
-    given = {key: value for key, value in asdict(budget).items() if value is not None}
-    return {key: value / MILLION if key.startswith("money") else value for key, value in given.items()}
 
 
 _NAMES = {field.name: re.sub("_(.)", lambda found: found[1].upper(), field.name) for field in fields(Budget)}
