@@ -13,7 +13,7 @@ from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
-from nanoclawd.policy import Rule, Unknown
+from nanoclawd.policy import Policy, Rule, Unknown
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 DEFAULT_IMAGE = "localhost/nanoclaw-agent:latest"
@@ -51,9 +51,9 @@ class AgentConfig:
     budget: Budget = NO_LIMITS  #: what it may spend; None in it: as in nanoclaw.toml
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
-        """All of its policy. Last comes its provider, so that a rule of the person's can deny that too."""
-        return (*self.policy, Rule(route=self.provider))
+    def all_policy(self) -> Policy:
+        """All of it. Last comes its provider, so that a rule of the person's can deny that too."""
+        return Policy(rules=(*self.policy, Rule(route=self.provider)), unknown=self.unknown)
 
 
 # --- reading ----------------------------------------------------------------------------------------

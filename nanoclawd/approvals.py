@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -56,12 +57,9 @@ class Approvals:
 
     def policy(self, agent: AgentName) -> Policy:
         """Return all that decides about the agent's requests; nothing is allowed if its file is broken."""
-        found = self._registry.find(agent)
-        if found is None or found.config is None:
-            return Policy()
-        now = time.time()
+        policy, now = self._registry.policy(agent), time.time()
         answers = (rule for rule in self._rules.get(agent, ()) if rule.until > now)
-        return Policy(rules=(*found.config.rules, *answers), unknown=found.config.unknown)
+        return replace(policy, rules=(*policy.rules, *answers)) if policy.rules else policy
 
     def decide(self, request: Request) -> Decision:
         """Return what the policy says of a request at this moment."""
@@ -101,7 +99,7 @@ class Approvals:
         _expire(tx, now)
         if row := tx.one("use_approval", now=now, **what):
             _note(tx, Kind.REQUEST, "used", row)
-            return (("allowed", f"{row['decided_by']} allowed this once (approval {row['id']})."), [])
+            return (("allowed", f"A person allowed this once (approval {row['id']})."), [])
         deliveries: list[Delivery] = []
         if (row := tx.one("pending_approval", **what)) is None:
             counts = tx.all("count_approvals", agent=request.agent)[0]
@@ -125,7 +123,7 @@ class Approvals:
         if session is None:
             raise Refused(f"agent '{request.agent}' has no session '{request.session}'")
         place = session_row(session).place
-        id = "a" + secrets.token_hex(4)
+        id = "a" + secrets.token_hex(6)
         (channel, chat, thread), expires = place, now + int(limits.APPROVAL_OPEN_S * 1000)
         origin = {"agent": request.agent, "channel": channel, "chat": chat, "thread": thread}
         tx.all(

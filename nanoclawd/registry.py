@@ -17,7 +17,7 @@ from nanoclawd.budget import Budget
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName, no_agent, parse_agent_name
-from nanoclawd.policy import Rule, Rules, with_rule
+from nanoclawd.policy import Policy, Rule, with_rule
 from nanoclawd.quadlet import UnitSpec
 from nanoclawd.settings import Settings
 from nanoclawd.systemd import Systemd
@@ -77,10 +77,10 @@ class Registry:
         assert agent.config is not None
         return agent.config
 
-    def policy(self, name: AgentName) -> Rules:
+    def policy(self, name: AgentName) -> Policy:
         """Return what the agent may reach; nothing, if its file is broken or gone."""
         agent = self._agents.get(name)
-        return agent.config.rules if agent is not None and agent.config is not None else ()
+        return Policy() if agent is None or agent.config is None else agent.config.all_policy
 
     def budget(self, name: AgentName) -> Budget:
         """Return what the agent may spend."""

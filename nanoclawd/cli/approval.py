@@ -74,11 +74,11 @@ def approval_show(options: Namespace) -> None:
         for header in request["headers"]:
             output.say_field("Header", one_line(f"{header['name']}: {header['value']}"))
         output.say_field("Body", _body(request))
-    output.say_field("Why", reply["why"])
     if approval["state"] == "pending":
+        output.say_field("Why", reply["why"])
         output.say("\nWhat an answer does:")
         for choice in reply["choices"]:
-            output.say_field(f"{choice['answer']} {choice['scope']}", choice["what"])
+            output.say_field(f"{choice['answer']} --{choice['scope']}", choice["what"])
     return None
 
 

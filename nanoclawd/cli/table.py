@@ -120,7 +120,6 @@ USAGE_BY = ("agent", "session", "day")
 
 #: By the first word of a command; imported only when it runs.
 MODULES = {
-    "logs": "agent",
     "deadletter": "message",
     **dict.fromkeys(("backup", "restore"), "database"),
     **dict.fromkeys(("reload", "session", "start", "stop", "version"), "status"),
@@ -153,6 +152,7 @@ _OPTIONS = (
     Option("--kind", "only rows of one kind", "KIND", choices=AUDIT_KINDS),
     Option("--yes", "do not ask", short="-y"),
     Option("--floor", "only what must be there before the installation"),
+    Option("--inside", "what the agent's own programs wrote, which the journal keeps apart"),
     Option("--follow", "go on with new lines as they come", short="-f"),
     Option("--lines", "show the last N lines", "N", count, short="-n", default=100),
     Option("--chat", "use another conversation with the same agent", "CHAT"),
@@ -236,7 +236,9 @@ COMMANDS = (
         more="--since counts whole days.",
     ),
     Command("reload", "--json", "read all configuration again"),
-    Command("logs", "[AGENT] --follow --lines --json", "show the journal of the daemons, or of one agent"),
+    Command(
+        "logs", "[AGENT] --inside --follow --lines --json", "show the journal of the daemons, or of an agent"
+    ),
     Command(
         "chat",
         "AGENT --chat",
@@ -255,7 +257,7 @@ COMMANDS = (
     Command("agent start", "AGENT --json", "let a stopped agent work again"),
     Command("agent stop", "AGENT --json", "stop an agent until it is started again; its messages wait"),
     Command("agent restart", "AGENT --json", "stop an agent's containers, and start those that have work"),
-    Command("agent logs", "AGENT --follow --lines --json", "show the journal of an agent"),
+    Command("agent logs", "AGENT --inside --follow --lines --json", "show the journal of an agent"),
     Command("agent shell", "AGENT --session", "open a shell in a running container of the agent"),
     Command("session list", "[AGENT] --json", "list sessions, of one agent or of all"),
     Command("message list", "[AGENT] --state --limit --json", "list the newest messages"),

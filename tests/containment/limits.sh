@@ -3,7 +3,6 @@
 # processes an agent gets by TasksMax= alone; which share of a CPU by CPUQuota=.
 set -euo pipefail
 ctl() { .local/bin/nanoclawctl "$@"; }
-trap 'journalctl --user --no-pager -n 60; uptime' ERR
 
 cd /srv/project
 ./install.sh --yes --no-demo --no-image > /tmp/install 2>&1 || { cat /tmp/install && exit 1; }

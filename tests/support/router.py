@@ -33,7 +33,7 @@ from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
-from nanoclawd.policy import Rule, with_rule
+from nanoclawd.policy import Policy, Rule, with_rule
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.server import Server
@@ -316,6 +316,9 @@ class RegistryDouble:
     async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> None:
         config = self.agents[name]
         self.agents[name] = replace(config, policy=with_rule(config.policy, rule, last=last))
+
+    def policy(self, name: str) -> Policy:
+        return self.agents[name].all_policy if name in self.agents else Policy()
 
     def instructions(self, name: str) -> str:
         return "Be brief."

@@ -12,8 +12,7 @@ from nanoclawd import agents, paths
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
-from nanoclawd.ids import AgentName
-from nanoclawd.policy import Policy, Rule, Rules, to_json
+from nanoclawd.policy import Rule, to_json
 from nanoclawd.policy_control import PolicyControl
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call
@@ -40,14 +39,11 @@ class Person:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self.answers: Rules = ()  #: of people, to requests
         self._methods = PolicyControl(
-            registry=registry, gateway=GatewayLink(self.policy, take_over, NoUsage()), policy_of=self.policy
+            registry=registry,
+            gateway=GatewayLink(registry.policy, take_over, NoUsage()),
+            policy_of=registry.policy,
         ).methods
-
-    def policy(self, agent: AgentName) -> Policy:
-        config = self.registry.get(agent).config
-        return Policy(rules=(*config.rules, *self.answers), unknown=config.unknown) if config else Policy()
 
     async def call(self, name: str, /, **parameters: object) -> Json:
         given = INTERFACE.check_parameters(name, {"name": "berta", **parameters})
@@ -80,7 +76,7 @@ def test_rules_are_added_where_they_count_and_the_rest_of_the_file_stays(host: H
         await person.add(Rule(host="a.example", max_up_bytes=1000))
         await person.add(Rule(host="bad.example.com", deny=True))
         await person.add(Rule(host="pypi.org", per_minute=7))
-        assert person.registry.policy(BERTA) == (
+        assert person.registry.policy(BERTA).rules == (
             Rule(host="bad.example.com", deny=True),
             Rule(host="pypi.org", per_minute=7),
             Rule(host="*.example.com"),
@@ -167,10 +163,10 @@ def test_rule_for_a_broken_file_changes_nothing(host: Host) -> None:
 
 def test_policy_of_a_file_that_breaks_allows_nothing(host: Host) -> None:
     async def work(person: Person) -> None:
-        assert len(person.registry.policy(BERTA)) == 3
+        assert len(person.registry.policy(BERTA).rules) == 3
         (paths.agents() / "berta.toml").write_text("[[policy]]\nhost = 7\n")
         await person.registry.load()
-        assert person.registry.policy(BERTA) == ()
+        assert person.registry.policy(BERTA).rules == ()
         assert await person.test("https://pypi.org") == (False, None, "no-rule")
         reply = await person.call("TestPolicy", url="https://pypi.org", method="GET")
         assert "cannot be read" in reply["message"] and "berta.toml:2" in reply["message"]

@@ -357,6 +357,23 @@ def test_logs_of_an_agent_match_all_its_sessions(run: Run, programs: Path, comma
     assert log.read_text() == "--user --unit=nanoclaw-berta@*.service --lines=100\n"
 
 
+def test_logs_of_an_agents_own_programs_are_those_of_its_uid(
+    router: RouterDouble, run: Run, programs: Path
+) -> None:
+    logs = [fake_program(programs, name, "") for name in ("journalctl", "podman")]
+
+    assert run("logs", "berta", "--inside", "-n", "7").returncode == 0
+
+    # Whoever may read all of the journal needs nobody's uid.
+    (called,) = (log.read_text() for log in logs if log.exists())
+    uid = router.agents["berta"]["hostUid"]
+    assert called.endswith(f"_UID={uid} --lines=7\n")
+
+
+def test_logs_of_the_daemons_have_no_inside(run: Run) -> None:
+    assert run("logs", "--inside").returncode == 2
+
+
 def test_logs_take_no_pattern_for_a_name(run: Run, programs: Path) -> None:
     log = fake_program(programs, "journalctl", "")
 

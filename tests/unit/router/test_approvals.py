@@ -352,9 +352,9 @@ def test_nobody_answers_and_it_expires(place: Place, monkeypatch: pytest.MonkeyP
     async def body(world: World) -> None:
         request = world.request()
         id = await world.gone(request)
-        await eventually(
-            lambda: world.router.db._writer.execute("SELECT state FROM approval").fetchone()[0] == "expired"
-        )
+        async with asyncio.timeout(30):
+            while [a["state"] for a in await world.approvals()] != ["expired"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         assert "has expired" in await world.refused(id, "Refused")
         assert await world.audit() == [("asked", ""), ("expired", "")]
         assert await world.gone(request) != id
