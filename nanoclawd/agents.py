@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import limits, policy, tomltable
+from nanoclawd import budget, limits, policy, tomltable
 from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
@@ -140,6 +140,16 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
     if new != text:
         write_text(path, new)
     return parse_agent(new, path)
+
+
+def change_budget(path: Path, changes: Mapping[str, int | None]) -> AgentConfig:
+    """Change keys of [budget] in agents/NAME.toml, as change_agent() does; None takes a key out."""
+    text = read_text(path)
+    parse_agent(text, path)
+    new = tomltable.change_table(text, "budget", {key: budget.plain(key, changes[key]) for key in changes})
+    config = parse_agent(new, path)
+    write_text(path, new)
+    return config
 
 
 def _change(text: str, path: Path, changes: Mapping[str, Any]) -> str:
