@@ -162,6 +162,8 @@ def test_a_budget_stops_with_one_line_survives_restarts_and_is_raised(
     assert product.send(agent, "hello") == "answer 2"
 
     assert product.runner_pid(agent) == runner
+    noted = product.ask("audit", "list", agent, "--kind", "control")["rows"][-1]
+    assert noted["event"] == "SetBudget" and "610000" in json.dumps(noted["detail"])
     row = wait_calls(product, agent, 3)
     assert (row["calls"], row["microdollars"], row["microdollarsLeft"]) == (3, 900_000, 0)
     assert refused(product, agent).partition("$")[2].startswith("0.90 of $0.61")

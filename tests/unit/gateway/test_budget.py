@@ -281,7 +281,9 @@ def test_what_never_left_costs_nothing(directory: Path) -> None:
     run(body)
 
 
-def test_a_route_that_tells_what_it_costs_is_metered(directory: Path) -> None:
+def test_a_route_that_tells_what_it_costs_is_metered(
+    directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     used = {"prompt_tokens": 30, "completion_tokens": 12}
 
     async def chat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -296,13 +298,18 @@ def test_a_route_that_tells_what_it_costs_is_metered(directory: Path) -> None:
         rules = (policy.Rule(route="chat"),)
         async with bench(directory, chat, settings=route, rules=rules) as b:
             request = post(b"{}", path=b"/r/chat/v1/chat/completions", headers=b"Accept-Encoding: gzip\r\n")
-            assert (await b.ask(request)).status == 200
+            for _ in range(2):
+                assert (await b.ask(request)).status == 200
+            await eventually(lambda: b.gateway.ledger._number == 2)
             (total,) = await told(b.gateway.ledger)
 
-        assert (total["model"], total["input"], total["output"], total["unpriced"]) == ("local", 30, 12, 1)
+        assert (total["model"], total["input"], total["output"], total["unpriced"]) == ("local", 60, 24, 2)
         assert total["microdollars"] > 0
 
     run(body)
+    assert (
+        capfd.readouterr().err.count("model-without-price: it counts as the dearest") == 1
+    )  # for two calls
 
 
 # --- the ledger alone ----------------------------------------------------------------------------------
