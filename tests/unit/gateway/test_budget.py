@@ -319,7 +319,7 @@ PRICES = Prices({"m*": Price(1_000_000, 1_000_000, 0, 0)})
 
 def made(tokens: int = 10, model: str = "m") -> Meter:
     meter = Meter(UsageShape.ANTHROPIC, size_bytes=2)
-    meter.sent(2)
+    meter.ask(b"{}")
     meter.answer(200, b"application/json")
     meter.feed(json.dumps({"model": model, "usage": {"input_tokens": tokens}}).encode())
     return meter
