@@ -122,7 +122,10 @@ def read_instructions(path: Path) -> str:
 
 def write_agent(path: Path, config: AgentConfig) -> None:
     """Write a new agents/NAME.toml with the keys that are not at their defaults. Raises ConfigError."""
-    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "name"}
+    values = {
+        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default
+    }
+    del values["name"]
     write_text(path, _change("", path, values))
 
 
@@ -139,21 +142,27 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
     return parse_agent(new, path)
 
 
+def change_budget(path: Path, changes: Mapping[str, int | None]) -> AgentConfig:
+    """Change keys of [budget] in agents/NAME.toml, as change_agent() does; None takes a key out."""
+    text = read_text(path)
+    parse_agent(text, path)
+    new = tomltable.change_table(text, "budget", {key: budget.plain(key, changes[key]) for key in changes})
+    config = parse_agent(new, path)
+    write_text(path, new)
+    return config
+
+
 def _change(text: str, path: Path, changes: Mapping[str, Any]) -> str:
     """Return the text of an agent's file with `changes`, as far as they change anything."""
     before = parse_agent(text, path)
-    plain = {key: _plain(value) for key, value in changes.items()}
+    plain = {
+        key: [_table(v) for v in value] if isinstance(value, tuple) else value
+        for key, value in changes.items()
+    }
     tomltable.check(plain, KEYS, str(path))
     new = tomltable.change(text, {k: v for k, v in plain.items() if getattr(before, k) != changes[k]})
     parse_agent(new, path)
     return new
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as TOML has it."""
-    if isinstance(value, Budget):
-        return budget.to_toml(value)
-    return [_table(row) for row in value] if isinstance(value, tuple) else value
 
 
 def _table(row: Mount | Rule) -> dict[str, Any]:

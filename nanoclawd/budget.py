@@ -96,8 +96,8 @@ def explain(stop: Stop, agent: str, today: str) -> str:
     if stop.is_of_day:
         tomorrow = date.fromisoformat(today) + timedelta(days=1)
         again = f"It is free again on {tomorrow} at 00:00. To go on before, "
-    raising = f"raise {stop.name} in agents/{agent}.toml and run 'nanoclawctl reload'"
-    return f"The budget of '{agent}' is used up: {stop}. {again}{raising}."
+    command = f"nanoclawctl budget set {agent} --{stop.name.replace('_', '-')} …"
+    return f"The budget of '{agent}' is used up: {stop}. {again}raise it: '{command}'."
 
 
 def today() -> str:
@@ -105,10 +105,11 @@ def today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def to_toml(budget: Budget) -> dict[str, Any]:
-    """Return the table as a file has it."""
-    given = {key: value for key, value in asdict(budget).items() if value is not None}
-    return {key: value / MILLION if key.startswith("money") else value for key, value in given.items()}
+def plain(key: str, value: int | None) -> int | float | None:
+    """Return the value of a key as a file has it."""
+    if value is None or not key.startswith("money"):
+        return value
+    return value / MILLION if value % MILLION else value // MILLION
 
 
 _NAMES = {field.name: re.sub("_(.)", lambda found: found[1].upper(), field.name) for field in fields(Budget)}
@@ -123,3 +124,9 @@ def from_json(budget: Json) -> Budget:
     """The reverse, as trusted as the sender."""
     values: dict[str, Any] = {key: budget[name] for key, name in _NAMES.items()}
     return Budget(**values)
+
+
+def changes_from_json(budget: Json) -> dict[str, int | None]:
+    """Return what a call changes of a budget, by key: null stays, -1 takes the limit away."""
+    given = {key: budget[name] for key, name in _NAMES.items() if budget[name] is not None}
+    return {key: None if value == -1 else value for key, value in given.items()}

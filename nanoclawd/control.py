@@ -73,7 +73,7 @@ class ControlService:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self._audit_control = AuditControl(self.db, self.audit)
-        self._usage_control = UsageControl(self.usage, self.registry)
+        self._usage_control = UsageControl(self.usage, self.registry, self.gateway)
         methods = {
             "Status": Method(handler=self._status),
             "AddAgent": Method(handler=self._add_agent),

@@ -190,6 +190,15 @@ class Registry:
         journal.info("policy-changed", str(rule), agent=agent.name)
         return agent
 
+    async def set_budget(self, name: str, changes: Mapping[str, int | None]) -> Agent:
+        """Change limits in an agent's file (None: no limit); on any failure it is as before."""
+        async with self._changing:
+            before = self.get(name)
+            config = agents.change_budget(config_file(before.name), changes)
+            agent = self._agents[before.name] = replace(before, config=config)
+        journal.info("budget-changed", agent=agent.name, keys=",".join(changes))
+        return agent
+
     async def remove(self, name: str) -> Path | None:
         """Remove an agent whose containers are stopped; returns where its files went."""
         async with self._changing:

@@ -86,7 +86,8 @@ class Route:
 
     def is_metered(self, ask: Ask) -> bool:
         """Say whether what is asked for counts against a budget."""
-        return self.usage is not None and ask.method == "POST" and not ask.path.endswith("/count_tokens")
+        is_free = self.usage is UsageShape.ANTHROPIC and ask.path.endswith("/messages/count_tokens")
+        return self.usage is not None and ask.method == "POST" and not is_free
 
     def check(self, ask: Ask) -> None:
         """Raise Denied unless an operation names what is asked for."""

@@ -259,6 +259,30 @@ def change(text: str, changes: Mapping[str, Any]) -> str:
     return new if _loads_or_none(new) == wanted else tomli_w.dumps(wanted)
 
 
+def change_table(text: str, key: str, changes: Mapping[str, Any]) -> str:
+    """Return the TOML text with keys of the table [key] set to new values, or taken out (None).
+
+    As change() does, of which it has the errors.
+    """
+    wanted = tomllib.loads(text)
+    table = wanted.get(key, {}) | changes
+    wanted[key] = table = {part: value for part, value in table.items() if value is not None}
+    # From [key] up to the next line that begins with a bracket.
+    block = re.search(rf"^[ \t]*\[\s*{re.escape(key)}\s*\].*\n?((?:(?![ \t]*\[).*\n?)*)", text, re.MULTILINE)
+    if block is None:
+        new = f"{text.rstrip()}\n\n[{key}]\n{tomli_w.dumps(table)}".lstrip()
+    else:
+        body = block[1].rstrip() + "\n"
+        for part, value in changes.items():
+            if value is None:
+                body = re.sub(rf"^[ \t]*{re.escape(part)}[ \t]*=.*\n", "", body, flags=re.MULTILINE)
+            else:
+                body = _set(body, part, value)
+        rest = text[block.end() :]
+        new = text[: block.start(1)] + body + ("\n" if rest else "") + rest
+    return new if _loads_or_none(new) == wanted else tomli_w.dumps(wanted)
+
+
 def _set(text: str, key: str, value: Any) -> str:
     """Return the TOML text with one top-level key changed in place, or added below the others."""
     assignment = tomli_w.dumps({key: value}).rstrip("\n")

@@ -37,8 +37,9 @@ class Usage:
     async def spent_before(self, agent: AgentName, sessions: Collection[str], life: str) -> Json:
         """Return what SetBudget() of io.nanoclaw.Gateway takes; `life` knows itself what it has counted."""
         day = budget.today()
-        of_day = _by_agent(await self._spent(agent, day, without=life))[agent]
-        spent = await self._spent(agent, without=life) if sessions else {}
+        before = {"agent": agent, "without": life}
+        of_day = _by_agent(await self._read("spent_before", day=day, **before))[agent]
+        spent = await self._read("spent_before", day=None, **before) if sessions else {}
         return {
             "day": day,
             "tokens": of_day.tokens,
@@ -52,10 +53,12 @@ class Usage:
 
     async def stops(self, agents: Iterable[AgentName]) -> AsyncIterator[tuple[AgentName, str, Stop]]:
         """Yield which limits are reached: one for an agent and "" if it is of the day, else by session."""
-        today = _by_agent(await self._spent(day=budget.today()))
-        spent = await self._spent()
-        for agent in agents:
-            limit = self.budget_of(agent)
+        limits = {agent: limit for agent in agents if (limit := self.budget_of(agent)).is_of_spending}
+        if not limits:
+            return
+        today = _by_agent(await self._read("spent", day=budget.today()))
+        spent = await self._read("spent", day=None)
+        for agent, limit in limits.items():
             sessions = {name: each for (of, name), each in spent.items() if of == agent}
             for session, each in {"": Spent(), **sessions}.items():
                 if stop := budget.find_stop(limit, day=today[agent], session=each):
@@ -65,7 +68,7 @@ class Usage:
 
     async def list(self, by: str, agent: str | None, since: str) -> AsyncIterator[Json]:
         """Yield sums by agent, session or day, from a day on, and what is left of the budget of each."""
-        spent = await self._spent(agent, budget.today() if by == "agent" else None)
+        spent = await self._read("spent", day=budget.today() if by == "agent" else None)
         today = _by_agent(spent)
         per = "day" if by == "agent" else by
         for row in await self._db.read("list_usage", by=by, agent=agent, since=since):
@@ -83,10 +86,8 @@ class Usage:
         if pruned := await self._db.write(partial(_prune, before=before)):
             journal.info("usage-summed-up", rows=pruned)
 
-    async def _spent(
-        self, agent: str | None = None, day: str | None = None, *, without: str | None = None
-    ) -> _BySession:
-        rows = await self._db.read("spent", agent=agent, day=day, without=without)
+    async def _read(self, query: str, **parameters: str | None) -> _BySession:
+        rows = await self._db.read(query, **parameters)
         return {(row["agent"], row["session"]): Spent(row["tokens"], row["money"]) for row in rows}
 
 

@@ -58,12 +58,10 @@ def agent_show(options: Namespace) -> None:
     reply = control.call_agent("ShowAgent", options.AGENT)
     if options.json:
         return output.say_json(reply)
-    from nanoclawd import prices  # slow to import
+    from nanoclawd.cli.usage import shown  # slow to import
 
     instructions, budget = reply.pop("instructions").rstrip(), reply.pop("budget")
-    for key in ("moneyPerDay", "moneyPerSession"):
-        budget[key] = None if budget[key] is None else prices.show(budget[key])
-    output.say_document({**reply, "budget": budget})
+    output.say_document({**reply, "budget": shown(budget)})
     if instructions:
         output.say(f"\n{instructions}")
 

@@ -24,6 +24,23 @@ def count(value: str) -> int:
     return int(value)
 
 
+def limit(value: str) -> int:
+    return -1 if value == "none" else 0 if value == "0" else count(value)
+
+
+def dollars(value: str) -> int:
+    """An amount like 2.50, or none; returns millionths of a dollar, or -1."""
+    from nanoclawd import prices  # slow to import
+    from nanoclawd.tomltable import BadValue
+
+    if value == "none":
+        return -1
+    try:
+        return prices.dollars(float(value))
+    except (ValueError, BadValue):
+        raise ArgumentTypeError(f"'{value[:32]}' is no amount of dollars like 2.50, and not none") from None
+
+
 def seconds(value: str) -> int:
     return 0 if value == "0" else count(value)
 
@@ -121,6 +138,7 @@ USAGE_BY = ("agent", "session", "day")
 #: By the first word of a command; imported only when it runs.
 MODULES = {
     "deadletter": "message",
+    "budget": "usage",
     **dict.fromkeys(("backup", "restore"), "database"),
     **dict.fromkeys(("reload", "session", "start", "stop", "version"), "status"),
 }
@@ -185,6 +203,11 @@ _OPTIONS = (
     Option("--max-down", "bytes that one may get", "SIZE", size),
     Option("--per-minute", "how many there may be in a minute", "N", count),
     Option("--time-limit", "how long one may take", "SECONDS", count),
+    Option("--tokens-per-day", "tokens of all sessions in a day, or none for no limit", "N", limit),
+    Option("--tokens-per-session", "tokens of each session, or none", "N", limit),
+    Option("--money-per-day", "dollars of all sessions in a day, as in 2.50, or none", "DOLLARS", dollars),
+    Option("--money-per-session", "dollars of each session, or none", "DOLLARS", dollars),
+    Option("--requests-per-minute", "calls of models by all sessions, or none", "N", limit),
     Option("--purge", "delete the workspace too"),
     Option("--session", "which one, if several run", "SESSION"),
     Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
@@ -204,6 +227,7 @@ NOUNS = {
     "deadletter": "see to messages and deliveries that were given up",
     "policy": "say what an agent may reach through the gateway",
     "approval": "answer what agents may do only if you say so",
+    "budget": "say what an agent may spend at its models",
     "audit": "see what agents asked for at the gateway, and what was changed here",
     "image": "make the image that agents run in",
     "secret": "keep the credentials that the gateway uses",
@@ -213,6 +237,7 @@ _KEYS = (
     "--description --provider --model --image --instructions --idle-seconds --memory-max --tasks-max "
     "--cpu-quota --runtime --unknown --mount"
 )
+_BUDGET = "--tokens-per-day --tokens-per-session --money-per-day --money-per-session --requests-per-minute"
 COMMANDS = (
     Command("status", "--json", "show what runs, what waits, and whether the sandboxes are active"),
     Command(
@@ -297,6 +322,12 @@ COMMANDS = (
         "APPROVAL --once --for --always --json",
         "deny a request, and for an hour all to its host that no rule decides",
         more="--once denies this one only.",
+    ),
+    Command(
+        "budget set",
+        f"AGENT {_BUDGET} --json",
+        "change what an agent may spend, from now on; what is not named stays",
+        more="Other limits may stand in nanoclaw.toml for all agents; 'usage' shows what is left.",
     ),
     Command(
         "audit list",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 
 from nanoclawd import prices
 from nanoclawd.cli import control, output
+from nanoclawd.cli.parser import UsageError
 from nanoclawd.wire import Json
 
 
@@ -17,6 +19,25 @@ def usage(options: Namespace) -> None:
         )  # an agent that there is not is no agent without usage
     rows = [reply["usage"] for reply in control.list_all("ListUsage", parameters)]
     output.say_list(options, "usage", rows, _columns(options.by), "No model was asked.")
+
+
+def budget_set(options: Namespace) -> None:
+    names = ("tokensPerDay", "tokensPerSession", "moneyPerDay", "moneyPerSession", "requestsPerMinute")
+    given = {name: getattr(options, re.sub("([A-Z])", r"_\1", name).lower()) for name in names}
+    if all(value is None for value in given.values()):
+        raise UsageError("nothing to change", hint="'nanoclawctl budget set --help' lists what there is")
+    reply = control.call_agent("SetBudget", options.AGENT, {"budget": given})
+    if options.json:
+        return output.say_json(reply)
+    output.say_document(shown(reply["budget"]))
+
+
+def shown(budget: Json) -> Json:
+    """Return a budget with its amounts as people write them."""
+    return {
+        name: prices.show(value) if name.startswith("money") and value is not None else value
+        for name, value in budget.items()
+    }
 
 
 def _columns(by: str) -> output.Fields:

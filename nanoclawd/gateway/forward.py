@@ -71,7 +71,6 @@ class Forward:
 
     async def _pass_body(self, head: h11.Request) -> None:
         event: h11.Event = head
-        size_bytes = 0
         while True:
             try:
                 await self._upstream.ask(event)
@@ -83,14 +82,13 @@ class Forward:
                 event = await self._agent.event()
             if isinstance(event, h11.Data):
                 self._exchange.count(len(event.data), 0)
-                size_bytes += len(event.data)
                 event = h11.Data(data=bytes(event.data))
                 if self._meter is not None:
                     self._meter.ask(event.data)
             else:
                 event = h11.EndOfMessage()  # without trailers
                 if self._meter is not None:
-                    self._meter.sent(size_bytes)
+                    self._meter.sent()
                     self._agent.session.gateway.ledger.look_again(self._agent.session.agent)
 
     async def _download(self) -> None:

@@ -39,6 +39,7 @@ class Meter:
         self.used: dict[str, Tokens] = {}  #: as told so far, by model; "": the one that answers
         self._shape = shape
         self._size_bytes = size_bytes
+        self._asked_bytes = 0
         self._request = Scanner(_ASKED)
         self._answer = Scanner(_ANSWERED)
         self._lines: _Lines | None = None  #: of an answer that is a stream
@@ -51,13 +52,17 @@ class Meter:
     # --- what passes -------------------------------------------------------------------------------
 
     def ask(self, data: bytes) -> None:
-        """Take a piece of the request's body."""
+        """Take a piece of the request's body that is about to be sent."""
         self._request.feed(data)
+        self._asked_bytes += len(data)
+        if self._asked_bytes >= self._size_bytes:
+            self.sent()
 
-    def sent(self, size_bytes: int) -> None:
-        """The request is on its way, and was that long. Before, nobody computes anything."""
-        self._size_bytes = size_bytes
-        self._sent_at = time.monotonic()
+    def sent(self) -> None:
+        """The request is whole. Before, nobody computes anything."""
+        if self._sent_at is None:
+            self._size_bytes = self._asked_bytes
+            self._sent_at = time.monotonic()
 
     def answer(self, status: int, content_type: bytes) -> None:
         """Take the head of the answer."""

@@ -377,11 +377,14 @@ INSERT INTO usage VALUES (:life, :day, :agent, :session, :model, :calls, :estima
        money = excluded.money;
 
 -- spent --
--- By an agent or by each, on a day or in all, without what one gateway has counted.
+-- By all agents, on a day or ever.
 SELECT agent, session, sum(input + output + cache_write + cache_read) AS tokens, sum(money) AS money
-  FROM usage
- WHERE (:agent IS NULL OR agent = :agent) AND (:day IS NULL OR day = :day) AND life IS NOT :without
- GROUP BY agent, session;
+  FROM usage WHERE :day IS NULL OR day = :day GROUP BY agent, session;
+
+-- spent_before --
+-- By one agent, without what one gateway has counted.
+SELECT agent, session, sum(input + output + cache_write + cache_read) AS tokens, sum(money) AS money
+  FROM usage WHERE agent = :agent AND (:day IS NULL OR day = :day) AND life != :without GROUP BY session;
 
 -- list_usage --
 -- Named as in io.nanoclaw.Control.

@@ -137,7 +137,7 @@ def test_a_budget_stops_with_one_line_survives_restarts_and_is_raised(
     line = refused(product, agent)
 
     words = f"Your message could not be answered: The budget of '{agent}' is used up: $0.60 of $0.50 spent"
-    assert line.startswith(words) and "money_per_day" in line and "00:00" in line
+    assert line.startswith(words) and "--money-per-day" in line and "00:00" in line
     (stop,) = [each for each in product.status()["budgetStops"] if each["agent"] == agent]
     assert stop["limit"] == "money_per_day" and "$0.60 of $0.50" in product.ctl("status").stdout
     assert product.python_inside(agent, SDK) == {
@@ -158,10 +158,12 @@ def test_a_budget_stops_with_one_line_survives_restarts_and_is_raised(
     assert len(api.requests()) == 2
     runner = product.runner_pid(agent)
 
-    limit(product, agent, "money_per_day = 0.61")
+    product.ctl("budget", "set", agent, "--money-per-day", "0.61")
     assert product.send(agent, "hello") == "answer 2"
 
     assert product.runner_pid(agent) == runner
+    noted = product.ask("audit", "list", agent, "--kind", "control")["rows"][-1]
+    assert noted["event"] == "SetBudget" and "610000" in json.dumps(noted["detail"])
     row = wait_calls(product, agent, 3)
     assert (row["calls"], row["microdollars"], row["microdollarsLeft"]) == (3, 900_000, 0)
     assert refused(product, agent).partition("$")[2].startswith("0.90 of $0.61")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoclawd.agents import change_agent, parse_agent, read_agent
+from nanoclawd.agents import change_agent, change_budget, parse_agent, read_agent
 from nanoclawd.budget import KEYS, NO_LIMITS, Budget, Spent, explain, find_stop, from_json, to_json
 from nanoclawd.errors import ConfigError
 from nanoclawd.prices import DOLLARS_MAX, MILLION, Price, Prices, Tokens, dollars, show
@@ -153,9 +155,40 @@ def test_a_change_of_the_file_leaves_its_budget(tmp_path: Path) -> None:
 
     change_agent(path, {"model": "b"})
     assert "money_per_day = 2.50 # enough" in path.read_text()
+    assert read_agent(path).budget == Budget(money_per_day=2_500_000)
 
-    change_agent(path, {"budget": Budget(money_per_day=3_250_000, tokens_per_day=5)})
-    assert read_agent(path).budget == Budget(money_per_day=3_250_000, tokens_per_day=5)
+
+FILES = [
+    "",
+    'model = "a"\n',
+    '# mine\n[budget]\nmoney_per_day = 2.50 # enough\n\n# others\n[[policy]]\nroute = "a"\n',
+    '[[policy]]\nroute = "a"\n\n  [ budget ]\n# tokens\ntokens_per_day = 5',
+    "budget = {money_per_day = 1}\n",
+]
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_limits_are_changed_where_they_stand(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "berta.toml"
+    path.write_text(text)
+    before = read_agent(path)
+
+    changed = change_budget(path, {"money_per_day": 3_250_000, "tokens_per_day": 7})
+    assert changed == read_agent(path) == replace(before, budget=changed.budget)
+    assert changed.budget == Budget(money_per_day=3_250_000, tokens_per_day=7)
+    assert all(comment in path.read_text() for comment in re.findall("#.*", text))
+
+    assert change_budget(path, {"money_per_day": None, "tokens_per_day": None}).budget == NO_LIMITS
+    assert read_agent(path) == replace(before, budget=NO_LIMITS)
+
+
+def test_a_limit_that_is_wrong_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "berta.toml"
+    path.write_text(FILES[2])
+
+    with pytest.raises(ConfigError, match="budget: requests_per_minute must be from 1"):
+        change_budget(path, {"requests_per_minute": 0})
+    assert path.read_text() == FILES[2]
 
 
 @given(BUDGETS, COUNTS, COUNTS, COUNTS, COUNTS)
@@ -189,9 +222,9 @@ def test_the_chat_is_told_what_is_spent_and_when_it_is_free_again() -> None:
     assert explain(of_day, "berta", "2026-12-31") == (
         "The budget of 'berta' is used up: $1.02 of $1.00 spent today. "
         "It is free again on 2027-01-01 at 00:00. "
-        "To go on before, raise money_per_day in agents/berta.toml and run 'nanoclawctl reload'."
+        "To go on before, raise it: 'nanoclawctl budget set berta --money-per-day …'."
     )
     assert explain(of_session, "berta", "2026-12-31") == (
         "The budget of 'berta' is used up: 1,234 of 1,000 tokens used in this session. "
-        "To go on, raise tokens_per_session in agents/berta.toml and run 'nanoclawctl reload'."
+        "To go on, raise it: 'nanoclawctl budget set berta --tokens-per-session …'."
     )

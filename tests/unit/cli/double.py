@@ -338,6 +338,9 @@ class RouterDouble:
             await call.send({"row": row})
         return {"row": self.trail[-1] if self.trail else None}
 
+    async def _SetBudget(self, call: Call) -> Json:
+        return {"budget": BUDGET}
+
     async def _ListUsage(self, call: Call) -> Json:
         return {"usage": self.usage}
 

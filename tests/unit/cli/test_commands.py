@@ -538,6 +538,25 @@ def test_usage_by_session_and_day(router: RouterDouble, run: Run) -> None:
     assert run("usage").stderr == "No model was asked.\n"
 
 
+def test_budget_is_set_in_dollars_and_taken_away(router: RouterDouble, run: Run) -> None:
+    done = run("budget", "set", "berta", "--money-per-day", "2.50", "--tokens-per-session", "none")
+
+    assert "$2.50" in done.stdout
+    budget = {"tokensPerDay": None, "tokensPerSession": -1, "moneyPerDay": 2_500_000}
+    budget |= {"moneyPerSession": None, "requestsPerMinute": None}
+    assert router.calls == [("SetBudget", {"name": "berta", "budget": budget})]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--money-per-day", "two"), ("--money-per-day", "0.0000001"), ("--tokens-per-day", "-3")],
+)
+def test_budget_that_makes_no_sense(router: RouterDouble, run: Run, arguments: tuple[str, ...]) -> None:
+    done = run("budget", "set", "berta", *arguments)
+
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and router.calls == []
+
+
 def test_usage_of_an_agent_that_there_is_not(router: RouterDouble, run: Run) -> None:
     router.fail["ShowAgent"] = NotFound("no agent named 'bertha'", hint="look")
 

@@ -175,29 +175,30 @@ def test_an_agent_of_whom_no_budget_was_told_may_not_ask_models(directory: Path)
 
 
 def test_many_at_once_exceed_a_budget_by_one_call_at_most(directory: Path) -> None:
-    running, most = 0, 0
+    arrived: list[int] = []
 
-    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal running, most
-        while True:
+    async def body() -> None:
+        go = asyncio.Event()
+
+        async def together(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            """Answer as soon as there are as many at once as the budget has room for."""
             await read_request(reader)
-            running += 1
-            most = max(most, running)
-            await asyncio.sleep(0.01)
-            running -= 1
+            arrived.append(1)
+            if len(arrived) == 3:
+                go.set()
+            await go.wait()
             head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             writer.write(head % len(ANSWER) + ANSWER)
 
-    async def body() -> None:
-        async with bench(directory, slow, budget=Budget(money_per_day=3 * PLAIN_COST - 1)) as b:
+        async with bench(directory, together, budget=Budget(money_per_day=3 * PLAIN_COST - 1)) as b:
             replies = await asyncio.gather(*(b.ask(post(BODY)) for _ in range(12)))
             (total,) = await told(b.gateway.ledger)
 
         assert sorted(reply.status for reply in replies) == [200] * 3 + [402] * 9
         assert total["microdollars"] == 3 * PLAIN_COST
-        assert 1 < most <= 3  # the budget has room for more than one, and for no more than these
 
     run(body)
+    assert len(arrived) == 3
 
 
 def test_without_a_budget_nobody_waits(directory: Path) -> None:
@@ -281,7 +282,9 @@ def test_what_never_left_costs_nothing(directory: Path) -> None:
     run(body)
 
 
-def test_a_route_that_tells_what_it_costs_is_metered(directory: Path) -> None:
+def test_a_route_that_tells_what_it_costs_is_metered(
+    directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     used = {"prompt_tokens": 30, "completion_tokens": 12}
 
     async def chat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -296,13 +299,18 @@ def test_a_route_that_tells_what_it_costs_is_metered(directory: Path) -> None:
         rules = (policy.Rule(route="chat"),)
         async with bench(directory, chat, settings=route, rules=rules) as b:
             request = post(b"{}", path=b"/r/chat/v1/chat/completions", headers=b"Accept-Encoding: gzip\r\n")
-            assert (await b.ask(request)).status == 200
+            for _ in range(2):
+                assert (await b.ask(request)).status == 200
+            await eventually(lambda: b.gateway.ledger._number == 2)
             (total,) = await told(b.gateway.ledger)
 
-        assert (total["model"], total["input"], total["output"], total["unpriced"]) == ("local", 30, 12, 1)
+        assert (total["model"], total["input"], total["output"], total["unpriced"]) == ("local", 60, 24, 2)
         assert total["microdollars"] > 0
 
     run(body)
+    assert (
+        capfd.readouterr().err.count("model-without-price: it counts as the dearest") == 1
+    )  # for two calls
 
 
 # --- the ledger alone ----------------------------------------------------------------------------------
@@ -312,7 +320,7 @@ PRICES = Prices({"m*": Price(1_000_000, 1_000_000, 0, 0)})
 
 def made(tokens: int = 10, model: str = "m") -> Meter:
     meter = Meter(UsageShape.ANTHROPIC, size_bytes=2)
-    meter.sent(2)
+    meter.ask(b"{}")
     meter.answer(200, b"application/json")
     meter.feed(json.dumps({"model": model, "usage": {"input_tokens": tokens}}).encode())
     return meter

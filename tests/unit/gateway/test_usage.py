@@ -48,7 +48,7 @@ def meter(request: bytes = REQUEST, *, shape: UsageShape = UsageShape.ANTHROPIC)
     made = Meter(shape, size_bytes=len(request))
     for piece in pieces(request, 3):
         made.ask(piece)
-    made.sent(len(request))
+    made.sent()
     return made
 
 
