@@ -46,6 +46,7 @@ from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
 from nanoclawd.sockets import forget_listener, take_listeners, turn_away
 from nanoclawd.systemd import Systemd, connect
+from nanoclawd.usage import Usage
 from nanoclawd.version import VERSION
 
 DATABASE = "nanoclaw.db"
@@ -162,9 +163,10 @@ async def _route(
             await systemd.watching.wait()
             registry = Registry(db=db, systemd=systemd, settings=settings)
             audit, outlets = Audit(db), Outlets(db)
+            usage = Usage(db, registry.budget)
             approvals = Approvals(db=db, registry=registry, outlets=outlets)
             holds = HoldLink(approvals)
-            gateway = GatewayLink(approvals.policy, audit.take_over, [holds.run])
+            gateway = GatewayLink(approvals.policy, audit.take_over, usage, [holds.run])
             approvals.on_expiry = gateway.change
             sessions = Sessions(
                 db=db,
@@ -191,6 +193,7 @@ async def _route(
                 audit=audit,
                 channels=channel_service,
                 pairings=pairings,
+                usage=usage,
                 approvals=approvals,
                 holds=holds,
                 sandbox=checks,
@@ -211,7 +214,7 @@ async def _route(
             for server in idle.servers:
                 tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
-            tasks.create_task(retention.run(db, audit, lambda: registry.settings), name="retention")
+            tasks.create_task(retention.run(db, audit, usage, lambda: registry.settings), name="retention")
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")
             await control_service.start_waiting()

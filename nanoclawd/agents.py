@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import limits, policy, tomltable
+from nanoclawd import budget, limits, policy, tomltable
+from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
-from nanoclawd.policy import Rule, Unknown
+from nanoclawd.policy import Policy, Rule, Unknown
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 DEFAULT_IMAGE = "localhost/nanoclaw-agent:latest"
@@ -47,11 +48,12 @@ class AgentConfig:
     mounts: tuple[Mount, ...] = ()
     unknown: Unknown = Unknown.DENY  #: what becomes of requests that no rule decides
     policy: tuple[Rule, ...] = ()  #: what it may reach, but for its provider
+    budget: Budget = NO_LIMITS  #: what it may spend; None in it: as in nanoclaw.toml
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
-        """All of its policy. Last comes its provider, so that a rule of the person's can deny that too."""
-        return (*self.policy, Rule(route=self.provider))
+    def all_policy(self) -> Policy:
+        """All of it. Last comes its provider, so that a rule of the person's can deny that too."""
+        return Policy(rules=(*self.policy, Rule(route=self.provider)), unknown=self.unknown)
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -120,7 +122,10 @@ def read_instructions(path: Path) -> str:
 
 def write_agent(path: Path, config: AgentConfig) -> None:
     """Write a new agents/NAME.toml with the keys that are not at their defaults. Raises ConfigError."""
-    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "name"}
+    values = {
+        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default
+    }
+    del values["name"]
     write_text(path, _change("", path, values))
 
 
@@ -135,6 +140,16 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
     if new != text:
         write_text(path, new)
     return parse_agent(new, path)
+
+
+def change_budget(path: Path, changes: Mapping[str, int | None]) -> AgentConfig:
+    """Change keys of [budget] in agents/NAME.toml, as change_agent() does; None takes a key out."""
+    text = read_text(path)
+    parse_agent(text, path)
+    new = tomltable.change_table(text, "budget", {key: budget.plain(key, changes[key]) for key in changes})
+    config = parse_agent(new, path)
+    write_text(path, new)
+    return config
 
 
 def _change(text: str, path: Path, changes: Mapping[str, Any]) -> str:
@@ -224,6 +239,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
         max_count=policy.RULES,
         hint="write [[policy]] and below it host = …, or route = …",
     ),
+    "budget": parse_budget,
 }
 
 

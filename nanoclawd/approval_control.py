@@ -91,7 +91,7 @@ class ApprovalControl:
         row = await self.approvals.answer(
             row["id"], row["sha256"], allow=allow, scope=scope, until=until, by=_person(call)
         )
-        sent = await self._carry_out(request, allow=allow, scope=scope, by=row["decided_by"])
+        sent = await self._carry_out(request, allow=allow, scope=scope)
         (row,) = await self.db.read("find_approval", id=row["id"])
         return {"approval": _describe(row), "sent": sent, "rule": rule and str(rule)}
 
@@ -107,12 +107,12 @@ class ApprovalControl:
             raise
         return rule
 
-    async def _carry_out(self, request: Request, *, allow: bool, scope: Scope, by: str) -> bool:
+    async def _carry_out(self, request: Request, *, allow: bool, scope: Scope) -> bool:
         """Have the gateway do what was answered; return whether it has let the request go."""
         if scope is Scope.ONCE:
             if allow:
                 return await self.holds.ask(request.sha256)
-            await self.holds.deny(request.sha256, f"{by} denied this.")
+            await self.holds.deny(request.sha256, "A person denied this.")
             return False
         waits = self.holds.waits(request.sha256)
         try:
@@ -182,8 +182,10 @@ def _choices(request: Request) -> list[Json]:
     """Say what each answer would allow or deny, and nothing else."""
     rule, host = request.rule(), policy.authority(request.host, request.port)
     size = f"{rule.max_up_bytes >> 20} MiB up and {rule.max_down_bytes >> 20} MiB down"
+    size += f" in {rule.timeout_seconds} s"
     if request.way is Way.TUNNEL:
-        what = f"each tunnel to {host}, whatever is said in it, of up to {size}"
+        # Its rule cannot tell both apart.
+        what = f"each tunnel and each http:// request to {host}, whatever is said in it, of up to {size}"
         once = f"one tunnel to {host}, whatever is said in it, of up to {size}"
     else:
         below = f"{rule.path} and all below it" if rule.path else "each path"

@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -56,12 +57,9 @@ class Approvals:
 
     def policy(self, agent: AgentName) -> Policy:
         """Return all that decides about the agent's requests; nothing is allowed if its file is broken."""
-        found = self._registry.find(agent)
-        if found is None or found.config is None:
-            return Policy()
-        now = time.time()
+        policy, now = self._registry.policy(agent), time.time()
         answers = (rule for rule in self._rules.get(agent, ()) if rule.until > now)
-        return Policy(rules=(*found.config.rules, *answers), unknown=found.config.unknown)
+        return replace(policy, rules=(*policy.rules, *answers)) if policy.rules else policy
 
     def decide(self, request: Request) -> Decision:
         """Return what the policy says of a request at this moment."""
@@ -101,7 +99,7 @@ class Approvals:
         _expire(tx, now)
         if row := tx.one("use_approval", now=now, **what):
             _note(tx, Kind.REQUEST, "used", row)
-            return (("allowed", f"{row['decided_by']} allowed this once (approval {row['id']})."), [])
+            return (("allowed", f"A person allowed this once (approval {row['id']})."), [])
         deliveries: list[Delivery] = []
         if (row := tx.one("pending_approval", **what)) is None:
             counts = tx.all("count_approvals", agent=request.agent)[0]
@@ -127,7 +125,7 @@ class Approvals:
         # A session may be of several chats: it asks for the one that it works for.
         working = tx.all("leased_messages", session=session["id"])
         place = place_of(working[0]) if working else session_row(session).place
-        id = "a" + secrets.token_hex(4)
+        id = "a" + secrets.token_hex(6)
         (channel, chat, thread), expires = place, now + int(limits.APPROVAL_OPEN_S * 1000)
         origin = {"agent": request.agent, "channel": channel, "chat": chat, "thread": thread}
         tx.all(
@@ -218,16 +216,20 @@ class Approvals:
         row, live = await self._db.write(operation)
         self._take_over(live)
         if scope is not Scope.ONCE:
-            await self._db.write(partial(self._end_decided, agent=row["agent"]))
+            await self.end_decided()
         return row
 
-    def _end_decided(self, tx: Transaction, agent: str) -> None:
-        """End questions that an answer to another one has answered, too."""
-        for pending in tx.all("pending_approvals", agent=agent):
-            request = request_of(pending)
-            if request is not None and self.decide(request).reason != "ask":
-                (row,) = tx.all("expire_approval", id=pending["id"])
-                _note(tx, Kind.REQUEST, "expired", row)
+    async def end_decided(self) -> None:
+        """Policies have changed: end the questions that rules answer by now. Raises Unavailable."""
+
+        def operation(tx: Transaction) -> None:
+            for pending in tx.all("pending_approvals"):
+                request = request_of(pending)
+                if request is not None and self.decide(request).reason != "ask":
+                    (row,) = tx.all("expire_approval", id=pending["id"])
+                    _note(tx, Kind.REQUEST, "expired", row)
+
+        await self._db.write(operation)
 
     async def forget(self, agent: str) -> None:
         """End all of an agent that is removed: the next one of that name inherits nothing."""

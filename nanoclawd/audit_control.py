@@ -16,7 +16,16 @@ from nanoclawd.wire import Json
 
 #: What changes something, and so has a row.
 NOTED = {
-    *("AddAgent", "SetAgent", "RemoveAgent", "StartAgent", "StopAgent", "RestartAgent", "AddRule"),
+    *(
+        "AddAgent",
+        "SetAgent",
+        "RemoveAgent",
+        "SetBudget",
+        "StartAgent",
+        "StopAgent",
+        "RestartAgent",
+        "AddRule",
+    ),
     *("RetryDeadLetter", "DropDeadLetter", "BuildImage", "Backup", "StopAll", "StartAll"),
     *("WireChat", "UnwireChat", "BlockChat", "LinkPerson", "SetRole", "SetRoleOf", "Pair"),
     *("ResetSession", "CloseSession"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import images, journal, limits, paths, quadlet, queue
+from nanoclawd import budget, images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
 from nanoclawd.approval_control import ApprovalControl
 from nanoclawd.approvals import Approvals
@@ -38,6 +38,8 @@ from nanoclawd.session import SessionState
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import read_settings
 from nanoclawd.systemd import Systemd
+from nanoclawd.usage import Usage
+from nanoclawd.usage_control import UsageControl
 from nanoclawd.version import VERSION
 from nanoclawd.wire import Json
 
@@ -52,7 +54,7 @@ _COUNTS = (
 _KEYS = {
     re.sub("_(.)", lambda found: found[1].upper(), key): key
     for key in KEYS
-    if key not in ("mounts", "policy")
+    if key not in ("mounts", "policy", "budget")
 }
 
 
@@ -67,6 +69,7 @@ class ControlService:
     audit: Audit
     channels: ChannelService
     pairings: Pairings
+    usage: Usage
     approvals: Approvals
     holds: HoldLink
     sandbox: list[Check]
@@ -82,6 +85,7 @@ class ControlService:
             pairings=self.pairings,
             channels=self.channels,
         )
+        self._usage_control = UsageControl(self.usage, self.registry, self.gateway)
         methods = {
             "Status": Method(handler=self._status),
             "AddAgent": Method(handler=self._add_agent),
@@ -101,7 +105,7 @@ class ControlService:
             "StopAll": Method(handler=self._stop_all),
             "StartAll": Method(handler=self._start_all),
             **PolicyControl(
-                registry=self.registry, gateway=self.gateway, policy_of=self.approvals.policy
+                registry=self.registry, policy_of=self.approvals.policy, changed=self._change_policies
             ).methods,
             **ApprovalControl(
                 db=self.db,
@@ -115,6 +119,7 @@ class ControlService:
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
             **people.methods,
             **self._audit_control.methods,
+            **self._usage_control.methods,
         }
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
@@ -150,6 +155,7 @@ class ControlService:
             "sessionCount": len(sessions),
             "sessions": active[: limits.SESSIONS_SHOWN],
             "queue": {name: counts[name] for name in _COUNTS},
+            "budgetStops": [stop async for stop in self._usage_control.stops()],
             "approvalsPending": approvals["total"],
             "sandbox": [
                 {"name": check.name, "active": check.active, "detail": check.detail}
@@ -211,9 +217,14 @@ class ControlService:
     async def _refresh_gateway(self) -> None:
         """Hand over policies that may have changed. Goes on if the gateway is away: it gets them later."""
         try:
-            await self.gateway.refresh()
+            await self._change_policies()
         except Unavailable as exc:
             journal.warning("policy-not-taken", f"{exc}, going on")
+
+    async def _change_policies(self) -> None:
+        """Have policies that may have changed take effect. Raises Unavailable."""
+        await self.approvals.end_decided()
+        await self.gateway.refresh()
 
     async def start_waiting(self) -> None:
         """Wake every session that has work and an agent that may run; give up those whose agent is gone."""
@@ -275,6 +286,7 @@ class ControlService:
         agent = self.registry.get(call.parameters["name"])
         return {
             **await self._describe(agent),
+            "budget": budget.to_json(self.registry.budget(agent.name)),
             "instructions": self.registry.instructions(agent.name),
             "file": str(config_file(agent.name)),
             "workspace": str(paths.workspace(agent.name)),

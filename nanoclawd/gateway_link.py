@@ -1,5 +1,5 @@
-"""The router's side of io.nanoclaw.Gateway: hands over session listeners and policies, again after a restart
-of the gateway; and reads what that has decided.
+"""The router's side of io.nanoclaw.Gateway: hands over session listeners, policies and budgets, again after
+a restart of the gateway; and reads what that has decided and counted.
 """
 
 from __future__ import annotations
@@ -8,37 +8,41 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
-from nanoclawd import journal, limits, paths, varlink
+from nanoclawd import budget, journal, limits, paths, varlink
+from nanoclawd.budget import Budget
 from nanoclawd.errors import Unavailable
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.policy import Policy, to_json
+from nanoclawd.usage import Usage
 from nanoclawd.wire import Json, VarlinkError, WireError
 
 _INTERFACE = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
 _RETRY_S = 2.0
 _ANSWER_S = 10.0
 Key = tuple[AgentName, SessionName]
-#: Stores records of io.nanoclaw.Gateway.ReadRecords(), of one life of the gateway. May raise Unavailable.
+#: Stores what io.nanoclaw.Gateway.ReadRecords() or ReadUsage() return, of one life. May raise Unavailable.
 TakeOver = Callable[[str, Sequence[Json]], Awaitable[None]]
 
 
 class GatewayLink:
-    """Keeps the gateway supplied with the listeners of live sessions, and with the policies of their agents.
+    """Keeps the gateway supplied with the listeners of live sessions, and with what their agents may.
 
-    run() must run as a task. `policy_of` tells an agent's policy at this moment; what agents have asked for
-    goes to `take_over`, again if it was not on disk yet when the router before us ended. What is `beside`
-    runs while a gateway is connected.
+    run() must run as a task. `policy_of` tells an agent's policy at this moment, and `usage` its budget;
+    what agents have asked for goes to `take_over`, and what they have spent to `usage`, again if it was not
+    on disk yet when the router before us ended. What is `beside` runs while a gateway is connected.
     """
 
     def __init__(
         self,
         policy_of: Callable[[AgentName], Policy],
         take_over: TakeOver,
+        usage: Usage,
         beside: Sequence[Callable[[], Awaitable[None]]] = (),
     ) -> None:
         self._policy_of = policy_of
         self._take_over = take_over
+        self._usage = usage
         self._beside = beside
         self._wanted: dict[Key, socket.socket] = {}
         self._changed = asyncio.Event()
@@ -90,7 +94,13 @@ class GatewayLink:
                 connection = await varlink.connect(paths.gateway_socket())
                 try:
                     async with asyncio.TaskGroup() as tasks:
-                        reading = [tasks.create_task(self._keep_reading(), name="gateway's records")]
+                        reading = [
+                            tasks.create_task(self._keep_reading(*each), name=each[0])
+                            for each in (
+                                ("ReadRecords", "records", self._take_over),
+                                ("ReadUsage", "sums", self._usage.take_over),
+                            )
+                        ]
                         reading += [tasks.create_task(run()) for run in self._beside]  # type: ignore[arg-type]
                         await self._keep_supplied(connection)
                         for task in reading:
@@ -103,8 +113,8 @@ class GatewayLink:
                 await asyncio.sleep(_RETRY_S)
             self._changed.set()
 
-    async def _keep_reading(self) -> None:
-        """Take over what the gateway decides, until it hangs up."""
+    async def _keep_reading(self, method: str, field: str, take_over: TakeOver) -> None:
+        """Take over what the gateway tells by `method`, until it hangs up."""
         try:
             connection = await varlink.connect(paths.gateway_socket())
         except Unavailable:
@@ -112,27 +122,27 @@ class GatewayLink:
         try:
             after = 0
             while True:
-                method = f"{_INTERFACE.name}.ReadRecords"
-                reply = await varlink.call(connection, method, {"after": after}, more=True)
+                full_name = f"{_INTERFACE.name}.{method}"
+                reply = await varlink.call(connection, full_name, {"after": after}, more=True)
                 # It has credentials and the Internet; what it says must not harm more than itself.
-                read = _INTERFACE.check_reply("ReadRecords", reply)
-                if not read["records"]:
-                    raise WireError("records", "must not be empty")
-                await self._store(read["life"], read["records"])
-                after = read["records"][-1]["number"]
+                read = _INTERFACE.check_reply(method, reply)
+                if not read[field]:
+                    raise WireError(field, "must not be empty")
+                await self._store(take_over, read["life"], read[field])
+                after = read[field][-1]["number"]
         except Unavailable:
             return
         except (VarlinkError, WireError) as exc:
             hint = "'systemctl --user restart nanoclaw-gateway' starts one that should"
-            journal.error("records-not-read", f"the gateway does not tell what it decides: {exc}; {hint}")
+            journal.error(f"{field}-not-read", f"the gateway does not tell what it decides: {exc}; {hint}")
         finally:
             connection.close()
 
-    async def _store(self, life: str, records: Sequence[Json]) -> None:
-        """Store records, however long that takes: the gateway keeps what comes meanwhile, within bounds."""
+    async def _store(self, take_over: TakeOver, life: str, told: Sequence[Json]) -> None:
+        """Store what was told, however long that takes; the gateway keeps what comes meanwhile."""
         while True:
             try:
-                return await self._take_over(life, records)
+                return await take_over(life, told)
             except Unavailable as exc:
                 journal.warning("records-not-stored", f"{exc}, retrying in {limits.STORE_AGAIN_S:.0f} s")
                 await asyncio.sleep(limits.STORE_AGAIN_S)
@@ -144,6 +154,8 @@ class GatewayLink:
             (AgentName(agent), SessionName(session)): None for agent, _, session in names
         }
         policies: dict[AgentName, Policy] = {}
+        budgets: dict[AgentName, tuple[Budget, set[SessionName]]] = {}
+        life = (await _ask(connection, "GetLife", {}))["life"]
         while True:
             self._changed.clear()
             for key in has.keys() - self._wanted.keys():
@@ -151,7 +163,15 @@ class GatewayLink:
                 await _ask(connection, "Detach", {"agent": key[0], "session": key[1]})
             agents = {agent for agent, _ in self._wanted}
             policies = {agent: policy for agent, policy in policies.items() if agent in agents}
+            budgets = {agent: told for agent, told in budgets.items() if agent in agents}
             for agent in agents:  # before its sessions, which may nothing without it
+                limit = self._usage.budget_of(agent)
+                sessions = {key[1] for key in self._wanted if key[0] == agent and limit.is_of_session}
+                if budgets.get(agent) != (limit, sessions):
+                    spent = await self._usage.spent_before(agent, sessions, life)
+                    told = {"agent": agent, "budget": budget.to_json(limit), **spent}
+                    await _ask(connection, "SetBudget", told)
+                    budgets[agent] = limit, sessions
                 if policies.get(agent) != (policy := self._policy_of(agent)):
                     told = {
                         "agent": agent,

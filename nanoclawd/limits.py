@@ -28,6 +28,7 @@ QUEUED_TOTAL = 50_000
 PRUNED_AT_ONCE = 20  #: messages with their deliveries, in one transaction
 RETENTION_DAYS = 30  #: of messages that have ended, unless nanoclaw.toml says otherwise
 AUDIT_DAYS = 90  #: of the audit trail, unless nanoclaw.toml says otherwise
+USAGE_DAYS = 400  #: that usage is kept by the day, unless nanoclaw.toml says otherwise
 AUDIT_AT_ONCE = 500  #: rows of it that are read, or taken out in one transaction
 AUDIT_CHARACTERS = 8192  #: of one row; of more it has the hash
 REPLIES_PER_TURN = 16

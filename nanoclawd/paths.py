@@ -16,6 +16,7 @@ from nanoclawd.ids import AgentName, SessionName
 SHARE = Path(__file__).resolve().parent.parent
 INTERFACES = Path(__file__).resolve().parent / "interfaces"
 SQL = Path(__file__).resolve().parent / "sql"
+PRICES = Path(__file__).resolve().parent / "prices.toml"
 
 
 def _xdg(variable: str, default: str) -> Path:

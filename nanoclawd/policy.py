@@ -115,7 +115,8 @@ class Rule:
 
     def __str__(self) -> str:
         what = f"/r/{self.route}" if self.route else authority(self.host, self.port)
-        words = ("deny" if self.deny else "allow", what, ",".join(self.methods), self.path)
+        until = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(self.until)) if self.until else ""
+        words = ("deny" if self.deny else "allow", what, ",".join(self.methods), self.path, until)
         return " ".join(filter(None, words))
 
 

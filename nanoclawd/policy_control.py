@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from nanoclawd import policy
 from nanoclawd.errors import NotFound, Refused
-from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.policy import Denied, Policy
 from nanoclawd.registry import Registry
@@ -16,11 +15,16 @@ from nanoclawd.wire import Json
 
 class PolicyControl:
     def __init__(
-        self, *, registry: Registry, gateway: GatewayLink, policy_of: Callable[[AgentName], Policy]
+        self,
+        *,
+        registry: Registry,
+        policy_of: Callable[[AgentName], Policy],
+        changed: Callable[[], Awaitable[None]],
     ) -> None:
+        """`policy_of` tells all that decides about an agent; `changed` has it take effect."""
         self._registry = registry
-        self._gateway = gateway
         self._policy_of = policy_of
+        self._changed = changed
         self.methods = {
             "ShowPolicy": Method(handler=self._show),
             "AddRule": Method(handler=self._add_rule),
@@ -36,7 +40,7 @@ class PolicyControl:
         agent = await self._registry.add_rule(
             call.parameters["name"], policy.from_json(call.parameters["rule"])
         )
-        await self._gateway.refresh()
+        await self._changed()
         return {"rules": [*map(policy.to_json, self._policy_of(agent.name).rules)]}
 
     async def _test(self, call: Call) -> Json:
@@ -59,7 +63,7 @@ class PolicyControl:
             try:
                 route.check(ask)
             except Denied as exc:
-                allowed, reason, message = False, exc.reason, str(exc)
+                allowed, reason, message = False, exc.reason, f"{message} But: {exc}"
         return {
             "allowed": allowed,
             "way": ask.way,

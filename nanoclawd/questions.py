@@ -55,7 +55,7 @@ def ask(tx: Transaction, question: Question) -> None:
         return
     if tx.all("count_questions")[0]["questions"] >= limits.QUESTIONS:
         return  # the chat is listed all the same
-    id, now = "a" + secrets.token_hex(4), now_ms()
+    id, now = "a" + secrets.token_hex(6), now_ms()
     tx.all(
         "add_approval",
         id=id,

@@ -11,10 +11,11 @@ from typing import Any
 
 from nanoclawd import agents, files, journal, limits, mounts, paths, quadlet
 from nanoclawd.agents import AgentConfig
+from nanoclawd.budget import Budget
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName, no_agent, parse_agent_name
-from nanoclawd.policy import Rule, Rules, with_rule
+from nanoclawd.policy import Policy, Rule, with_rule
 from nanoclawd.quadlet import UnitSpec
 from nanoclawd.routing import forget_agent
 from nanoclawd.settings import Settings
@@ -76,10 +77,15 @@ class Registry:
         assert agent.config is not None
         return agent.config
 
-    def policy(self, name: AgentName) -> Rules:
+    def policy(self, name: AgentName) -> Policy:
         """Return what the agent may reach; nothing, if its file is broken or gone."""
         agent = self._agents.get(name)
-        return agent.config.rules if agent is not None and agent.config is not None else ()
+        return Policy() if agent is None or agent.config is None else agent.config.all_policy
+
+    def budget(self, name: AgentName) -> Budget:
+        """Return what the agent may spend."""
+        agent, default = self._agents.get(name), self.settings.budget
+        return agent.config.budget.or_default(default) if agent and agent.config else default
 
     def instructions(self, name: AgentName) -> str:
         """Return the text of NAME.md, read anew: a person may have changed it. Raises ConfigError."""
@@ -182,6 +188,15 @@ class Registry:
             config = agents.change_agent(path, {"policy": rules})
             agent = self._agents[before.name] = replace(before, config=config)
         journal.info("policy-changed", str(rule), agent=agent.name)
+        return agent
+
+    async def set_budget(self, name: str, changes: Mapping[str, int | None]) -> Agent:
+        """Change limits in an agent's file (None: no limit); on any failure it is as before."""
+        async with self._changing:
+            before = self.get(name)
+            config = agents.change_budget(config_file(before.name), changes)
+            agent = self._agents[before.name] = replace(before, config=config)
+        journal.info("budget-changed", agent=agent.name, keys=",".join(changes))
         return agent
 
     async def remove(self, name: str) -> Path | None:

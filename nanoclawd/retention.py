@@ -1,5 +1,5 @@
 """Messages that ended long ago are deleted with their deliveries, as are those that nobody let through,
-approvals and old rows of the audit trail: at start, and then once a day.
+approvals and old rows of the audit trail, and usage is summed up: at start, and then once a day.
 
 The file does not shrink, but what becomes free in it is used again. Giving pages back would need
 auto_vacuum, which must be there from the first table on and moves pages at each commit.
@@ -17,11 +17,12 @@ from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
 from nanoclawd.questions import end_answered
 from nanoclawd.settings import Settings
+from nanoclawd.usage import Usage
 
 DAY_S = 86_400
 
 
-async def run(db: Database, audit: Audit, settings: Callable[[], Settings]) -> None:
+async def run(db: Database, audit: Audit, usage: Usage, settings: Callable[[], Settings]) -> None:
     """Prune once a day until cancelled, as the settings at that moment say."""
     while True:
         try:
@@ -30,6 +31,8 @@ async def run(db: Database, audit: Audit, settings: Callable[[], Settings]) -> N
             if days := settings().audit_days:
                 await audit.prune(before=now_ms() - days * DAY_S * 1000)
             await db.write(_drop_held)
+            if days := settings().usage_days:
+                await usage.prune(days)
             await audit.tell_head()
         except Unavailable as exc:
             journal.warning("prune-failed", f"{exc}, trying again in a day")

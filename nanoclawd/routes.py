@@ -56,6 +56,13 @@ class Scheme(StrEnum):
         return word + (base64.b64encode(credential) if self is Scheme.BASIC else credential)
 
 
+class UsageShape(StrEnum):
+    """How an endpoint's answers tell what they have cost."""
+
+    ANTHROPIC = "anthropic"  #: as the Messages API does
+    OPENAI = "openai"  #: as Chat Completions and Responses do
+
+
 class Operation(NamedTuple):
     """What may be asked of an endpoint."""
 
@@ -75,6 +82,12 @@ class Route:
     scheme: Scheme = Scheme.BEARER
     operations: tuple[Operation, ...] = ()
     headers: tuple[str, ...] = ()  #: of an agent, that pass beside the common ones
+    usage: UsageShape | None = None  #: calls of it cost money
+
+    def is_metered(self, ask: Ask) -> bool:
+        """Say whether what is asked for counts against a budget."""
+        is_free = self.usage is UsageShape.ANTHROPIC and ask.path.endswith("/messages/count_tokens")
+        return self.usage is not None and ask.method == "POST" and not is_free
 
     def check(self, ask: Ask) -> None:
         """Raise Denied unless an operation names what is asked for."""
@@ -127,6 +140,7 @@ def anthropic(endpoint: Endpoint, credential: CredentialName) -> Route:
         scheme=Scheme.PLAIN,
         operations=_MESSAGES,
         headers=("anthropic-beta", "anthropic-version", "idempotency-key"),
+        usage=UsageShape.ANTHROPIC,
     )
 
 
@@ -139,6 +153,7 @@ def configured(
     scheme: Scheme = Scheme.BEARER,
     methods: Iterable[str] = ("GET", "HEAD"),
     headers: tuple[str, ...] = (),
+    usage: UsageShape | None = None,
 ) -> Route:
     """Return a row of [[routes]]: these methods, for all below the endpoint."""
     return Route(
@@ -149,4 +164,5 @@ def configured(
         scheme=scheme,
         operations=(Operation(tuple(methods)),),
         headers=headers,
+        usage=usage,
     )

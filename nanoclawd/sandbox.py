@@ -156,6 +156,8 @@ _COMMON: dict[str, Try] = {
 }
 ROUTER: dict[str, Try] = _COMMON | {
     "home-read-only": _is_read_only(Path.home),
+    "credentials-hidden": _is_hidden(paths.credentials),
+    "plain-credentials-hidden": _is_hidden(lambda: paths.config() / "credentials"),
     "no-internet": _is_family_refused(socket.AF_INET, socket.SOCK_STREAM),
     "private-network": _only_loopback,
 }

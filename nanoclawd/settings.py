@@ -6,6 +6,7 @@ is wrong in it is an error that says what to write instead.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
@@ -15,11 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nanoclawd import limits, paths, policy, routes, tomltable
+from nanoclawd.budget import Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text
 from nanoclawd.ids import CredentialName, parse_credential_name
 from nanoclawd.mounts import AllowedMount
-from nanoclawd.routes import Endpoint, Route, Scheme
+from nanoclawd.prices import Price, Prices, parse_prices
+from nanoclawd.routes import Endpoint, Route, Scheme, UsageShape
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 FILE = "nanoclaw.toml"
@@ -40,10 +43,13 @@ class Settings:
     attempts: int  #: that a message gets before it is a dead letter
     retention_days: int  #: of what has ended; 0 is for ever
     audit_days: int  #: of the audit trail; 0 is for ever
+    usage_days: int  #: that usage is kept by the day; 0 is for ever
     ask_seconds: int  #: that a request waits for a person's answer
     require_sandbox: bool  #: do not start without a line of the unit's sandbox
     mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
     routes: Mapping[str, Route]  #: by name; those of providers too
+    budget: Budget  #: of each agent whose file says nothing else
+    prices: Prices
 
 
 def read_settings(path: Path | None = None) -> Settings:
@@ -69,7 +75,15 @@ def parse_settings(text: str, name: str = FILE) -> Settings:
         raise ConfigError(
             f"{name}: two routes have the same name", hint="each of [[routes]] has one of its own"
         )
-    return Settings(mounts=values.pop("mounts.allow"), routes=by_name, **values)
+    prices = Prices(_default_prices() | values.pop("prices"))
+    return Settings(mounts=values.pop("mounts.allow"), routes=by_name, prices=prices, **values)
+
+
+@functools.cache
+def _default_prices() -> dict[str, Price]:
+    text = read_text(paths.PRICES)
+    prices: dict[str, Price] = tomltable.parse(text, {"prices": parse_prices}, str(paths.PRICES))["prices"]
+    return prices
 
 
 def _mount_path(value: Any) -> Path:
@@ -149,12 +163,20 @@ def _scheme(value: Any) -> Scheme:
         raise BadValue("must be bearer, basic or plain", 'write e.g. scheme = "basic"') from None
 
 
+def _usage(value: Any) -> UsageShape:
+    try:
+        return UsageShape(value)
+    except ValueError:
+        raise BadValue("must be anthropic or openai", 'write e.g. usage = "openai"') from None
+
+
 #: One row a key, with its tables: what makes its value, or raises BadValue; its default, as TOML has it.
 SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "max_sessions": (whole_number(1, limits.FDSTORE // 2), limits.SESSIONS),
     "attempts": (whole_number(1, 100), limits.ATTEMPTS),
     "retention_days": (whole_number(0, RETENTION_DAYS_MAX), limits.RETENTION_DAYS),
     "audit_days": (whole_number(0, RETENTION_DAYS_MAX), limits.AUDIT_DAYS),
+    "usage_days": (whole_number(0, RETENTION_DAYS_MAX), limits.USAGE_DAYS),
     "ask_seconds": (whole_number(1, limits.ASK_MAX_S), limits.ASK_S),
     "require_sandbox": (true_or_false, False),
     "idle_exit": (whole_number(0, limits.IDLE_EXIT_MAX_S), 0),
@@ -181,6 +203,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
                 "scheme": _scheme,
                 "methods": policy.methods,
                 "headers": _headers,
+                "usage": _usage,
             },
             required=("name", "endpoint"),
             max_count=ROUTES,
@@ -188,4 +211,6 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
         ),
         [],
     ),
+    "budget": (parse_budget, {}),
+    "prices": (parse_prices, {}),
 }

@@ -18,6 +18,8 @@ from nanoclawd.errors import NanoclawError, Unavailable
 #: container-selinux lets every confined container connect to sockets of this label; the label
 #: comes from whoever creates a socket, and systemd cannot set it for us.
 _SELINUX_LABEL = b"unconfined_u:unconfined_r:spc_t:s0"
+_SELINUX = Path("/sys/fs/selinux/enforce")  #: there if the kernel has it on, enforcing or not
+_ATTRIBUTE = Path("/proc/thread-self/attr/sockcreate")  #: man 5 proc_pid_attr
 SO_PASSRIGHTS = 83  # linux/include/uapi/asm-generic/socket.h, since Linux 6.16
 
 
@@ -128,12 +130,11 @@ def forget_listener(name: str) -> None:
 @contextmanager
 def _labelled() -> Iterator[None]:
     """Create sockets with the SELinux label that containers may connect to, where there is SELinux."""
-    attribute = Path("/proc/thread-self/attr/sockcreate")
-    if not Path("/sys/fs/selinux/enforce").exists():
+    if not _SELINUX.exists():
         yield
         return
     try:
-        attribute.write_bytes(_SELINUX_LABEL)
+        _ATTRIBUTE.write_bytes(_SELINUX_LABEL)
     except OSError as exc:
         journal.warning(
             "selinux-label-refused", f"{exc.strerror}; agents may be unable to connect", label=_SELINUX_LABEL
@@ -142,4 +143,4 @@ def _labelled() -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # then it was not set either
-            attribute.write_bytes(b"")
+            _ATTRIBUTE.write_bytes(b"")

@@ -178,32 +178,65 @@ def true_or_false(value: Any) -> bool:
     return value
 
 
+def table(
+    make: Callable[..., T], rows: Rows, *, required: Iterable[str] = (), hint: str
+) -> Callable[[Any], T]:
+    """Return what makes a value of one table, made of the values of `rows`. `make` may raise BadValue."""
+
+    def parse(value: Any) -> T:
+        if not isinstance(value, dict):
+            raise BadValue("must be a table", hint)
+        values = _check(value, rows)
+        for key in required:
+            if key not in values:
+                raise _BadKey(key, f"{key} is missing", f"add {key} = …")
+        return make(**values)
+
+    return parse
+
+
 def tables(
     make: Callable[..., T], rows: Rows, *, required: Iterable[str], max_count: int, hint: str
 ) -> Callable[[Any], tuple[T, ...]]:
-    """Return what makes a tuple of an array of tables, each made of the values of `rows`.
-
-    `make` may raise BadValue.
-    """
+    """Return what makes a tuple of an array of tables, each made as by table()."""
+    make_one = table(make, rows, required=required, hint=hint)
 
     def parse(value: Any) -> tuple[T, ...]:
         if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
             raise BadValue("must be tables", hint)
         made = []
-        for nth, table in enumerate(value):
+        for nth, each in enumerate(value):
             try:
                 if nth >= max_count:
                     raise _BadKey("", f"there are more than {max_count}", "remove one")
-                values = _check(table, rows)
-                for key in required:
-                    if key not in values:
-                        raise _BadKey(key, f"{key} is missing", f'add {key} = "…"')
-                made.append(make(**values))
+                made.append(make_one(each))
             except _BadKey as exc:
                 raise _BadKey(f"{nth}.{exc.key}", exc.reason, exc.hint) from None
             except BadValue as exc:  # of the table as a whole
                 raise _BadKey(str(nth), f"it {exc}", exc.hint) from None
         return tuple(made)
+
+    return parse
+
+
+def by_name(
+    make: Callable[[Any], T], check: Callable[[Any], str], *, max_count: int
+) -> Callable[[Any], dict[str, T]]:
+    """Return what makes a mapping of a table, whose keys are names and no keys of ours."""
+
+    def parse(value: Any) -> dict[str, T]:
+        if len(_table(value)) > max_count:
+            raise BadValue(f"has more than {max_count} rows", "remove some")
+        made = {}
+        for name, each in value.items():
+            try:
+                checked = check(name)
+                made[checked] = make(each)
+            except _BadKey as exc:
+                raise _BadKey(f"{name}.{exc.key}", f"{_shown(name)}: {exc.reason}", exc.hint) from None
+            except BadValue as exc:
+                raise _BadKey(name, f"{_shown(name)} {exc}", exc.hint) from None
+        return made
 
     return parse
 
@@ -223,6 +256,30 @@ def change(text: str, changes: Mapping[str, Any]) -> str:
         inline = re.search(rf"^\s*{re.escape(key)}\s*=", new, re.MULTILINE)
         set_value = _set_tables if isinstance(value, list) and not inline else _set
         new = set_value(new, key, value)
+    return new if _loads_or_none(new) == wanted else tomli_w.dumps(wanted)
+
+
+def change_table(text: str, key: str, changes: Mapping[str, Any]) -> str:
+    """Return the TOML text with keys of the table [key] set to new values, or taken out (None).
+
+    As change() does, of which it has the errors.
+    """
+    wanted = tomllib.loads(text)
+    table = wanted.get(key, {}) | changes
+    wanted[key] = table = {part: value for part, value in table.items() if value is not None}
+    # From [key] up to the next line that begins with a bracket.
+    block = re.search(rf"^[ \t]*\[\s*{re.escape(key)}\s*\].*\n?((?:(?![ \t]*\[).*\n?)*)", text, re.MULTILINE)
+    if block is None:
+        new = f"{text.rstrip()}\n\n[{key}]\n{tomli_w.dumps(table)}".lstrip()
+    else:
+        body = block[1].rstrip() + "\n"
+        for part, value in changes.items():
+            if value is None:
+                body = re.sub(rf"^[ \t]*{re.escape(part)}[ \t]*=.*\n", "", body, flags=re.MULTILINE)
+            else:
+                body = _set(body, part, value)
+        rest = text[block.end() :]
+        new = text[: block.start(1)] + body + ("\n" if rest else "") + rest
     return new if _loads_or_none(new) == wanted else tomli_w.dumps(wanted)
 
 

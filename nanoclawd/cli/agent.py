@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nanoclawd import limits, paths
-from nanoclawd.cli import control, output
+from nanoclawd.cli import control, logs, output
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.errors import ConfigError, Failed, NotFound, Refused
 from nanoclawd.ids import parse_agent_name, parse_session_name
@@ -58,8 +58,10 @@ def agent_show(options: Namespace) -> None:
     reply = control.call_agent("ShowAgent", options.AGENT)
     if options.json:
         return output.say_json(reply)
-    instructions = reply.pop("instructions").rstrip()
-    output.say_document(reply)
+    from nanoclawd.cli.usage import shown  # slow to import
+
+    instructions, budget = reply.pop("instructions").rstrip(), reply.pop("budget")
+    output.say_document({**reply, "budget": shown(budget)})
     if instructions:
         output.say(f"\n{instructions}")
 
@@ -110,18 +112,7 @@ agent_start, agent_stop, agent_restart = (
 )
 
 
-def logs(options: Namespace) -> NoReturn:
-    """Become journalctl(1): its pager, colours and keys are what people know."""
-    if options.AGENT is None:
-        units = ["nanoclaw.service", "nanoclaw-gateway.service", "nanoclaw-channel@*.service"]
-    else:
-        units = [f"nanoclaw-{parse_agent_name(options.AGENT)}@*.service"]
-    arguments = ["journalctl", "--user", *(f"--unit={unit}" for unit in units), f"--lines={options.lines}"]
-    flags = {"--follow": options.follow, "--output=json": options.json}
-    _become([*arguments, *(flag for flag, wanted in flags.items() if wanted)])
-
-
-agent_logs = logs
+agent_logs = logs.logs
 
 
 def agent_shell(options: Namespace) -> NoReturn:
@@ -140,16 +131,7 @@ def agent_shell(options: Namespace) -> NoReturn:
             raise UsageError(many, hint="choose: --session")
         session = parse_session_name(running[0])
     keyboard = ["--interactive", "--tty"] if os.isatty(0) and os.isatty(1) else ["--interactive"]
-    _become(["podman", "exec", *keyboard, f"nanoclaw-{agent}-{session}", "bash"])
-
-
-def _become(arguments: list[str]) -> NoReturn:
-    """Replace this process by another program. Raises Failed if there is none."""
-    try:
-        os.execvp(arguments[0], arguments)
-    except OSError as exc:
-        hint = "'nanoclawctl doctor' checks what is needed"
-        raise Failed(f"cannot run {arguments[0]}: {exc.strerror}", hint=hint) from exc
+    logs.become(["podman", "exec", *keyboard, f"nanoclaw-{agent}-{session}", "bash"])
 
 
 def _keys(options: Namespace) -> Json:

@@ -90,11 +90,11 @@ def approval_show(options: Namespace) -> None:
 
 
 def _say_choices(reply: Json) -> None:
-    output.say_field("Why", reply["why"])
     if reply["approval"]["state"] == "pending":
+        output.say_field("Why", reply["why"])
         output.say("\nWhat an answer does:")
         for choice in reply["choices"]:
-            output.say_field(f"{choice['answer']} {choice['scope']}", choice["what"])
+            output.say_field(f"{choice['answer']} --{choice['scope']}", choice["what"])
 
 
 def _body(request: Json) -> str:

@@ -1,22 +1,18 @@
 """Whether agents are held here: in the model's place a program that tries to get out.
 
 The agent is a temporary one, made by the router as any other is, from the same image and the same unit. What
-it tries is in agent-image/runner/containment.py; here is what it may find if it gets out, and what only the
-host can judge.
+it tries is in agent-image/runner/containment/, what it may find if it gets out in bait.py; here is what only
+the host can judge.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
-import mmap
 import os
 import secrets
-import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,20 +22,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import Empty
-from threading import Event, Thread
 
 from nanoclawd import credentials, paths, quadlet
-from nanoclawd.cli import control, doctor, output
+from nanoclawd.cli import bait, control, doctor, output
 from nanoclawd.cli.agent import purge
+from nanoclawd.cli.bait import AGENT, OTHER
 from nanoclawd.cli.conversation import Conversation, Delivery
+from nanoclawd.cli.logs import own_journal
 from nanoclawd.cli.screen import Screen
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused
 from nanoclawd.ids import AgentName, SessionName, parse_credential_name, unit_name
 from nanoclawd.policy import Rule, to_json
 from nanoclawd.wire import Json
 
-PROGRAM = paths.SHARE / "agent-image/runner/containment.py"
-AGENT, OTHER = AgentName("selftest"), AgentName("selftest_other")
+PROGRAM = paths.SHARE / "agent-image/runner/containment"
 PROVIDERS = {AGENT: "selftest", OTHER: "echo"}
 MARK = "temporary agent of nanoclawctl selftest"  #: their description: only they are ever removed
 CREDENTIAL = parse_credential_name("selftest")
@@ -48,7 +44,10 @@ CONTROL_S = 60.0
 SETTLE_S = 0.3  #: the last word to a chat comes within it
 STOP_S = 5.0  #: within which it must be gone, whatever it does
 MARGIN_BYTES = 128 << 20  #: more memory than it may have
-IPC_CREAT, IPC_RMID = 0o1000, 0  # man 2 shmget, shmctl
+LINES = (
+    20_000  #: to the journal at once; of one unit and priority it takes 10,000 in 30 s, or some times that
+)
+LINES_S = 10.0  #: until they are written
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _RESULTS = {"held": "held", "through": "GOT THROUGH", "untried": "not tried"}
 _COLUMNS: output.Fields = {
@@ -122,10 +121,10 @@ def _clean_up(chats: Chats) -> None:
                 control.call("DropDeadLetter", {"id": letter.get("key") or letter["id"]})
         with suppress(NotFound):
             credentials.remove(CREDENTIAL)
-        for path in (quadlet.drop_in_directory(AGENT), _bait()):
+        for path in (quadlet.drop_in_directory(AGENT), bait.directory()):
             shutil.rmtree(path, ignore_errors=True)
         for made in ("unit", "timer"):
-            Path(_files().get(made, _bait())).unlink(missing_ok=True)
+            Path(bait.files().get(made, bait.directory())).unlink(missing_ok=True)
     finally:
         for number, handler in zip(_SIGNALS, before, strict=True):
             signal.signal(number, handler)
@@ -143,10 +142,6 @@ def _remove(name: AgentName) -> None:
             purge(Path(trash))
 
 
-def _bait() -> Path:
-    return paths.state() / "selftest"
-
-
 class _Attack:
     """One run, from the bait to the last row."""
 
@@ -159,18 +154,29 @@ class _Attack:
         self._canary = f"NANOCLAWCANARY{secrets.token_hex(16)}"
 
     def run(self) -> list[Json]:
-        parameters = {"token": self._token, "absent": {}, **self._listen(), **_network()}
+        parameters = bait.listen(self._stack, self._token) | bait.network()
         credentials.write(CREDENTIAL, self._canary.encode())
-        self._write(_bait() / "canary")
+        bait.write(bait.directory() / "canary", self._canary)
         turn, other = self._start_other()
         added = self._add()
         # What stops a request must not be that the agent may reach nothing at all.
-        for rule in (Rule(route="anthropic"), Rule(host="localhost", port=parameters["tcp"])):
+        for rule in (
+            Rule(route="anthropic"),
+            Rule(host="localhost", port=parameters["tcp"]),
+            Rule(
+                host="localhost",
+                port=parameters["allowed"],
+                addresses=("127.0.0.0/8", "::1"),
+                methods=("POST",),
+                path="/inbox",
+                max_up_bytes=1024,
+            ),
+        ):
             control.call_agent("AddRule", AGENT, {"rule": to_json(rule)})
-        self._write(paths.workspace(AGENT) / "private")
+        bait.write(paths.workspace(AGENT) / "private", self._canary)
         parameters |= {
-            "sockets": _sockets(other),
-            "files": _files(),
+            "sockets": bait.sockets(other),
+            "files": bait.files(),
             "pid": os.getpid(),
             "other": _container_pid(OTHER, other),
             "words": {"pid": "nanoclawctl", "other": "nanoclaw-runner"},
@@ -181,49 +187,17 @@ class _Attack:
         }
         parameters["absent"] |= _control(parameters)
         rows: list[Json] = json.loads(self._ask({"do": ["probe"], **parameters}))
-        unit = unit_name(AGENT, SessionName(control.sessions(AGENT)[0]["session"]))
-        rows += [self._forged_lines(unit), self._memory(unit), self._stop(added["runtime"]["hostUid"])]
+        session = SessionName(control.sessions(AGENT)[0]["session"])
+        unit = unit_name(AGENT, session)
+        host_uid = added["runtime"]["hostUid"]
+        rows += [
+            _other_uid(_container_pid(AGENT, session), parameters["other"]),
+            self._forged_lines(host_uid),
+        ]
+        rows += [self._log_flood(), self._memory(unit), self._stop(host_uid)]
         return [*rows, self._instructions(), self._others_turn(turn), self._links(), self._journal()]
 
     # --- what it may find -------------------------------------------------------------------------
-
-    def _write(self, path: Path) -> None:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        path.write_text(self._canary)
-        path.chmod(0o600)
-
-    def _listen(self) -> Json:
-        """Answer with the token on loopback and on an abstract socket, share memory; return where."""
-        name, key = self._token[:8], secrets.randbelow(1 << 30) + 1
-        made = [
-            socket.create_server(("127.0.0.1", 0)),
-            socket.socket(type=socket.SOCK_DGRAM),
-            socket.socket(socket.AF_UNIX),
-        ]
-        made[1].bind(("127.0.0.1", 0))
-        made[2].bind(f"\0{name}")
-        made[2].listen()
-        found: Json = {"abstract": name, "tcp": made[0].getsockname()[1], "udp": made[1].getsockname()[1]}
-        found |= {"absent": {}, "tcp6": 0, "shm": key}
-        try:
-            made.append(socket.create_server(("::1", 0), family=socket.AF_INET6))
-            found["tcp6"] = made[3].getsockname()[1]
-        except OSError:
-            found["absent"]["ipv6"] = "this host has no IPv6"
-        libc = ctypes.CDLL(None)
-        segment = libc.shmget(key, mmap.PAGESIZE, IPC_CREAT | 0o666)
-        if segment < 0:
-            found["absent"]["shm"] = "this host has no shared memory"
-        else:
-            self._stack.callback(libc.shmctl, segment, IPC_RMID, None)
-        ended = Event()
-        thread = Thread(target=_answer, args=(made, self._token.encode(), ended))
-        for listener in made:
-            self._stack.callback(listener.close)
-        self._stack.callback(thread.join)
-        self._stack.callback(ended.set)
-        thread.start()
-        return found
 
     def _start_other(self) -> tuple[str, SessionName]:
         """Start another agent that works for as long as this takes; return its turn and session."""
@@ -272,15 +246,31 @@ class _Attack:
 
     # --- what only the host can judge -------------------------------------------------------------
 
-    def _forged_lines(self, unit: str) -> Json:
+    def _forged_lines(self, host_uid: int) -> Json:
         """The program has written a line with the mark of an emergency before it."""
-        # Not --user: what an agent writes has its uid.
-        line = ("journalctl", "--quiet", self._since, "--output=json", f"_SYSTEMD_USER_UNIT={unit}")
-        lines = [json.loads(text) for text in doctor.ask(*line)[1].splitlines() if self._token in text]
+        text = doctor.ask(*own_journal(host_uid), "--quiet", self._since, "--output=json")[1]
+        lines = [json.loads(line) for line in text.splitlines() if self._token in line]
         found = sorted({str(entry.get("PRIORITY")) for entry in lines})
         result = "untried" if not found else "held" if found == ["7"] else "through"
         detail = f"priority {', '.join(found)}" if found else "you may not see its lines in the journal"
         return _row("log-forge", "forge an emergency in the journal", result, "systemd", detail)
+
+    def _log_flood(self) -> Json:
+        """Whether the router's next line is lost in as many lines as the journal takes."""
+        said = self._ask({"do": ["shout", str(LINES)]}).strip()
+        line = f"message-answered: message={_newest(AGENT)[0]['id']} "
+        router = ("journalctl", "--user", "--quiet", self._since, "--unit=nanoclaw.service", "--output=cat")
+        until = time.monotonic() + LINES_S
+        text = doctor.ask(*router)[1]
+        while line not in text and time.monotonic() < until:
+            time.sleep(SETTLE_S)
+            text = doctor.ask(*router)[1]
+        row = ("log-flood", "drown the router's lines in its own")
+        if not text or said != "shouted":
+            return _row(
+                *row, "untried", "", "you may not see the router's lines" if said == "shouted" else said
+            )
+        return _row(*row, "held" if line in text else "through", "systemd", f"after {LINES} lines")
 
     def _memory(self, unit: str) -> Json:
         row = ("memory-flood", "take memory without end")
@@ -320,11 +310,10 @@ class _Attack:
     def _links(self) -> Json:
         """Its directories are removed, with the links in them."""
         _remove(AGENT)
+        found = ""
         with suppress(OSError):
-            return _after(
-                "links-after", "lead the host by links", self._canary in (_bait() / "canary").read_text()
-            )
-        return _after("links-after", "lead the host by links", False)
+            found = (bait.directory() / "canary").read_text()
+        return _after("links-after", "lead the host by links", self._canary in found)
 
     def _journal(self) -> Json:
         text = doctor.ask("journalctl", "--user", "--quiet", self._since, "--all", "--output=cat")[1]
@@ -345,68 +334,18 @@ def _after(name: str, tries: str, same: bool) -> Json:
     )
 
 
-def _answer(listeners: list[socket.socket], token: bytes, ended: Event) -> None:
-    while not ended.is_set():
-        for sock in select.select(listeners, [], [], 0.1)[0]:
-            with suppress(OSError):
-                if sock.type == socket.SOCK_DGRAM:
-                    sock.sendto(token, sock.recvfrom(64)[1])
-                else:
-                    with sock.accept()[0] as peer:
-                        peer.settimeout(0.5)
-                        peer.recv(1 << 16)  # what is not read takes the answer with it, man 7 unix
-                        peer.sendall(token)
+def _other_uid(pid: int, other: int) -> Json:
+    uids = [_owner(str(number)) for number in (pid, other)]
+    held = None not in uids and len({*uids, os.getuid()}) == 3
+    detail = f"uids {uids[0]} and {uids[1]}"
+    return _row(
+        "same-uid", "have another agent's uid, or yours", "held" if held else "through", "uid", detail
+    )
 
 
 def _newest(agent: AgentName) -> list[Json]:
     wanted = {"agent": agent, "state": None, "limit": 1}
     return [reply["message"] for reply in control.list_all("ListMessages", wanted)]
-
-
-def _network() -> Json:
-    """Return this host's own address and name server, "" if it has none."""
-    address = nameserver = ""
-    with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 53))  # sends nothing
-        address = sock.getsockname()[0]
-    with suppress(OSError):
-        lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
-        nameserver = next((line[1] for line in lines if len(line) > 1 and line[0] == "nameserver"), "")
-    return {"address": address, "nameserver": nameserver}
-
-
-def _sockets(other: SessionName) -> dict[str, str]:
-    home, theirs = paths.runtime_home(), paths.session_runtime(OTHER, other)
-    candidates = {
-        "podman": paths.podman_socket(),
-        "session bus": home / "bus",
-        "system bus": Path("/run/dbus/system_bus_socket"),
-        "systemd": home / "systemd/private",
-        "journal": Path("/run/systemd/journal/socket"),
-        "control": paths.control_socket(),
-        "channel": paths.channel_socket(),
-        "attach": paths.gateway_socket(),
-        "other host.sock": theirs / "host.sock",
-        "other gateway.sock": theirs / "gateway.sock",
-    }
-    return {name: str(path) for name, path in candidates.items() if path.is_socket()}
-
-
-def _files() -> dict[str, str]:
-    found = {
-        "home": Path.home(),
-        "other workspace": paths.workspace(OTHER),
-        "database": paths.state() / "nanoclaw.db",
-        "credentials": paths.credentials(),
-        "instructions": paths.agents() / f"{AGENT}.md",
-        "configuration": paths.agents() / f"{AGENT}.toml",
-        "unit": paths.quadlets() / "nanoclaw-owned.container",
-        "timer": paths.config_home() / "systemd/user/nanoclaw-owned.timer",
-        "bait": _bait(),
-    }
-    # What could not be made on the host either tells nothing.
-    there = {name: str(path) for name, path in found.items() if path.parent.is_dir()}
-    return there | {"private": "/workspace/private"}
 
 
 def _container_pid(agent: AgentName, session: SessionName) -> int:

@@ -51,6 +51,9 @@ def status(options: Namespace) -> None:
             if route["credentialState"] != "ok":
                 say_field("", route["credentialState"], "credential:", YELLOW)
     _say_counts(found)
+    for stop in found["budgetStops"]:
+        who = f"{stop['agent']}@{stop['session']}" if stop["session"] else stop["agent"]
+        say_field("Budget", f"{who}: {stop['message']}, {stop['limit']} is reached", "used up,", RED)
     if found["sessions"]:
         output.say("")
         output.say_table(found["sessions"], _SESSIONS)

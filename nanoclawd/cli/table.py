@@ -24,6 +24,23 @@ def count(value: str) -> int:
     return int(value)
 
 
+def limit(value: str) -> int:
+    return -1 if value == "none" else 0 if value == "0" else count(value)
+
+
+def dollars(value: str) -> int:
+    """An amount like 2.50, or none; returns millionths of a dollar, or -1."""
+    from nanoclawd import prices  # slow to import
+    from nanoclawd.tomltable import BadValue
+
+    if value == "none":
+        return -1
+    try:
+        return prices.dollars(float(value))
+    except (ValueError, BadValue):
+        raise ArgumentTypeError(f"'{value[:32]}' is no amount of dollars like 2.50, and not none") from None
+
+
 def seconds(value: str) -> int:
     return 0 if value == "0" else count(value)
 
@@ -129,13 +146,14 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MESSAGE_STATES = ("queued", "leased", "answered", "stopped", "dead")
 ENGAGEMENTS = ("every", "mention", "pattern", "sticky")
 AUDIT_KINDS = ("request", "control", "trail")
+USAGE_BY = ("agent", "session", "day")
 
 #: By the name of a command, or its first word; imported only when it runs.
 MODULES = {
     **dict.fromkeys(("chat list", "chat show", "chat wire", "chat unwire", "chat block"), "people"),
     **dict.fromkeys(("person", "member", "pair"), "people"),
-    "logs": "agent",
     "deadletter": "message",
+    "budget": "usage",
     **dict.fromkeys(("backup", "restore"), "database"),
     **dict.fromkeys(("reload", "session", "start", "stop", "version"), "status"),
 }
@@ -162,9 +180,12 @@ _OPTIONS = (
     Option(
         "--since", "only from then on: 30m, 12h or 7d ago, or a time like 2026-11-22T08:00", "TIME", moment
     ),
+    Option("--by", "one line for each of these", "WHAT", choices=USAGE_BY, default="agent"),
+    Option("--agent", "only of this agent", "AGENT", complete="agents"),
     Option("--kind", "only rows of one kind", "KIND", choices=AUDIT_KINDS),
     Option("--yes", "do not ask", short="-y"),
     Option("--floor", "only what must be there before the installation"),
+    Option("--inside", "what the agent's own programs wrote, which the journal keeps apart"),
     Option("--follow", "go on with new lines as they come", short="-f"),
     Option("--lines", "show the last N lines", "N", count, short="-n", default=100),
     Option("--chat", "use another conversation with the same agent", "CHAT"),
@@ -222,6 +243,11 @@ _OPTIONS = (
     Option("--account", "it is an account, though it looks like a name"),
     Option("--unlink", "the account is nobody's any more"),
     Option("--purge", "delete what goes to the trash"),
+    Option("--tokens-per-day", "tokens of all sessions in a day, or none for no limit", "N", limit),
+    Option("--tokens-per-session", "tokens of each session, or none", "N", limit),
+    Option("--money-per-day", "dollars of all sessions in a day, as in 2.50, or none", "DOLLARS", dollars),
+    Option("--money-per-session", "dollars of each session, or none", "DOLLARS", dollars),
+    Option("--requests-per-minute", "calls of models by all sessions, or none", "N", limit),
     Option("--session", "which one, if several run", "SESSION"),
     Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
     Option(
@@ -243,6 +269,7 @@ NOUNS = {
     "deadletter": "see to messages and deliveries that were given up",
     "policy": "say what an agent may reach through the gateway",
     "approval": "answer what agents may do only if you say so",
+    "budget": "say what an agent may spend at its models",
     "audit": "see what agents asked for at the gateway, and what was changed here",
     "image": "make the image that agents run in",
     "secret": "keep the credentials that the gateway uses",
@@ -252,6 +279,7 @@ _KEYS = (
     "--description --provider --model --image --instructions --idle-seconds --memory-max --tasks-max "
     "--cpu-quota --runtime --unknown --mount"
 )
+_BUDGET = "--tokens-per-day --tokens-per-session --money-per-day --money-per-session --requests-per-minute"
 COMMANDS = (
     Command("status", "--json", "show what runs, what waits, and whether the sandboxes are active"),
     Command(
@@ -268,8 +296,16 @@ COMMANDS = (
     ),
     Command("stop", "--all --json", "stop all agents at once, until they are started; their messages wait"),
     Command("start", "--all --json", "let all agents work again after 'stop --all'"),
+    Command(
+        "usage",
+        "--by --since --agent --json",
+        "show what agents have used of models, what that cost, and what is left of their budgets",
+        more="--since counts whole days.",
+    ),
     Command("reload", "--json", "read all configuration again"),
-    Command("logs", "[AGENT] --follow --lines --json", "show the journal of the daemons, or of one agent"),
+    Command(
+        "logs", "[AGENT] --inside --follow --lines --json", "show the journal of the daemons, or of an agent"
+    ),
     Command("chat list", "--json", "list the chats of platforms"),
     Command("chat show", "NUMBER --json", "show a chat: who is what there, which agents listen, what waits"),
     Command(
@@ -312,7 +348,7 @@ COMMANDS = (
     Command("agent start", "AGENT --json", "let a stopped agent work again"),
     Command("agent stop", "AGENT --json", "stop an agent until it is started again; its messages wait"),
     Command("agent restart", "AGENT --json", "stop an agent's containers, and start those that have work"),
-    Command("agent logs", "AGENT --follow --lines --json", "show the journal of an agent"),
+    Command("agent logs", "AGENT --inside --follow --lines --json", "show the journal of an agent"),
     Command("agent shell", "AGENT --session", "open a shell in a running container of the agent"),
     Command("session list", "[AGENT] --json", "list sessions, of one agent or of all"),
     Command(
@@ -362,6 +398,12 @@ COMMANDS = (
         "APPROVAL --once --for --always --json",
         "deny a request, and for an hour all to its host that no rule decides",
         more="--once denies this one only.",
+    ),
+    Command(
+        "budget set",
+        f"AGENT {_BUDGET} --json",
+        "change what an agent may spend, from now on; what is not named stays",
+        more="Other limits may stand in nanoclaw.toml for all agents; 'usage' shows what is left.",
     ),
     Command(
         "audit list",

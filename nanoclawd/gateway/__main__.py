@@ -76,7 +76,7 @@ async def run(listener: socket.socket) -> None:
         # The listener stays open in systemd: who calls now reaches our successor.
         daemon.notify("STOPPING=1")
         await gateway.drain()
-        await gateway.trail.hand_over()
+        await asyncio.gather(gateway.trail.hand_over(), gateway.ledger.hand_over())
         serving.cancel()
         watching.cancel()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoclawd.gateway.headers import too_large
 from nanoclawd.policy import Ask, Decision, Way, authority
 
 HUNG_UP = 499  #: a status for our records only: the agent went before its answer was complete
+if TYPE_CHECKING:
+    from nanoclawd.gateway.ledger import Use
+
 PATH_CHARACTERS = 256  #: of a path in the audit trail
 
 
@@ -28,6 +31,8 @@ class Exchange:
     down_bytes: int = 0  #: to the agent
     is_head_sent: bool = False
     credential: str = ""  #: name of the one that was lent to it
+    use: Use | None = None  #: of a call of a model: what it has cost, once that is known
+    is_news: bool = True  #: False: the same was refused before, and nothing has changed
 
     @property
     def is_tunnel(self) -> bool:
@@ -101,4 +106,5 @@ class Exchange:
             "up_bytes": self.up_bytes,
             "down_bytes": self.down_bytes,
             "took_ms": round((time.monotonic() - self.started) * 1000),
+            **(self.use.describe() if self.use else {}),
         }

@@ -7,6 +7,7 @@ more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import h11
@@ -18,6 +19,7 @@ from nanoclawd.gateway.http import deadline
 from nanoclawd.gateway.redact import Redactor
 from nanoclawd.gateway.replies import AgentGone
 from nanoclawd.gateway.upstream import Upstream
+from nanoclawd.gateway.usage import Meter
 from nanoclawd.policy import Denied
 
 if TYPE_CHECKING:
@@ -36,12 +38,14 @@ class Forward:
         exchange: Exchange,
         *,
         redactor: Redactor | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        """`redactor` is of a route, whose answers may hold its credential."""
+        """`redactor` is of a route, whose answers may hold its credential; `meter` of one that costs."""
         self._agent = agent
         self._upstream = upstream
         self._exchange = exchange
         self._redactor = redactor
+        self._meter = meter
 
     async def run(self, head: h11.Request) -> None:
         """Send `head` and the agent's body, and pass the answer back. Raises Denied, AgentGone.
@@ -79,11 +83,16 @@ class Forward:
             if isinstance(event, h11.Data):
                 self._exchange.count(len(event.data), 0)
                 event = h11.Data(data=bytes(event.data))
+                if self._meter is not None:
+                    self._meter.ask(event.data)
             else:
                 event = h11.EndOfMessage()  # without trailers
+                if self._meter is not None:
+                    self._meter.sent()
+                    self._agent.session.gateway.ledger.look_again(self._agent.session.agent)
 
     async def _download(self) -> None:
-        answer = await self._upstream.answer()
+        answer = await _answer(self._upstream, self._meter)
         headers = list(answer.headers)
         if self._redactor is not None:
             self._check_answer(answer.status_code, headers, self._redactor)
@@ -97,6 +106,8 @@ class Forward:
         self._exchange.status = answer.status_code
         await self._agent.send_head(answer.status_code, headers, self._exchange)
         while (data := await self._upstream.piece()) is not None:
+            if self._meter is not None:
+                self._meter.feed(data)
             await self._pass(data if self._redactor is None else self._redactor.feed(data))
         if self._redactor is not None:
             await self._pass(self._redactor.end())
@@ -118,3 +129,20 @@ class Forward:
         if encoded and redactor.has_secrets:
             message = "The endpoint's answer is compressed, so that nobody could find the credential in it."
             raise Denied(502, "endpoint-encoding", message)
+
+
+async def _answer(upstream: Upstream, meter: Meter | None) -> h11.Response:
+    answer = await upstream.answer()
+    if meter is not None:
+        meter.answer(answer.status_code, dict(answer.headers).get(b"content-type", b""))
+    return answer
+
+
+async def hear_out(upstream: Upstream, meter: Meter) -> None:
+    """Read on, after the agent has hung up, until the endpoint has told what that will cost."""
+    with contextlib.suppress(Denied, TimeoutError):
+        async with asyncio.timeout(limits.HEAR_OUT_S):
+            if meter.is_open and upstream.http.their_state is h11.SEND_RESPONSE:
+                await _answer(upstream, meter)
+            while meter.is_open and (data := await upstream.piece()) is not None:
+                meter.feed(data)

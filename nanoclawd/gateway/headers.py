@@ -24,6 +24,11 @@ HOP_HEADERS = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
     | {b"proxy-authenticate", b"proxy-authentication-info", b"proxy-authorization"}
 )
+#: With these, some servers take a request for one of another method or path than the rule has seen.
+OVERRIDES = frozenset(
+    {b"x-http-method", b"x-http-method-override", b"x-method-override"}
+    | {b"x-original-url", b"x-original-uri", b"x-rewrite-url"}
+)
 #: What does not pass from a route's endpoint beside: state, and ways to elsewhere.
 RESPONSE_HEADERS_DROPPED = frozenset(
     {b"www-authenticate", b"authentication-info", b"set-cookie", b"set-cookie2", b"clear-site-data"}
@@ -67,23 +72,25 @@ def route_headers(headers: Iterable[Header], route: Route, secret: Secret | None
         if name in ROUTE_HEADERS or name in more or name.startswith(ROUTE_HEADER_PREFIX)
     ]
     host = (b"host", route.endpoint.authority.encode())
+    if secret is not None or route.usage is not None:
+        # In a compressed answer nobody could find the credential, or what it has cost.
+        passed = [(name, value) for name, value in passed if name != b"accept-encoding"]
+        passed.append((b"accept-encoding", b"identity"))
     if secret is None:
         return [host, *passed]
-    # In a compressed answer nobody could find the credential.
-    passed = [(name, value) for name, value in passed if name != b"accept-encoding"]
     key = (route.header.encode(), route.scheme.value_of(secret.reveal()))
-    return [host, *(h for h in passed if h[0] != key[0]), (b"accept-encoding", b"identity"), key]
+    return [host, *(h for h in passed if h[0] != key[0]), key]
 
 
 def plain_headers(headers: Sequence[Header], ask: Ask) -> list[Header]:
-    """Return the headers that go to a server which the agent itself talks to: all that are meant for it.
+    """Return the headers that go to a server which the agent itself talks to: nearly all.
 
     Raises Denied if the header Host names another host than the target.
     """
     spoken = [value.decode("ascii", "replace") for name, value in headers if name == b"host"]
     if any(parse_authority(value, HTTP_PORT) != (ask.host, ask.port) for value in spoken):
         raise Denied(400, "host", "The header Host is not the host of the target.")
-    dropped = _hop_headers(headers) | {b"host", b"expect", b"content-length"}
+    dropped = _hop_headers(headers) | OVERRIDES | {b"host", b"expect", b"content-length"}
     host = authority(ask.host, ask.port).removesuffix(f":{HTTP_PORT}").encode()
     return [(b"host", host), *((name, value) for name, value in headers if name not in dropped)]
 

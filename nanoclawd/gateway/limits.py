@@ -32,6 +32,7 @@ ENDPOINT_STALL_S = 60.0  #: a server that takes nothing of the request
 ANSWER_S = 600.0  #: until the headers of the answer: an answer that is not streamed is computed first
 SILENCE_S = 300.0  #: between two pieces of the answer; streams have a ping more often
 ENDPOINT_HEADER_BYTES = 64 << 10
+HEAR_OUT_S = 120.0  #: for what a call costs that its agent does not wait for
 INFORMATIONAL = 8  #: 1xx answers before the real one
 POOL_IDLE_S = 60.0  #: an unused connection is kept so long
 POOL_SIZE = 16  #: unused connections of one endpoint
@@ -41,6 +42,7 @@ RECORDS = 4096  #: that wait for it; of further ones it gets the number
 RECORDS_AT_ONCE = 256
 RECORDS_PER_S = 1 / 6  #: of one agent in the long run; the rest is summed up
 RECORDS_BURST = 1000
+MODELS = 32  #: of one session and day, that have a sum each
 SUM_S = 60.0  #: what is alike for so long is one record
 HAND_OVER_S = 3.0  #: at SIGTERM; with DRAIN_S below TimeoutStopSec=
 

@@ -16,13 +16,16 @@ from nanoclawd.asking import Request
 from nanoclawd.errors import NanoclawError
 from nanoclawd.gateway import limits, tunnel
 from nanoclawd.gateway.exchange import HUNG_UP, Exchange
-from nanoclawd.gateway.forward import Forward
+from nanoclawd.gateway.forward import Forward, hear_out
 from nanoclawd.gateway.headers import Header, body_headers, plain_headers, route_headers
 from nanoclawd.gateway.http import Stream, deadline
+from nanoclawd.gateway.ledger import OverBudget
 from nanoclawd.gateway.redact import Redactor
 from nanoclawd.gateway.replies import AgentGone, render_error
 from nanoclawd.gateway.upstream import Upstream
+from nanoclawd.gateway.usage import Meter
 from nanoclawd.policy import Ask, Decision, Denied, Rule, Way
+from nanoclawd.routes import Route
 
 if TYPE_CHECKING:
     from nanoclawd.gateway.sessions import Session
@@ -66,6 +69,7 @@ class AgentConnection:
             await self._answer(request, exchange)
         except Denied as error:
             exchange.status, exchange.reason = exchange.status or error.status, error.reason
+            exchange.is_news = not isinstance(error, OverBudget) or error.is_news
             if exchange.is_head_sent:
                 return False  # no end of the body: the agent must see that it is not whole
             await self._send_error(error, exchange)
@@ -192,7 +196,25 @@ class AgentConnection:
         route = gateway.route(ask.route)
         route.check(ask)
         body = body_headers(ask.method.encode(), headers, rule.max_up_bytes)
-        secret = None
+        if route.usage is None or not route.is_metered(ask):
+            return await self._forward_route(ask, route, headers, body, exchange)
+        length = dict(body).get(b"content-length")
+        meter = Meter(route.usage, size_bytes=rule.max_up_bytes if length is None else int(length))
+        prices = gateway.require_settings().prices
+        async with gateway.ledger.call(self.session.agent, self.session.name, meter, prices) as use:
+            exchange.use = use
+            await self._forward_route(ask, route, headers, body, exchange, meter)
+
+    async def _forward_route(
+        self,
+        ask: Ask,
+        route: Route,
+        headers: list[Header],
+        body: list[Header],
+        exchange: Exchange,
+        meter: Meter | None = None,
+    ) -> None:
+        gateway, secret = self.session.gateway, None
         if route.credential is not None:
             try:
                 secret = await gateway.keys.get(route.credential)
@@ -206,7 +228,14 @@ class AgentConnection:
         try:
             path = route.endpoint.path + (ask.target if ask.target.startswith("/") else f"/{ask.target}")
             head = h11.Request(method=ask.method, target=path, headers=passed)
-            await Forward(self, upstream, exchange, redactor=Redactor(secrets)).run(head)
+            await Forward(self, upstream, exchange, redactor=Redactor(secrets), meter=meter).run(head)
+        except AgentGone:
+            try:
+                if meter is not None and gateway.ledger.is_bounded(self.session.agent):
+                    await hear_out(upstream, meter)
+            finally:
+                upstream.abort()
+            raise
         except BaseException:
             upstream.abort()
             raise

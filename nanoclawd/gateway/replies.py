@@ -13,6 +13,7 @@ KINDS = {
     **dict.fromkeys((408, 504), "timeout_error"),
     **dict.fromkeys((500, 502, 503), "api_error"),
     401: "authentication_error",
+    402: "budget_error",  # not the API's "billing_error": its account has nothing to do with it
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from nanoclawd import asking, journal, paths
+from nanoclawd import asking, budget, journal, paths
+from nanoclawd.budget import Spent
 from nanoclawd.errors import ConfigError, Refused
 from nanoclawd.gateway.sessions import Gateway, check_listener
 from nanoclawd.idl import read_interface
@@ -33,6 +34,9 @@ class GatewayService:
                 "Status": Method(handler=self._status),
                 # With "more" a reader that hangs up is noticed, though there is nothing to tell it.
                 "ReadRecords": Method(handler=self._read_records, more=True),
+                "ReadUsage": Method(handler=self._read_usage, more=True),
+                "GetLife": Method(handler=self._get_life),
+                "SetBudget": Method(handler=self._set_budget),
                 "ReadHolds": Method(handler=self._read_holds, more=True),
                 "AnswerHold": Method(handler=self._answer_hold),
             },
@@ -69,6 +73,24 @@ class GatewayService:
     async def _read_records(self, call: Call) -> Json:
         trail = self._gateway.trail
         return {"life": trail.life, "records": await trail.read(call.parameters["after"])}
+
+    async def _read_usage(self, call: Call) -> Json:
+        ledger = self._gateway.ledger
+        return {"life": ledger.life, "sums": await ledger.read(call.parameters["after"])}
+
+    async def _get_life(self, call: Call) -> Json:
+        return {"life": self._gateway.ledger.life}
+
+    async def _set_budget(self, call: Call) -> Json:
+        told = call.parameters
+        agent, limit = parse_agent_name(told["agent"]), budget.from_json(told["budget"])
+        sessions = {
+            parse_session_name(each["session"]): Spent(each["tokens"], each["microdollars"])
+            for each in told["sessions"]
+        }
+        before = Spent(told["tokens"], told["microdollars"])
+        self._gateway.ledger.set_budget(agent, limit, told["day"], before, sessions)
+        return {}
 
     async def _read_holds(self, call: Call) -> Json:
         new, gone = await self._gateway.holds.read(call.parameters["known"])

@@ -19,6 +19,7 @@ from nanoclawd.gateway.addresses import refusal_of, resolve
 from nanoclawd.gateway.exchange import Exchange
 from nanoclawd.gateway.holds import Holds
 from nanoclawd.gateway.keys import Keys
+from nanoclawd.gateway.ledger import Ledger
 from nanoclawd.gateway.proxy import AgentConnection
 from nanoclawd.gateway.trail import Trail
 from nanoclawd.gateway.upstream import Pool, dial
@@ -93,6 +94,8 @@ class Session:
 
     def log(self, exchange: Exchange) -> None:
         """Write one line about a finished request, and one for the audit trail."""
+        if not exchange.is_news:
+            return
         self.gateway.trail.add(self.agent, self.name, exchange)
         if exchange.reason == "too-fast":
             if time.monotonic() < self._quiet_until:
@@ -111,6 +114,7 @@ class Gateway:
         self.allowances: dict[AgentName, Allowance] = {}  #: as the router told them
         self.keys = Keys()
         self.trail = Trail()
+        self.ledger = Ledger(self.trail.life)
         self.holds = Holds(lambda request: self.decide(AgentName(request.agent), request.ask))
         self.threads = ThreadPoolExecutor(limits.LOOKUP_THREADS, thread_name_prefix="lookup")
         self.pool = Pool(tasks, tls)
@@ -120,11 +124,16 @@ class Gateway:
 
     def route(self, name: str) -> Route:
         """Return the route `name`. Raises Denied."""
+        settings = self.require_settings()
+        if name not in settings.routes:
+            raise Denied(404, "unknown-route", f"There is no route '{name}' in nanoclaw.toml.")
+        return settings.routes[name]
+
+    def require_settings(self) -> Settings:
+        """Return the settings. Raises Denied."""
         if isinstance(self.settings, ConfigError):
             raise Denied(503, "bad-config", f"The gateway has no configuration: {self.settings}.")
-        if name not in self.settings.routes:
-            raise Denied(404, "unknown-route", f"There is no route '{name}' in nanoclaw.toml.")
-        return self.settings.routes[name]
+        return self.settings
 
     @property
     def ask_seconds(self) -> int:
@@ -197,7 +206,8 @@ class Gateway:
         for connection, task in connections.items():
             connection.is_last = True
             # Of a tunnel nobody knows whether it is still used: for most, waiting would be in vain.
-            if connection.exchange is None or connection.exchange.is_tunnel:
+            exchange = connection.exchange
+            if exchange is None or (exchange.is_tunnel and not exchange.is_held):
                 task.cancel()
         if connections:
             await asyncio.wait(connections.values(), timeout=limits.DRAIN_S)

@@ -549,6 +549,48 @@ UPDATE inbox SET state = 'stopped', ended_at = :now, reason = 'taken back by its
  WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND state = 'queued'
 RETURNING id, session;
 
+-- set_usage --
+-- What the gateway tells is the whole, not what is new: told twice, it counts once.
+INSERT INTO usage VALUES (:life, :day, :agent, :session, :model, :calls, :estimated, :unpriced, :input, :output,
+                          :cache_write, :cache_read, :money)
+    ON CONFLICT (agent, day, session, model, life) DO UPDATE
+   SET calls = excluded.calls, estimated = excluded.estimated, unpriced = excluded.unpriced, input = excluded.input,
+       output = excluded.output, cache_write = excluded.cache_write, cache_read = excluded.cache_read,
+       money = excluded.money;
+
+-- spent --
+-- By all agents, on a day or ever.
+SELECT agent, session, sum(input + output + cache_write + cache_read) AS tokens, sum(money) AS money
+  FROM usage WHERE :day IS NULL OR day = :day GROUP BY agent, session;
+
+-- spent_before --
+-- By one agent, without what one gateway has counted.
+SELECT agent, session, sum(input + output + cache_write + cache_read) AS tokens, sum(money) AS money
+  FROM usage WHERE agent = :agent AND (:day IS NULL OR day = :day) AND life != :without GROUP BY session;
+
+-- list_usage --
+-- Named as in io.nanoclaw.Control.
+SELECT iif(:by = 'day', '', agent) AS agent, iif(:by = 'session', session, '') AS session,
+       iif(:by = 'day', day, '') AS day, sum(calls) AS calls, sum(estimated) AS estimated,
+       sum(unpriced) AS unpriced, sum(input) AS input, sum(output) AS output, sum(cache_write) AS cacheWrite,
+       sum(cache_read) AS cacheRead, sum(money) AS microdollars
+  FROM usage WHERE (:agent IS NULL OR agent = :agent) AND day >= :since GROUP BY 1, 2, 3 ORDER BY 3, 1, 2;
+
+-- sum_up_usage --
+-- Days before :day become one row; not those of the gateway that may still tell of them.
+INSERT INTO usage
+SELECT '', '', agent, session, model, sum(calls), sum(estimated), sum(unpriced), sum(input), sum(output),
+       sum(cache_write), sum(cache_read), sum(money)
+  FROM usage WHERE day < :day AND life != :running AND day != '' GROUP BY agent, session, model
+    ON CONFLICT (agent, day, session, model, life) DO UPDATE
+   SET calls = calls + excluded.calls, estimated = estimated + excluded.estimated,
+       unpriced = unpriced + excluded.unpriced, input = input + excluded.input, output = output + excluded.output,
+       cache_write = cache_write + excluded.cache_write, cache_read = cache_read + excluded.cache_read,
+       money = money + excluded.money;
+
+-- delete_old_usage --
+DELETE FROM usage WHERE day < :day AND life != :running AND day != '' RETURNING day;
+
 -- session_of --
 SELECT * FROM session WHERE agent = :agent AND name = :name;
 
@@ -570,7 +612,7 @@ SELECT id FROM (SELECT asked_at, rowid AS place, id FROM approval
 SELECT * FROM approval WHERE agent = :agent AND sha256 = :sha256 AND state = 'pending';
 
 -- pending_approvals --
-SELECT * FROM approval WHERE agent = :agent AND state = 'pending';
+SELECT * FROM approval WHERE state = 'pending';
 
 -- expire_approval --
 UPDATE approval SET state = 'expired' WHERE id = :id RETURNING *;

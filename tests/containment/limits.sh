@@ -1,9 +1,9 @@
 #!/bin/bash
 # limits.sh - for tests/machine/uml: installs the product, and prints a line of JSON each for: selftest; how many
-# processes an agent gets by TasksMax= alone; which share of a CPU by CPUQuota=.
+# processes an agent gets by TasksMax= alone; which share of a CPU by CPUQuota=; what became of the user manager when
+# an agent had taken more memory than it may, again and again.
 set -euo pipefail
 ctl() { .local/bin/nanoclawctl "$@"; }
-trap 'journalctl --user --no-pager -n 60; uptime' ERR
 
 cd /srv/project
 ./install.sh --yes --no-demo --no-image > /tmp/install 2>&1 || { cat /tmp/install && exit 1; }
@@ -37,3 +37,16 @@ while time.monotonic() - began < 4:
     pass
 print("{\"cpu\": %.3f}" % (time.process_time() / (time.monotonic() - began)))
 '
+
+ctl agent add hog --provider echo 2> /dev/null
+for _ in 1 2 3; do
+  ctl send hog hello --wait > /dev/null
+  container=$(podman ps --format '{{.Names}}' | grep hog)
+  podman exec "$container" python3 -c '
+taken = []
+while True:
+    taken.append(bytearray(1 << 20))
+' > /dev/null 2>&1 || true
+  while systemctl --user is-active --quiet 'nanoclaw-hog@*.service'; do sleep 0.1; done
+done
+printf '{"router": "%s"}\n' "$(systemctl --user is-active nanoclaw.service)"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.containment.test_selftest import broken_code
 from tests.e2e.test_anthropic import SETTINGS, Api
 from tests.support.machine import Machine
 from tests.support.product import Product
@@ -21,17 +22,16 @@ API = "messages-api.service"
 SEARCH = """
 import json, sys
 sys.path.insert(0, "/opt/nanoclaw/lib")
-from runner import containment
-rows = [probe for probe in containment.PROBES if probe.name.startswith("secret-")]
-print(json.dumps([containment.run(probe, {"absent": {}}) for probe in rows]))
+from runner.containment import canary, suite
+print(json.dumps([suite.run(probe, {"absent": {}}) for probe in canary.PROBES]))
 """
 ASK = """
 import json, sys
 sys.path.insert(0, "/opt/nanoclaw/lib")
-from runner import containment
+from runner.containment import gateway
 body = b'{"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}'
-request = containment.post(b"/anthropic/v1/messages", b"Content-Length: %d\\r\\n" % len(body), body)
-status, answer = containment.gateway(request)
+request = gateway.post(b"/anthropic/v1/messages", b"Content-Length: %d\\r\\n" % len(body), body)
+status, answer = gateway.ask(request)
 print(json.dumps([status, answer.decode()]))
 """
 #: Looks for what is on stdin, a line each, in what all processes have but some. Usage: PID…
@@ -72,6 +72,7 @@ GREP = (
 SHOWN = (
     *(("status", "--json"), ("doctor", "--json"), ("secret", "list", "--json"), ("deadletter", "list")),
     *(("audit", "list", "--json"), ("audit", "export"), ("session", "list", "--json")),
+    *(("usage", "--json"), ("approval", "list", "--json")),
 )
 
 
@@ -109,10 +110,8 @@ def test_the_key_is_nowhere_but_in_the_gateway(machine: Machine, product: Produc
     own = product.inside(agent, *GREP, "/tmp", "/run", "/dev/shm", input=wanted, check=False).stdout
     failures = [fail(machine, product, agent) for fail in (break_tls, break_value, break_file)]
     product.ctl("backup", f"{machine.home}/canary-backup.db")
-    told = [product.ctl(*command, check=False).stdout for command in SHOWN]
-    told += [
-        product.ctl(*command, agent, check=False).stdout
-        for command in (("agent", "show"), ("agent", "logs"))
+    told = [
+        show(product, *command) for command in (*SHOWN, ("agent", "show", agent), ("agent", "logs", agent))
     ]
     told.append(machine.run("podman", "inspect", product.container(agent)).stdout)
     told.append(machine.systemctl("show", "*").stdout + machine.systemctl("show-environment").stdout)
@@ -132,6 +131,13 @@ def test_the_key_is_nowhere_but_in_the_gateway(machine: Machine, product: Produc
     found = machine.run(*GREP, *PLACES, input=wanted, user="root", check=False, timeout_s=120)
     assert found.stdout == ""
     machine.run("rm", f"{machine.home}/canary-backup.db")
+
+
+def show(product: Product, *command: str) -> str:
+    """Return what a command shows; `doctor` fails, as not all is well on a machine for tests."""
+    done = product.ctl(*command, check=False)
+    assert done.returncode in (0, 1) and done.stdout + done.stderr, (command, done.stderr)
+    return done.stdout + done.stderr
 
 
 def traces(*texts: str) -> list[str]:
@@ -168,6 +174,30 @@ def break_file(machine: Machine, product: Product, agent: str) -> tuple[int, str
     machine.write(path, good, mode="600")
     assert product.python_inside(agent, ASK)[0] == 401  # by the endpoint: the gateway has the key again
     return status, answer
+
+
+def test_a_gateway_that_covers_nothing_is_noticed(machine: Machine, product: Product, api: Api) -> None:
+    machine.expect_journal("nanoclaw(-gateway)?.service <4> records-")  # the router is away for a moment
+    agent = product.add(provider="anthropic")
+    error = {"type": "invalid_request_error", "message": f"your key is {CANARY}"}
+    api.start({"text": "hi"}, {"status": 400, "headers": ECHO, "error": error}, require_key=CANARY)
+    product.send(agent, "hello")
+
+    uncovered = ("gateway/redact.py", "s/return any(secret in lower.*/return False/")
+    with broken_code(machine, uncovered):
+        _status, answer = product.python_inside(agent, ASK)
+
+    head, _, body = answer.partition("\r\n\r\n")
+    assert CANARY in head and CANARY in body
+
+
+def test_a_secret_that_an_agent_is_told_is_found_in_its_runner(product: Product) -> None:
+    agent = product.add()
+    product.send(agent, f"NANOCLAWCANARY{secrets.token_hex(16)}")  # not the key, which must be nowhere
+
+    inside = {row["name"]: row["result"] for row in product.python_inside(agent, SEARCH, timeout_s=120)}
+
+    assert inside["secret-memory"] == "through"
 
 
 def crash_the_gateway(machine: Machine) -> None:

@@ -27,7 +27,8 @@ def test_memory_tasks_and_cpu_are_bounded() -> None:
         timeout=RUN_S,
     )
     assert done.returncode == 0, done.stdout
-    selftest, tasks, cpu = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    selftest, tasks, cpu, after = lines
     rows = {row["name"]: row for row in selftest["probes"]}
     print(rows["memory-flood"], rows["fork-flood"], tasks, cpu)
 
@@ -36,3 +37,4 @@ def test_memory_tasks_and_cpu_are_bounded() -> None:
     # conmon, the runner with its threads, and the program itself count too.
     assert 32 <= tasks["processes"] < 64
     assert 0.2 <= cpu["cpu"] <= 0.4
+    assert after == {"router": "active"}

@@ -30,7 +30,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("0.0.0.0", 80), Handler).serve_forever()
 """
 START = """
-systemd-run --quiet --collect --unit=far-server -p PrivateNetwork=yes python3 -c "$1"
+systemd-run --quiet --collect --service-type=exec --unit=far-server -p PrivateNetwork=yes python3 -c "$1"
 pid=$(systemctl show -P MainPID far-server)
 ip link add far0 type veth peer name far1 netns "$pid"
 ip addr add 11.0.0.1/24 dev far0
@@ -120,7 +120,7 @@ def test_curl_waits_and_goes_on_when_it_is_allowed(asker: Asker) -> None:
     curl = asker.curl("/x?y=z", "--data", "hello", "-H", "X-Mine: 1")
     id = asker.waiting()
 
-    shown = asker.product.ctl("approval", "show", id[:5]).stdout
+    shown = asker.product.ctl("approval", "show", id[:-1]).stdout
     for words in (
         f"http://{asker.host}/x?y=z",
         "POST",

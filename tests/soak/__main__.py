@@ -218,7 +218,7 @@ async def watch(samples: dict[tuple[str, int], list[Sample]], files: list[tuple[
                     Sample(
                         time.monotonic(),
                         host.read_memory(pid).rss * 1e6 / 1024,
-                        len(os.listdir(process / "fd")),
+                        os.stat(process / "fd").st_size,  # the gateway lets nobody list them
                         len(os.listdir(process / "task")),
                     )
                 )

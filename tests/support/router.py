@@ -24,6 +24,7 @@ from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
+from nanoclawd.budget import NO_LIMITS
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
@@ -33,7 +34,7 @@ from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
-from nanoclawd.policy import Rule, with_rule
+from nanoclawd.policy import Policy, Rule, with_rule
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
@@ -41,6 +42,7 @@ from nanoclawd.server import Server
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import parse_settings
 from nanoclawd.systemd import LoadedUnit, Systemd, UnitChange
+from nanoclawd.usage import Usage
 from nanoclawd.wire import Json, VarlinkError
 from tests.support.varlink_peer import WAIT_S, Peer, eventually
 
@@ -313,9 +315,13 @@ class RegistryDouble:
             raise ConfigError("agents/broken.toml:1: is broken", hint="repair it")
         return self.agents[name]
 
-    async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> None:
+    async def add_rule(self, name: str, rule: Rule, *, last: bool = False) -> Agent:
         config = self.agents[name]
         self.agents[name] = replace(config, policy=with_rule(config.policy, rule, last=last))
+        return self.get(name)
+
+    def policy(self, name: str) -> Policy:
+        return self.agents[name].all_policy if name in self.agents else Policy()
 
     def instructions(self, name: str) -> str:
         return "Be brief."
@@ -411,6 +417,7 @@ class Router:
         self.channel_task: asyncio.Task[None]
         self.outlets: Outlets
         self.audit: Audit
+        self.usage: Usage
         self.gateway: GatewayLink
         self.pairings: Pairings
         self.channels: ChannelService
@@ -431,10 +438,13 @@ class Router:
                     await self.wire(chat, agent, "someone")
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
+                self.usage = Usage(db, lambda agent: place.budget)
                 self.approvals = Approvals(db=db, registry=registry, outlets=outlets)
                 await self.approvals.load()
                 self.holds = HoldLink(self.approvals)
-                self.gateway = GatewayLink(self.approvals.policy, self.audit.take_over, [self.holds.run])
+                self.gateway = GatewayLink(
+                    self.approvals.policy, self.audit.take_over, self.usage, [self.holds.run]
+                )
                 self.approvals.on_expiry = self.gateway.change
                 self.sessions = Sessions(
                     db=db,
@@ -547,6 +557,7 @@ class Place:
         patch.delenv("NOTIFY_SOCKET", raising=False)
         self.systemd = SystemdDouble()
         self.registry = RegistryDouble()
+        self.budget = NO_LIMITS  #: of all agents
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
         for module in (containers, nanoclawd):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanoclawd import policy
 from nanoclawd.agents import parse_agent
+from nanoclawd.asking import Request
 from nanoclawd.cli import table
 from nanoclawd.errors import ConfigError
-from nanoclawd.policy import Ask, Denied, Rule, Rules, Way, decide, parse_ask, parse_url, with_rule
+from nanoclawd.policy import Ask, Denied, Rule, Rules, Unknown, Way, decide, parse_ask, parse_url, with_rule
 
 
 def rule(**values: object) -> Rule:
@@ -71,10 +72,43 @@ def test_first_rule_that_matches_decides(method: str, target: str, expected: tup
 
 
 def test_empty_policy_denies() -> None:
-    found = decide((), parse_ask("CONNECT", "pypi.org:443"))
+    found = decide((), parse_ask("CONNECT", "pypi.org:443"), Unknown.ASK)
 
     assert (found.allowed, found.reason) == (False, "no-rule")
     assert "empty or unreadable" in found.message
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "reason"),
+    [
+        ("CONNECT", "c.example:443", "ask"),
+        ("GET", "http://c.example/x", "ask"),
+        ("CONNECT", "[2606:4700::1]:443", "ask"),
+        ("CONNECT", "10.1.2.3:443", "no-rule"),
+        ("CONNECT", "[::1]:443", "no-rule"),
+        ("GET", "/r/gitlab/x", "no-rule"),
+        ("GET", "/anthropic/v1/messages", "no-rule"),
+    ],
+)
+def test_what_a_person_can_be_asked_about(method: str, target: str, reason: str) -> None:
+    rules = (Rule(host="a.example"),)
+
+    assert decide(rules, parse_ask(method, target), Unknown.ASK).reason == reason
+    assert decide(rules, parse_ask(method, target)).reason == "no-rule"
+
+
+def test_rule_with_an_end_has_no_say_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = (Rule(host="a.example", until=1000.0), Rule(host="a.example", deny=True))
+    ask = parse_ask("CONNECT", "a.example:443")
+    monkeypatch.setattr(policy.time, "time", lambda: 998.5)
+    assert decide(rules, ask).allowed
+    assert "until 1970-01-01 00:16 UTC" in decide(rules, ask).message
+    assert rules[0].seconds_left == 1.5
+
+    monkeypatch.setattr(policy.time, "time", lambda: 1000.0)
+
+    assert decide(rules, ask).number == 2
+    assert rules[1].seconds_left == 3600
 
 
 @pytest.mark.parametrize(
@@ -266,6 +300,26 @@ def test_no_text_is_understood_as_more_than_it_says(method: str, text: str) -> N
 
 
 # --- files ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(rules(), max_size=6).map(tuple), asks(), asks(), st.booleans())
+def test_answer_decides_only_what_no_rule_had_decided(
+    found: Rules, asked: Ask, other: Ask, deny: bool
+) -> None:
+    assume(decide(found, asked, Unknown.ASK).reason == "ask")
+    shown = {name: getattr(asked, name) for name in ("way", "method", "host", "port", "path", "target")}
+    rule = Request(agent="berta", session="s1", **shown).rule(deny=deny)
+
+    after = with_rule(found, rule, last=True)
+
+    before, now = decide(found, other), decide(after, other)
+    if before.number:
+        assert (now.number, now.allowed, now.reason) == (before.number, before.allowed, before.reason)
+    elif now.allowed:
+        assert (other.host, other.port) == (asked.host, asked.port) and not deny
+        if asked.way is Way.PLAIN:
+            assert other.method == asked.method and other.path.startswith(asked.path)
+    assert decide(after, asked).reason == ("denied" if deny else "allowed")
 
 
 def parsed(text: str) -> Rules:

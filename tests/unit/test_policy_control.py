@@ -12,14 +12,13 @@ from nanoclawd import agents, paths
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
-from nanoclawd.ids import AgentName
-from nanoclawd.policy import Policy, Rule, Rules, to_json
+from nanoclawd.policy import Rule, to_json
 from nanoclawd.policy_control import PolicyControl
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call
 from nanoclawd.settings import parse_settings
 from nanoclawd.wire import Json
-from tests.unit.router.test_gateway_link import take_over
+from tests.unit.router.test_gateway_link import NoUsage, take_over
 from tests.unit.test_registry import BERTA, Host, host, with_registry
 
 assert host  # a fixture
@@ -40,14 +39,11 @@ class Person:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self.answers: Rules = ()  #: of people, to requests
         self._methods = PolicyControl(
-            registry=registry, gateway=GatewayLink(self.policy, take_over), policy_of=self.policy
+            registry=registry,
+            policy_of=registry.policy,
+            changed=GatewayLink(registry.policy, take_over, NoUsage()).refresh,
         ).methods
-
-    def policy(self, agent: AgentName) -> Policy:
-        config = self.registry.get(agent).config
-        return Policy(rules=(*config.rules, *self.answers), unknown=config.unknown) if config else Policy()
 
     async def call(self, name: str, /, **parameters: object) -> Json:
         given = INTERFACE.check_parameters(name, {"name": "berta", **parameters})
@@ -80,7 +76,7 @@ def test_rules_are_added_where_they_count_and_the_rest_of_the_file_stays(host: H
         await person.add(Rule(host="a.example", max_up_bytes=1000))
         await person.add(Rule(host="bad.example.com", deny=True))
         await person.add(Rule(host="pypi.org", per_minute=7))
-        assert person.registry.policy(BERTA) == (
+        assert person.registry.policy(BERTA).rules == (
             Rule(host="bad.example.com", deny=True),
             Rule(host="pypi.org", per_minute=7),
             Rule(host="*.example.com"),
@@ -167,10 +163,10 @@ def test_rule_for_a_broken_file_changes_nothing(host: Host) -> None:
 
 def test_policy_of_a_file_that_breaks_allows_nothing(host: Host) -> None:
     async def work(person: Person) -> None:
-        assert len(person.registry.policy(BERTA)) == 3
+        assert len(person.registry.policy(BERTA).rules) == 3
         (paths.agents() / "berta.toml").write_text("[[policy]]\nhost = 7\n")
         await person.registry.load()
-        assert person.registry.policy(BERTA) == ()
+        assert person.registry.policy(BERTA).rules == ()
         assert await person.test("https://pypi.org") == (False, None, "no-rule")
         reply = await person.call("TestPolicy", url="https://pypi.org", method="GET")
         assert "cannot be read" in reply["message"] and "berta.toml:2" in reply["message"]
@@ -187,6 +183,8 @@ def test_test_says_which_rule_decides(host: Host) -> None:
         assert await person.test("http://pypi.org/") == (False, None, "no-rule")
         assert await person.test("/r/github/ada/x") == (True, 3, "allowed")
         assert await person.test("/r/github/ada/x", "POST") == (False, 3, "method")
+        reply = await person.call("TestPolicy", url="/r/github/ada/x", method="POST")
+        assert "rule 3" in reply["message"] and "forwards only GET, HEAD" in reply["message"]
         assert await person.test("/r/github/eve/x") == (False, None, "no-rule")
 
     with_berta(host, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,11 +99,33 @@ def test_the_unit_says_what_is_configured(home: Path) -> None:
     assert lines[-1] == "Image=localhost/berta:2"
 
 
-def test_another_runtime_is_passed_on_to_podman(home: Path) -> None:
-    lines = render(replace(BERTA, config=replace(BERTA.config, runtime="runsc"))).splitlines()
+@pytest.mark.parametrize(
+    ("runtime", "line"),
+    [
+        ("krun", "GlobalArgs=--runtime=krun"),
+        (
+            "runsc",
+            "GlobalArgs=--runtime=runsc --runtime-flag=host-uds=open --runtime-flag=ignore-cgroups "
+            "--runtime-flag=network=none",
+        ),
+    ],
+)
+def test_another_runtime_is_passed_on_to_podman(home: Path, runtime: str, line: str) -> None:
+    lines = render(replace(BERTA, config=replace(BERTA.config, runtime=runtime))).splitlines()
 
-    assert lines[-2].startswith("GlobalArgs=--runtime=runsc --runtime-flag=host-uds=open ")
+    assert lines[-2] == line
     assert "GlobalArgs" not in render(BERTA)
+
+
+def test_selinux_separates_agents_and_is_never_turned_off(home: Path) -> None:
+    level = selinux_level(BERTA.index)
+    units = [render(spec) for spec in (BERTA, replace(BERTA, index=BERTA.index + 1))]
+
+    assert f"\nSecurityLabelLevel={level}\n" in units[0] and level not in units[1]
+    for text in units:
+        options = re.findall(r"^Volume=.*:([a-zA-Z,]+)$", text, re.MULTILINE)
+        assert options and all({"z", "Z"} & set(option.split(",")) for option in options), options
+        assert not re.search("label=|SecurityLabel(?!Level)", text)
 
 
 def test_a_unit_cut_off_anywhere_has_no_image(home: Path) -> None:

@@ -16,6 +16,7 @@ _KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
     "authentication_error": ("authentication", (401,)),
     "permission_error": ("authentication", (403,)),
     "billing_error": ("quota", (402,)),
+    "budget_error": ("quota", ()),  # the gateway's own, of the agent's budget
     "rate_limit_error": ("rate_limit", (429,)),
     "overloaded_error": ("overloaded", (529,)),
     "request_too_large": ("overflow", (413,)),
@@ -64,7 +65,10 @@ def _failure_of_status(exc: anthropic.APIStatusError) -> TurnFailed:
     meant = [kind for kind, (_, statuses) in _KINDS.items() if status in statuses]
     kind: str = exc.type or [*meant, "invalid_request_error"][0]
     code, _ = _KINDS.get(kind) or _KINDS["api_error" if status >= 500 else "invalid_request_error"]
-    detail = " ".join((exc.api_message or "").split())[:_DETAIL_CHARS]
+    detail = " ".join((exc.api_message or "").split())
+    if kind == "budget_error":
+        return TurnFailed(code, detail)
+    detail = detail[:_DETAIL_CHARS]
     if code == "invalid_request":
         if "prompt is too long" in detail:
             code = "overflow"

@@ -23,7 +23,7 @@ class Selftest:
             self._child.kill()
 
     def run(self, turn: Turn, chat: Chat) -> list[Reply]:
-        """Run containment.py with the ARGUMENTs of a message {"do": [ARGUMENT, …], …}; reply its output."""
+        """Run the program with the ARGUMENTs of a message {"do": [ARGUMENT, …], …}; reply its output."""
         text = turn["messages"][0]["text"]
         try:
             arguments = [str(argument) for argument in json.loads(text)["do"]]
@@ -32,7 +32,7 @@ class Selftest:
             raise TurnFailed("invalid_request", message) from exc
         if turn["attempt"] > 1:  # whoever ended the first one was right to do so
             return [Reply("ended")]
-        command = [sys.executable, "-I", containment.__file__, *arguments]
+        command = [sys.executable, "-I", *containment.__path__, *arguments]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
             self._child = child
             assert child.stdin is not None and child.stdout is not None

@@ -107,6 +107,11 @@ AUDIT: list[Json] = [
     | {"detail": '{"count":3,"host":"a.example:80","method":"GET","path":"/\\u001b","reason":"no-rule"}'}
     | {"before": "e" * 64, "hash": "f" * 64},
 ]
+BUDGET: Json = {"tokensPerDay": 5000, "tokensPerSession": None, "requestsPerMinute": None}
+BUDGET |= {"moneyPerDay": 2_500_000, "moneyPerSession": None}
+USAGE: Json = {"agent": "berta", "session": "", "day": "", "calls": 12, "estimated": 2, "unpriced": 1}
+USAGE |= {"input": 100, "output": 50, "cacheWrite": 20, "cacheRead": 900, "microdollars": 1_020_300}
+USAGE |= {"tokensLeft": 3930, "microdollarsLeft": 1_479_700}
 APPROVAL: Json = {
     "id": "a0123abcd",
     "kind": "request",
@@ -183,6 +188,7 @@ STATUS: Json = {
     "agents": 1,
     "agentsHeld": 0,
     "agentsBroken": 0,
+    "budgetStops": [],
     "sessionCount": 1,
     "sessions": [SESSION],
     "queue": {
@@ -235,6 +241,7 @@ class RouterDouble:
         self.sent = True  #: what is allowed still waited
         self.trail: list[Json] = list(AUDIT)
         self.verdict: Json = {"rows": 2, "head": "f" * 64, "broken": None, "problem": ""}
+        self.usage: Json | None = USAGE
         self.messages: dict[str, Json] = {}  #: by event
         self.pending: list[Json] = []  #: deliveries that are not reported
         self.reports: list[str] = []  #: keys
@@ -398,6 +405,12 @@ class RouterDouble:
             await call.send({"row": row})
         return {"row": self.trail[-1] if self.trail else None}
 
+    async def _SetBudget(self, call: Call) -> Json:
+        return {"budget": BUDGET}
+
+    async def _ListUsage(self, call: Call) -> Json:
+        return {"usage": self.usage}
+
     async def _VerifyAudit(self, call: Call) -> Json:
         return self.verdict
 
@@ -421,6 +434,7 @@ class RouterDouble:
         return {
             "configuration": CONFIGURATION,
             "runtime": self.agents[call.parameters["name"]],
+            "budget": BUDGET,
             "instructions": "Be kind.\n",
             "file": "/home/ada/.config/nanoclaw/agents/berta.toml",
             "workspace": "/home/ada/.local/state/nanoclaw/agents/berta/workspace",

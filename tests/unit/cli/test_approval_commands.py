@@ -36,7 +36,7 @@ def test_show_hides_and_obeys_nothing(router: RouterDouble, run: Run) -> None:
     assert "x-mine: 1␛[2J Host: b.example" in shown
     assert "11 bytes\n  | a␛<U+202E>b\n  | Why:" in shown
     assert "\x1b" not in shown and "\u202e" not in shown
-    for words in ("5" * 64, "berta", "No rule decides.", "allow once:", "this request"):
+    for words in ("5" * 64, "berta", "No rule decides.", "allow --once:", "this request"):
         assert words in shown
     document = json.loads(run("approval", "show", "a0", "--json").stdout)
     assert document["approval"]["request"] == APPROVAL["request"]

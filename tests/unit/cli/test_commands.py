@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoclawd.errors import ConfigError, Failed, Refused, Unavailable
+from nanoclawd.errors import ConfigError, Failed, NotFound, Refused, Unavailable
 from tests.unit.cli.conftest import COMMAND, Run, fake_program
-from tests.unit.cli.double import AUDIT, SESSION, RouterDouble
+from tests.unit.cli.double import AUDIT, SESSION, USAGE, RouterDouble
 
 
 def test_version_is_printed(run: Run) -> None:
@@ -357,6 +357,23 @@ def test_logs_of_an_agent_match_all_its_sessions(run: Run, programs: Path, comma
     assert log.read_text() == "--user --unit=nanoclaw-berta@*.service --lines=100\n"
 
 
+def test_logs_of_an_agents_own_programs_are_those_of_its_uid(
+    router: RouterDouble, run: Run, programs: Path
+) -> None:
+    logs = [fake_program(programs, name, "") for name in ("journalctl", "podman")]
+
+    assert run("logs", "berta", "--inside", "-n", "7").returncode == 0
+
+    # Whoever may read all of the journal needs nobody's uid.
+    (called,) = (log.read_text() for log in logs if log.exists())
+    uid = router.agents["berta"]["hostUid"]
+    assert called.endswith(f"_UID={uid} --lines=7\n")
+
+
+def test_logs_of_the_daemons_have_no_inside(run: Run) -> None:
+    assert run("logs", "--inside").returncode == 2
+
+
 def test_logs_take_no_pattern_for_a_name(run: Run, programs: Path) -> None:
     log = fake_program(programs, "journalctl", "")
 
@@ -496,6 +513,80 @@ def test_audit_row_that_somebody_wrote_anew_is_shown(router: RouterDouble, run: 
     done = run("audit", "list")
 
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+
+
+def test_usage_says_what_is_left_and_what_is_no_fact(router: RouterDouble, run: Run) -> None:
+    done = run("usage", "--since", "2d")
+
+    lines = done.stdout.splitlines()
+    names = "AGENT CALLS INPUT OUTPUT CACHE WRITE CACHE READ MONEY LEFT TODAY NOTE"
+    assert " ".join(lines[0].split()) == names
+    note = "2 estimated; 1 without a price, counted as the dearest"
+    assert " ".join(lines[1].split()) == f"berta 12 100 50 20 900 $1.0203 $1.4797, 3930 tokens {note}"
+    ((method, wanted),) = router.calls
+    assert abs(wanted.pop("since") + 2 * 86_400 - time.time()) < 60
+    assert (method, wanted) == ("ListUsage", {"by": "agent", "agent": None})
+
+
+def test_usage_by_session_and_day(router: RouterDouble, run: Run) -> None:
+    router.usage = {**USAGE, "session": "s1", "tokensLeft": None, "microdollarsLeft": None}
+    assert run("usage", "--by", "session").stdout.split()[:2] == ["AGENT", "SESSION"]
+    assert json.loads(run("usage", "--by", "day", "--json").stdout) == {"usage": [router.usage]}
+    assert "before" in run("usage", "--by", "day").stdout  # what retention has summed up
+
+    router.usage = None
+    assert run("usage").stderr == "No model was asked.\n"
+
+
+def test_budget_is_set_in_dollars_and_taken_away(router: RouterDouble, run: Run) -> None:
+    done = run("budget", "set", "berta", "--money-per-day", "2.50", "--tokens-per-session", "none")
+
+    assert "$2.50" in done.stdout
+    budget = {"tokensPerDay": None, "tokensPerSession": -1, "moneyPerDay": 2_500_000}
+    budget |= {"moneyPerSession": None, "requestsPerMinute": None}
+    assert router.calls == [("SetBudget", {"name": "berta", "budget": budget})]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--money-per-day", "two"), ("--money-per-day", "0.0000001"), ("--tokens-per-day", "-3")],
+)
+def test_budget_that_makes_no_sense(router: RouterDouble, run: Run, arguments: tuple[str, ...]) -> None:
+    done = run("budget", "set", "berta", *arguments)
+
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and router.calls == []
+
+
+def test_usage_of_an_agent_that_there_is_not(router: RouterDouble, run: Run) -> None:
+    router.fail["ShowAgent"] = NotFound("no agent named 'bertha'", hint="look")
+
+    assert run("usage", "--agent", "bertha").returncode == 4
+
+
+def test_agent_show_has_the_budget_in_dollars(router: RouterDouble, run: Run) -> None:
+    lines = run("agent", "show", "berta").stdout.splitlines()
+
+    assert [line.split() for line in lines if "er day" in line] == [
+        ["Tokens", "per", "day:", "5000"],
+        ["Money", "per", "day:", "$2.50"],
+    ]
+
+
+def test_status_shows_whose_budget_is_used_up(router: RouterDouble, run: Run) -> None:
+    stop = {
+        "agent": "berta",
+        "session": "",
+        "limit": "money_per_day",
+        "message": "$3 of $2 spent today",
+    }
+    router.status["budgetStops"] = [stop, {**stop, "session": "s1"}]
+
+    lines = [line for line in run("status").stdout.splitlines() if line.startswith("Budget:")]
+
+    assert [" ".join(line.split()) for line in lines] == [
+        f"Budget: used up, {who}: $3 of $2 spent today, money_per_day is reached"
+        for who in ("berta", "berta@s1")
+    ]
 
 
 def test_secret_that_is_set_is_noted_by_name(router: RouterDouble, run: Run) -> None:

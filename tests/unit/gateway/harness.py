@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nanoclawd.budget import NO_LIMITS, Budget, Spent, today
 from nanoclawd.gateway.sessions import Gateway, Session
 from nanoclawd.gateway.upstream import make_tls
 from nanoclawd.ids import AgentName, SessionName
@@ -137,6 +138,7 @@ async def bench(
     settings: str = "",
     tls: ssl.SSLContext | None = None,
     rules: Rules = MODEL_ONLY,
+    budget: Budget = NO_LIMITS,
     unknown: Unknown = Unknown.DENY,
 ) -> AsyncIterator[Bench]:
     """Run a gateway with one session, forwarding to `handler` (None: to a port where nobody listens).
@@ -169,6 +171,7 @@ async def bench(
         gateway = Gateway(tasks, make_tls())
         gateway.settings = parse_settings(settings)
         path = directory / "gateway.sock"
+        gateway.ledger.set_budget(AGENT, budget, today(), Spent(), {})
         gateway.set_policy(AGENT, Policy(rules=rules, unknown=unknown))
         gateway.attach(AGENT, SESSION, listen(path))
         table = Bench(gateway, path, port)

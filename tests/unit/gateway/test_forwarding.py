@@ -589,7 +589,16 @@ def test_broken_configuration_refuses_all(directory: Path) -> None:
         (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
         (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
         (POST + b"Content-Length: -1\r\n\r\n", 400),
+        (POST + b"Content-Length: +2\r\n\r\n{}", 400),
+        (POST + b"Content-Length: 2, 3\r\n\r\n{}", 400),
+        (POST + b"Content-Length: 0x2\r\n\r\n{}", 400),
         (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n", 501),
+        (POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding : chunked\r\n\r\n", 400),
+        (POST + b"X: a\r\n folded\r\nTransfer-Encoding:\r\n chunked\r\nContent-Length: 2\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n+2\r\n{}\r\n0\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}}0\r\n\r\n", 400),
         (POST + b"Host: evil.example\r\n\r\n", 400),
         (b"POST /anthropic/v1/messages HTTP/1.1\r\n\r\n", 400),
         (b"POST /anthropic/v1/messages HTTP/1.0\r\nHost: a\r\n\r\n", 505),
@@ -654,15 +663,19 @@ def test_headers_without_end_are_refused(directory: Path) -> None:
 
 
 def test_connection_without_a_request_is_closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "KEEP_ALIVE_S", 0.05)
+    async def handler(reader: Reader, writer: Writer) -> None:
+        await read_request(reader)
+        monkeypatch.setattr(limits, "KEEP_ALIVE_S", 0.05)  # not before: else it might not even get here
+        writer.write(OK)
+        await reader.read()
 
     async def main() -> None:
-        async with bench(directory, answer(OK)) as table, asyncio.timeout(20):
-            reader, writer = await table.connect()
-            assert await reader.read() == b""
+        async with bench(directory, handler) as table, asyncio.timeout(20):
             reader, writer = await table.connect()
             writer.write(post())
             assert (await read_reply(reader)).status == 200
+            assert await reader.read() == b""
+            reader, _ = await table.connect()
             assert await reader.read() == b""
 
     asyncio.run(main())

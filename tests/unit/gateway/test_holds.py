@@ -411,13 +411,15 @@ def test_connection_goes_on_after_an_answer(directory: Path) -> None:
 
 def test_gateway_that_ends_says_so_and_allows_nothing(directory: Path) -> None:
     async def body(world: World) -> None:
-        asked = world.ask()
-        await world.told()
+        host = f"{NAME}:{world.table.port}"
+        tunnel = f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        asked = [world.ask(), asyncio.create_task(world.table.ask(tunnel))]
+        await world.told(2)
 
         await world.table.gateway.drain()
 
-        reply = await asked
-        assert (reply.status, "ask again" in reply.error["message"]) == (403, True)
+        for reply in await asyncio.gather(*asked):
+            assert (reply.status, "ask again" in reply.error["message"]) == (403, True)
         assert not world.seen
 
     run(directory, body)

@@ -166,7 +166,7 @@ def test_tunnel_ends_when_nothing_comes_or_its_time_is_over(
     directory: Path, monkeypatch: pytest.MonkeyPatch, way: str, sent: bytes
 ) -> None:
     if way == "idle":
-        monkeypatch.setattr(limits, "TUNNEL_IDLE_S", 0.05)
+        monkeypatch.setattr(limits, "TUNNEL_IDLE_S", 0.5)
     rule = replace(HERE, timeout_seconds=3600 if way == "idle" else 1)
 
     async def main() -> bytes:
@@ -290,7 +290,8 @@ def test_plain_request_passes_with_its_own_headers(directory: Path) -> None:
         b"POST http://127.0.0.1:PORT/a%20b/c?d=%2e%2e&e HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\n"
         b"Authorization: Bearer own\r\nCookie: a=b\r\nProxy-Authorization: Basic x\r\n"
         b"Connection: close, X-Hop\r\n"
-        b"X-Hop: 1\r\nTE: trailers\r\nUpgrade: h2c\r\nX-Mine: 1\r\nContent-Length: 3\r\n\r\nabc"
+        b"X-Hop: 1\r\nTE: trailers\r\nUpgrade: h2c\r\nX-Mine: 1\r\nContent-Length: 3\r\n"
+        b"X-HTTP-Method-Override: DELETE\r\nX-Original-URL: /admin\r\n\r\nabc"
     )
     answer = OK.replace(b"\r\n", b"\r\nSet-Cookie: c=d\r\nLocation: /x\r\nKeep-Alive: 5\r\n", 1)
 

@@ -20,7 +20,7 @@ from nanoclawd.approvals import Approvals
 from nanoclawd.asking import Request
 from nanoclawd.db import now_ms
 from nanoclawd.gateway.holds import Hold
-from nanoclawd.policy import Decision, Denied, Rule, Unknown, Way
+from nanoclawd.policy import Decision, Denied, Rule, Unknown, Way, to_json
 from nanoclawd.wire import Json
 from tests.support.router import Place, Router
 from tests.support.varlink_peer import eventually
@@ -352,9 +352,9 @@ def test_nobody_answers_and_it_expires(place: Place, monkeypatch: pytest.MonkeyP
     async def body(world: World) -> None:
         request = world.request()
         id = await world.gone(request)
-        await eventually(
-            lambda: world.router.db._writer.execute("SELECT state FROM approval").fetchone()[0] == "expired"
-        )
+        async with asyncio.timeout(30):
+            while [a["state"] for a in await world.approvals()] != ["expired"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         assert "has expired" in await world.refused(id, "Refused")
         assert await world.audit() == [("asked", ""), ("expired", "")]
         assert await world.gone(request) != id
@@ -430,6 +430,24 @@ def test_answer_that_the_router_could_not_tell_any_more_is_told_by_the_next(plac
     place.run(main)
 
 
+def test_what_did_not_reach_the_gateway_is_used_up_and_not_sent_twice(place: Place) -> None:
+    async def body(world: World) -> None:
+        request = world.request()
+        asked = world.ask(request, 1)
+        await world.pending(request)
+        id = (await world.waiting())["id"]
+        world.gateway.holds.answer = lambda *_, **__: False  # type: ignore[method-assign]
+
+        assert not (await world.answer(id))["sent"]
+
+        with pytest.raises(Denied):
+            await asked
+        assert (await world.approvals())[0]["state"] == "used"
+        assert await world.gone(request) != id
+
+    run(place, body)
+
+
 def test_flood_of_hosts_is_bounded_and_others_are_still_asked_about(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +497,9 @@ def test_answer_to_one_question_ends_others_that_it_answers(place: Place) -> Non
         await world.answer((await world.approvals())[0]["id"], "allow", "for", seconds=60)
         assert [a["state"] for a in await world.approvals()] == ["allowed", "expired", "pending"]
         await world.answer((await world.waiting())["id"], "deny", "for", seconds=60)
+        assert await world.approvals(state="pending") == []
+        await world.gone(world.tunnel())
+        await world.person.call("AddRule", name="berta", rule=to_json(Rule(host=HOST)))
         assert await world.approvals(state="pending") == []
 
     run(place, body)

@@ -23,7 +23,7 @@ from nanoclawd.ids import AgentName
 from nanoclawd.wire import Json
 from tests.support.router import Place
 from tests.support.varlink_peer import eventually
-from tests.unit.router.test_gateway_link import GatewayDouble, policy_of, running
+from tests.unit.router.test_gateway_link import GatewayDouble, NoUsage, policy_of, running
 from tests.unit.router.test_message_control import operating
 
 DAY_MS = 86_400_000
@@ -296,7 +296,7 @@ def test_records_wait_for_the_router_and_come_once(
                 await asyncio.Event().wait()
 
         def link() -> GatewayLink:
-            return GatewayLink(policy_of, take_over)
+            return GatewayLink(policy_of, take_over, NoUsage())
 
         async with gateway.served():
             gateway.put(1)

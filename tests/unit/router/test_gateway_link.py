@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,15 +14,21 @@ import pytest
 
 from nanoclawd import asking, gateway_link, paths
 from nanoclawd.asking import Request
+from nanoclawd.budget import NO_LIMITS, Budget, Spent
 from nanoclawd.errors import Unavailable
 from nanoclawd.gateway.exchange import Exchange
 from nanoclawd.gateway.holds import Holds
+from nanoclawd.gateway.ledger import Ledger
 from nanoclawd.gateway.trail import Trail
+from nanoclawd.gateway.usage import Meter
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.policy import Decision, Policy, Rule, Rules, Unknown, decide, from_json
+from nanoclawd.routes import UsageShape
 from nanoclawd.server import Call, Method, Server, Service
+from nanoclawd.settings import parse_settings
+from nanoclawd.usage import Usage
 from nanoclawd.wire import Json
 from tests.support.varlink_peer import eventually
 
@@ -38,6 +44,16 @@ async def take_over(life: str, records: Sequence[Json]) -> None:
     raise AssertionError("nobody asked for anything")
 
 
+class NoUsage(Usage):
+    """Nobody has a budget, or has spent anything."""
+
+    def __init__(self) -> None:
+        self.budget_of = lambda agent: NO_LIMITS
+
+    async def spent_before(self, agent: AgentName, sessions: Collection[str], life: str) -> Json:
+        return {"day": "2026-11-22", "tokens": 0, "microdollars": 0, "sessions": []}
+
+
 class GatewayDouble:
     """The gateway's side of io.nanoclaw.Gateway: keeps what it is given."""
 
@@ -48,12 +64,15 @@ class GatewayDouble:
         self.holds = Holds(self._decide)
         self.told: Json | None = None  #: what it says of each request that waits
         self.trail = Trail()
+        self.ledger = Ledger("life")
+        self.budgets: list[Json] = []  #: as SetBudget() was called
         self.nonsense: Json | None = None  #: what it says of its records
         self.hang = asyncio.Event()
         self.hang.set()
         interface = read_interface(paths.INTERFACES / "io.nanoclaw.Gateway.varlink")
         handlers = {"Attach": self._attach, "Detach": self._detach, "Status": self._status}
         handlers |= {"SetPolicy": self._set_policy, "ReadRecords": self._read_records}
+        handlers |= {"SetBudget": self._set_budget, "ReadUsage": self._read_usage, "GetLife": self._get_life}
         handlers |= {"ReadHolds": self._read_holds, "AnswerHold": self._answer_hold}
         methods = {name: Method(handler=handler) for name, handler in handlers.items()}
         self.service = Service(interface=interface, methods=methods)
@@ -62,11 +81,22 @@ class GatewayDouble:
         """Record that a request has ended."""
         self.trail.add(BERTA, SessionName("s1"), Exchange(status=status))
 
+    async def _get_life(self, call: Call) -> Json:
+        return {"life": self.ledger.life}
+
+    async def _set_budget(self, call: Call) -> Json:
+        self.budgets.append(call.parameters)
+        return {}
+
+    async def _read_usage(self, call: Call) -> Json:
+        return {"life": self.ledger.life, "sums": await self.ledger.read(call.parameters["after"])}
+
     def _decide(self, request: Request) -> Decision:
         return decide(self.policies[request.agent], request.ask, self.unknown[request.agent])
 
     async def _set_policy(self, call: Call) -> Json:
         agent = call.parameters["agent"]
+        assert agent in [told["agent"] for told in self.budgets], "the budget comes first"
         self.policies[agent] = tuple(map(from_json, call.parameters["rules"]))
         self.unknown[agent] = Unknown(call.parameters["unknown"])
         self.holds.decide_again()
@@ -149,7 +179,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gateway_has_what_lives_also_after_its_restart() -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(5)}
             inodes = {name: os.fstat(sock.fileno()).st_ino for name, sock in listeners.items()}
@@ -176,8 +206,8 @@ def test_gateway_keeps_nothing_that_ended_without_a_router(adopted: list[str]) -
     async def run() -> None:
         gateway, link, next_link = (
             GatewayDouble(),
-            GatewayLink(policy_of, take_over),
-            GatewayLink(policy_of, take_over),
+            GatewayLink(policy_of, take_over, NoUsage()),
+            GatewayLink(policy_of, take_over, NoUsage()),
         )
         with contextlib.ExitStack() as stack:
             listeners = {str(n): stack.enter_context(socket.socket(socket.AF_UNIX)) for n in range(3)}
@@ -198,7 +228,7 @@ def test_session_that_ends_while_others_are_handed_over_disturbs_none(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         gateway.hang.clear()
         listeners = {name: socket.socket(socket.AF_UNIX) for name in "abc"}
         async with gateway.served(), running(link):
@@ -222,7 +252,7 @@ def test_gateway_that_does_not_answer_is_asked_again(
 ) -> None:
     async def run() -> None:
         monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         gateway.hang.clear()
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
@@ -253,7 +283,7 @@ def test_gateway_that_tells_nonsense_of_what_it_decides_still_gets_its_sessions(
         return "".join(told)
 
     async def run() -> None:
-        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over)
+        gateway, link = GatewayDouble(), GatewayLink(policy_of, take_over, NoUsage())
         gateway.nonsense = nonsense
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
@@ -267,13 +297,13 @@ def test_gateway_that_tells_nonsense_of_what_it_decides_still_gets_its_sessions(
 
 def test_status_of_a_gateway_that_is_away() -> None:
     with pytest.raises(Unavailable, match="cannot connect"):
-        asyncio.run(GatewayLink(policy_of, take_over).status())
+        asyncio.run(GatewayLink(policy_of, take_over, NoUsage()).status())
 
 
 def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
     async def run() -> None:
         rules: Rules = RULES
-        gateway, link = GatewayDouble(), GatewayLink(lambda _: Policy(rules=rules), take_over)
+        gateway, link = GatewayDouble(), GatewayLink(lambda _: Policy(rules=rules), take_over, NoUsage())
         with socket.socket(socket.AF_UNIX) as listener:
             async with gateway.served(), running(link):
                 link.attach(BERTA, SessionName("a"), listener)
@@ -287,17 +317,77 @@ def test_policy_that_changes_is_in_force_when_refresh_returns() -> None:
 
 
 def test_refresh_does_not_wait_for_a_gateway_that_nobody_needs() -> None:
-    asyncio.run(GatewayLink(policy_of, take_over).refresh())
+    asyncio.run(GatewayLink(policy_of, take_over, NoUsage()).refresh())
 
 
 def test_refresh_tells_of_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         monkeypatch.setattr(gateway_link, "_ANSWER_S", 0.02)
-        link = GatewayLink(policy_of, take_over)
+        link = GatewayLink(policy_of, take_over, NoUsage())
         with socket.socket(socket.AF_UNIX) as listener:
             async with running(link):
                 link.attach(BERTA, SessionName("a"), listener)
                 with pytest.raises(Unavailable, match="did not take"):
                     await link.refresh()
+
+    asyncio.run(run())
+
+
+class Book(NoUsage):
+    """What was asked and told, for one test."""
+
+    def __init__(self) -> None:
+        self.limit = Budget(money_per_session=7)
+        self.budget_of = lambda agent: self.limit
+        self.stored: list[tuple[str, Json]] = []
+
+    async def spent_before(self, agent: AgentName, sessions: Collection[str], life: str) -> Json:
+        spent = [{"session": name, "tokens": 1, "microdollars": 2} for name in sorted(sessions)]
+        return {"day": "2026-11-22", "tokens": 3, "microdollars": 4, "sessions": spent}
+
+    async def take_over(self, life: str, sums: Sequence[Json]) -> None:
+        self.stored += [(life, each) for each in sums]
+
+
+def test_budget_is_told_before_sessions_and_again_when_it_or_they_change() -> None:
+    async def run() -> None:
+        gateway, book = GatewayDouble(), Book()
+        link = GatewayLink(policy_of, take_over, book)
+        with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as other:
+            async with gateway.served(), running(link):
+                link.attach(BERTA, SessionName("a"), one)
+                await link.refresh()
+                await link.refresh()
+                link.attach(BERTA, SessionName("b"), other)
+                await link.refresh()
+                book.limit = Budget(money_per_day=9)
+                await link.refresh()
+            told = [
+                (each["budget"]["moneyPerSession"], [s["session"] for s in each["sessions"]])
+                for each in gateway.budgets
+            ]
+            assert told == [(7, ["a"]), (7, ["a", "b"]), (None, [])]
+            assert gateway.budgets[0]["tokens"] == 3 and gateway.budgets[-1]["budget"]["moneyPerDay"] == 9
+
+    asyncio.run(run())
+
+
+def test_what_was_spent_is_stored_again_by_a_next_router() -> None:
+    async def run() -> None:
+        gateway, session = GatewayDouble(), SessionName("a")
+        gateway.ledger.set_budget(BERTA, NO_LIMITS, "2026-11-22", Spent(), {})
+        meter = Meter(UsageShape.ANTHROPIC, size_bytes=1)
+        meter.feed(b'{"model": "m", "usage": {"input_tokens": 5}}')
+        async with gateway.ledger.call(BERTA, session, meter, parse_settings("").prices):
+            pass
+        with socket.socket(socket.AF_UNIX) as listener:
+            async with gateway.served():
+                for _ in range(2):
+                    book = Book()
+                    link = GatewayLink(policy_of, take_over, book)
+                    async with running(link):
+                        link.attach(BERTA, session, listener)
+                        await eventually(lambda book=book: len(book.stored) == 1)
+                    assert [(life, each["input"]) for life, each in book.stored] == [("life", 5)]
 
     asyncio.run(run())

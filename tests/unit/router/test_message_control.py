@@ -79,6 +79,7 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         outlets=router.outlets,
         gateway=router.gateway,
         audit=router.audit,
+        usage=router.usage,
         approvals=router.approvals,
         holds=router.holds,
         sandbox=[],

@@ -272,7 +272,7 @@ def test_the_damaged_database_is_kept(path: Path) -> None:
 
     assert words.splitlines()[-1] == f"the damaged database is kept as '{path}.damaged-1'"
     assert path.with_name("db.damaged-1").read_bytes() == damaged
-    assert 0 < lost(before, path) < 40  # one page of rows
+    assert 0 < lost(before, path) < 100  # one page of rows
     zero(path, other)
     assert f"{path}.damaged-2" in recovery.salvage(path, path)
 

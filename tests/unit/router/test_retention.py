@@ -13,12 +13,18 @@ import pytest
 
 from nanoclawd import limits, retention
 from nanoclawd.audit import Audit
+from nanoclawd.budget import NO_LIMITS
 from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import Unavailable
 from nanoclawd.settings import parse_settings
+from nanoclawd.usage import Usage
 
 DAY_MS = retention.DAY_S * 1000
 OLD, NEW = 31, 29  #: days
+
+
+def usage(store: Store) -> Usage:
+    return Usage(store.database, lambda agent: NO_LIMITS)
 
 
 class Store:
@@ -242,7 +248,7 @@ def test_it_is_done_at_start_and_once_a_day_unless_all_is_kept(
 
         monkeypatch.setattr(retention.asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
-            await retention.run(store.database, Audit(store.database), lambda: settings)
+            await retention.run(store.database, Audit(store.database), usage(store), lambda: settings)
 
         assert slept == [86_400] * 3
 
@@ -264,7 +270,9 @@ def test_a_full_disk_is_met_again_the_next_day(store: Store, monkeypatch: pytest
         monkeypatch.setattr(store.database, "write", write)
         monkeypatch.setattr(retention.asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
-            await retention.run(store.database, Audit(store.database), lambda: parse_settings(""))
+            await retention.run(
+                store.database, Audit(store.database), usage(store), lambda: parse_settings("")
+            )
 
         assert store.ids() == {"m"}
 

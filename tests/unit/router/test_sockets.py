@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoclawd import varlink
+from nanoclawd import sockets, varlink
 from nanoclawd.errors import Unavailable
 from nanoclawd.sockets import bind_listener
 
@@ -69,3 +69,37 @@ def test_cancelled_connect_leaves_nothing_open(tmp_path: Path) -> None:
             first.close()
 
     asyncio.run(run())
+
+
+def test_listener_is_made_with_the_label_that_containers_may_connect_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel without SELinux has none of these files: these stand in for them."""
+    enforce, attribute = tmp_path / "enforce", tmp_path / "sockcreate"
+    enforce.write_text("1")
+    monkeypatch.setattr(sockets, "_SELINUX", enforce)
+    monkeypatch.setattr(sockets, "_ATTRIBUTE", attribute)
+    labels = []
+
+    class Noting(socket.socket):
+        def __init__(self, *arguments: int) -> None:
+            labels.append(attribute.read_text())
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(socket, "socket", Noting)
+    bind_listener(tmp_path / "host.sock").close()
+
+    assert labels == ["unconfined_u:unconfined_r:spc_t:s0"]
+    assert attribute.read_text() == ""  # no other socket gets it
+
+
+def test_listener_is_made_where_the_label_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "enforce").write_text("0")
+    monkeypatch.setattr(sockets, "_SELINUX", tmp_path / "enforce")
+    monkeypatch.setattr(sockets, "_ATTRIBUTE", tmp_path / "missing/sockcreate")
+
+    bind_listener(tmp_path / "host.sock").close()
+
+    assert "selinux-label-refused" in capfd.readouterr().err

@@ -218,6 +218,17 @@ def test_lasting_trouble_is_not(runner: Runner, api: MessagesApi, answer: dict[s
     assert (error["code"], error["retryable"]) == (code, False)
 
 
+def test_a_budget_that_is_used_up_is_told_in_the_gateways_words(runner: Runner, api: MessagesApi) -> None:
+    words = "The budget of 'berta' is used up: $1.02 of $1.00 spent today. " + "To go on, raise it. " * 8
+    api.add({"status": 402, "error": {"type": "budget_error", "message": words}})
+
+    runner.router.give("hello")
+
+    error = runner.router.wait("FinishTurn")["error"]
+    assert (error["code"], error["retryable"], error["message"]) == ("quota", False, words.strip())
+    assert len(api.requests) == 1
+
+
 def test_gateway_that_is_away_is_retryable(make_runner: MakeRunner) -> None:
     runner = make_runner(provider="anthropic")
 
