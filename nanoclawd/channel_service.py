@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from nanoclawd import journal, limits, outbox, paths, queue
 from nanoclawd.db import Database, Transaction, now_ms
@@ -20,6 +22,7 @@ from nanoclawd.states import ChatState, DeliveryState
 from nanoclawd.wire import Json
 
 INTERFACE = "io.nanoclaw.Channel"
+T = TypeVar("T")
 
 
 class ChannelService:
@@ -92,9 +95,7 @@ class ChannelService:
 
             return await self._turns.write(store, first)
         if self._pairings.is_code(event.channel, event.text):
-            if (deliveries := await self._db.write(partial(self._pair, event=event))) is not None:
-                await self.reconsider()
-                self._outlets.publish(deliveries)
+            self._outlets.publish(await self.decide(partial(self._pair, event=event)))
             return Taken()
         arrival = Arrival(
             event=event,
@@ -105,19 +106,19 @@ class ChannelService:
             direct=parameters["kind"] == "direct",
             title=_shown(parameters["title"]),
         )
-        return await self._turns.write(lambda tx: take(tx, arrival, self._registry.names()), first)
+        return await self._turns.write(lambda tx: take(tx, arrival), first)
 
-    def _pair(self, tx: Transaction, event: Event) -> list[Delivery] | None:
-        """Link the sender of a code to whom it was made for, and say so; None if it is no good."""
-        if self._pairings.pair(tx, event) is None:
-            return None
+    def _pair(self, tx: Transaction, event: Event) -> list[Delivery]:
+        """Link the sender of a code to whom it was made for, and say so, if it is any good."""
+        self._pairings.pair(tx, event)
         return self._outlets.claim(tx)
 
-    async def reconsider(self, chat: int | None = None) -> None:
-        """Let messages go that waited for what has been answered now."""
-        names = self._registry.names()
-        for session in await self._db.write(lambda tx: reconsider(tx, names, chat=chat)):
+    async def decide(self, operation: Callable[[Transaction], T]) -> T:
+        """Run a write about people or chats, and in the same let messages go that waited for it."""
+        result, sessions = await self._db.write(lambda tx: (operation(tx), reconsider(tx)))
+        for session in sessions:
             self._sessions.wake(session)
+        return result
 
     async def _invite(self, call: Call) -> Json:
         for name in ("channel", "chat", "sender"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanoclawd import journal, limits, people
 from nanoclawd.audit import Kind, append
-from nanoclawd.db import Row, Transaction, now_ms
+from nanoclawd.db import Transaction, now_ms
 from nanoclawd.errors import Refused
 from nanoclawd.queue import DeliveryKind, Event
 
@@ -56,8 +56,8 @@ class Pairings:
         self._forget()
         return any(p.channel == channel for p in self._open) and _CODE.fullmatch(text) is not None
 
-    def pair(self, tx: Transaction, event: Event) -> Row | None:
-        """Link the sender of the right code, and tell the chat; None if it is wrong, which counts."""
+    def pair(self, tx: Transaction, event: Event) -> None:
+        """Link the sender of the right code, and tell the chat; a wrong one counts."""
         found = _CODE.fullmatch(event.text)
         assert found is not None
         code, match = "".join(found.groups()).upper(), None
@@ -71,7 +71,7 @@ class Pairings:
         self._forget()
         if match is None:
             tx.tell(journal.warning, "pairing-failed", "a wrong code", channel=event.channel)
-            return None
+            return
         self._open.remove(match)
         person = people.ensure_person(tx, match.person)
         people.link(tx, person, event.channel, event.sender, how="paired")
@@ -93,7 +93,6 @@ class Pairings:
             now=now_ms(),
         )
         tx.places.append(event.place)
-        return person
 
     def _forget(self) -> None:
         """Have those be over whose time is, or that were guessed at too often."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -106,7 +106,7 @@ class PeopleControl:
             tx.all("set_wiring", chat=number, agent=agent, **values)
             tx.all("set_chat_state", id=number, state=ChatState.OPEN)
 
-        await self._change(wire, chat=number)
+        await self.channels.decide(wire)
         journal.info("chat-wired", agent=agent, channel=row["channel"], number=number)
         return await self._answer(row, ChatState.OPEN)
 
@@ -121,12 +121,12 @@ class PeopleControl:
                 raise NotFound(f"{who} in chat {number}", hint=hint)
             return ChatState(tx.all("get_chat", id=number)[0]["state"])
 
-        return await self._answer(row, await self._change(unwire, chat=number))
+        return await self._answer(row, await self.channels.decide(unwire))
 
     async def _block(self, call: Call) -> Json:
         number = call.parameters["number"]
         row = await self._find(number)
-        await self._change(lambda tx: block_chat(tx, number), chat=number)
+        await self.channels.decide(lambda tx: block_chat(tx, number))
         journal.info("chat-blocked", channel=row["channel"], number=number)
         return await self._answer(row, ChatState.BLOCKED)
 
@@ -153,7 +153,7 @@ class PeopleControl:
                 raise Refused("there is more than one agent that could listen there", hint=hint)
             return ChatState(tx.all("get_chat", id=number)[0]["state"])
 
-        await self._answer(row, await self._change(operation, chat=number))
+        await self._answer(row, await self.channels.decide(operation))
 
     async def _find(self, number: int) -> Row:
         rows = await self.db.read("list_chats", id=number)
@@ -214,7 +214,7 @@ class PeopleControl:
             else:
                 people.link(tx, people.ensure_person(tx, name), channel, user, how="linked")
 
-        await self._change(link)
+        await self.channels.decide(link)
         return await self._person(name)
 
     async def _set_role(self, call: Call) -> Json:
@@ -227,7 +227,7 @@ class PeopleControl:
             else:
                 people.set_role(tx, people.ensure_person(tx, name), standing)
 
-        await self._change(change)
+        await self.channels.decide(change)
         return await self._person(name)
 
     async def _set_role_of(self, call: Call) -> Json:
@@ -240,7 +240,7 @@ class PeopleControl:
             people.set_role(tx, person, standing)
             return str(person["name"])
 
-        return await self._person(await self._change(change))
+        return await self._person(await self.channels.decide(change))
 
     async def _standing(self, call: Call) -> Standing:
         """Return the role that a call is about. Raises Refused if no such role fits, NotFound."""
@@ -276,12 +276,6 @@ class PeopleControl:
         _check_account(channel, "-")
         await self.db.write(lambda tx: people.ensure_person(tx, name))
         return {"code": self.pairings.begin(channel, name), "seconds": int(limits.PAIRING_S)}
-
-    async def _change(self, operation: Callable[[Transaction], T], chat: int | None = None) -> T:
-        """Write, and let go what waited for it."""
-        result = await self.db.write(operation)
-        await self.channels.reconsider(chat)
-        return result
 
 
 def _check_wiring(values: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ sender may talk to an agent of the chat, unless somebody is to be asked about th
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -66,10 +65,8 @@ class Taken:
             self.sessions.append(session)
 
 
-def take(tx: Transaction, arrival: Arrival, agents: Collection[str]) -> Taken:
-    """Have an event go where it must; `agents` is all that there are. Raises Refused if too many wait
-    already.
-    """
+def take(tx: Transaction, arrival: Arrival) -> Taken:
+    """Have an event go where it must. Raises Refused if too many wait already."""
     event = arrival.event
     if (known := tx.one("find_event", **event.key)) is not None:
         return Taken(outcome=Outcome.QUEUED, message=MessageId(known["id"]), duplicate=True)
@@ -84,7 +81,7 @@ def take(tx: Transaction, arrival: Arrival, agents: Collection[str]) -> Taken:
         return Taken(outcome=Outcome.HELD, duplicate=True)
     match ChatState(chat["state"]):
         case ChatState.OPEN:
-            return _route(tx, chat, arrival, agents)
+            return _route(tx, chat, arrival)
         case ChatState.NEW if wanted and not arrival.program:
             return _hold(tx, chat, arrival, About.CHAT)
     return _drop(tx, chat, 1)
@@ -115,14 +112,12 @@ def _kind(direct: bool) -> str:
     return "direct" if direct else "group"
 
 
-def _route(
-    tx: Transaction, chat: Row, arrival: Arrival, agents: Collection[str], again: Taken | None = None
-) -> Taken:
+def _route(tx: Transaction, chat: Row, arrival: Arrival, again: Taken | None = None) -> Taken:
     """Decide by sender, then by what is said. `again`, to be filled: it was held; what must be so still
     stays.
     """
     event, taken = arrival.event, again or Taken()
-    rows = {row["id"]: row for row in tx.all("list_wirings", chat=chat["id"]) if row["agent"] in agents}
+    rows = {row["id"]: row for row in tx.all("list_wirings", chat=chat["id"])}
     standings = people.standings_of(tx, event.channel, event.sender)
     verdicts = {
         id: decide_access(standings, row["agent"], chat["id"], Access(row["access"]))
@@ -269,7 +264,7 @@ def _hold(tx: Transaction, chat: Row, arrival: Arrival, about: About, agent: str
     return Taken(outcome=Outcome.HELD)
 
 
-def reconsider(tx: Transaction, agents: Collection[str], *, chat: int | None = None) -> list[SessionRow]:
+def reconsider(tx: Transaction) -> list[SessionRow]:
     """After an answer, be it about a chat or a person: let go what waits and need not any more, in its
     order.
 
@@ -277,14 +272,14 @@ def reconsider(tx: Transaction, agents: Collection[str], *, chat: int | None = N
     """
     sessions: dict[int, SessionRow] = {}
     full: set[int] = set()  # chats of which nothing more can be taken now
-    for held in tx.all("list_held", chat=chat):
+    for held in tx.all("list_held", chat=None):
         (place,) = tx.all("get_chat", id=held["chat"])
         if place["state"] == ChatState.NEW or place["id"] in full:
             continue
         taken = Taken()
         if place["state"] == ChatState.OPEN:
             try:
-                _route(tx, place, _arrival(place, held), agents, taken)
+                _route(tx, place, _arrival(place, held), taken)
             except Refused:  # an agent has too much to do: this waits on
                 full.add(place["id"])
                 taken.outcome = Outcome.HELD

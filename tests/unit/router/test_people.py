@@ -754,6 +754,25 @@ def test_a_code_ends_with_its_time(place: Place, monkeypatch: pytest.MonkeyPatch
     place.run(run)
 
 
+def test_messages_for_an_agent_whose_file_is_away_wait_for_it(place: Place) -> None:
+    async def run() -> None:
+        async with opened(place) as room:
+            await room.wire(engagement="every", access="ask")
+            await room.member(ADA)
+            await room.say("held", EVE)
+            del place.registry.agents["berta"]
+
+            assert await room.outcome("hello") == "queued"
+            await room.member(EVE)
+            place.registry.add("berta")
+            await room.router.start_waiting()
+
+            assert await room.heard() == ["berta: hello", "berta: held"]
+            assert await room.router.states() == ["answered", "answered"]
+
+    place.run(run)
+
+
 # --- what is refused --------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ class Chat(RuleBasedStateMachine):
         }
 
     def settle(self) -> None:
-        reconsider(self.tx, AGENTS)
+        reconsider(self.tx)
 
     # --- what happens ------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Chat(RuleBasedStateMachine):
         state = self.tx.all("get_chat", id=self.number)[0]["state"] if self.number else "new"
         waiting = len(self.tx.all("list_held", chat=None))
 
-        taken = take(self.tx, arrival, AGENTS)
+        taken = take(self.tx, arrival)
 
         if state == "open" and not set(verdicts.values()) - {Verdict.DROPPED}:
             assert taken.outcome is Outcome.DROPPED
@@ -95,7 +95,7 @@ class Chat(RuleBasedStateMachine):
         if taken.outcome is Outcome.DROPPED:
             self.dropped.add(text)
         elif again:
-            same = take(self.tx, arrival, AGENTS)
+            same = take(self.tx, arrival)
             assert same.outcome is taken.outcome
             assert same.duplicate or taken.outcome is Outcome.KEPT
 
