@@ -61,7 +61,7 @@ def _check_inbox(record: Record, inbox: dict[str, sqlite3.Row], deaths: int) -> 
         row = inbox.get(marker)
         if marker not in record.acknowledged:
             yield Fault.OTHER, f"{marker} was never acknowledged"
-        elif row is None or row["id"] != record.acknowledged[marker]:
+        elif row is None or record.acknowledged[marker] not in (None, row["id"]):
             yield Fault.LOST, f"{marker} was acknowledged and is not in the inbox"
         elif row["state"] not in ENDS:
             yield Fault.LOST, f"{marker} is still {row['state']}: {row['reason']}"

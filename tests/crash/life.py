@@ -15,18 +15,24 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import limits, sessions
+from nanoclawd import limits, people, sessions
+from nanoclawd.access import Role, Standing
+from nanoclawd.db import Row, Transaction
+from nanoclawd.errors import Unavailable
 from nanoclawd.systemd import UnitChange
 from tests.crash.points import Kind, Points, inject
 from tests.support.router import Place, RegistryDouble, Router
 
 MESSAGE_BYTES = 1 << 18
 FDS = 128
+LET_IN_S = 0.003  #: how often the owner looks who waits
 FAILED = 70  #: exit status of a router that ended by itself
 
 #: What takes seconds in earnest takes milliseconds here.
@@ -40,7 +46,7 @@ class Orders:
     root: Path
     kill_at: int | None  #: number of the point at which it ends
     agents: list[str]
-    chats: list[tuple[str, str]]  #: and the agents that listen there
+    chats: list[tuple[str, str, str | None]]  #: the agents that listen there, and who is known there
     slots: int
     stored: list[str]  #: names of the listeners in the fd store
 
@@ -129,12 +135,29 @@ async def _route(
     router = Router(cast(Place, Here()), orders.slots)
     running = asyncio.create_task(router.run(), name="router")
     stopping = asyncio.create_task(_stop(router, systemd, running), name="stop")
+    answering = asyncio.create_task(_let_in(router), name="owner")
     try:
         await running
     except asyncio.CancelledError:
         send(link, ("stopped", points.count))
     finally:
         stopping.cancel()
+        answering.cancel()
+
+
+async def _let_in(router: Router) -> None:
+    """Be the owner, who lets in whoever writes to an agent."""
+    await router.started.wait()
+    while True:
+        for held in await router.db.read("list_held", chat=None):
+            with suppress(Unavailable):
+                await router.channels.decide(partial(_make_member, held=held))
+        await asyncio.sleep(LET_IN_S)
+
+
+def _make_member(tx: Transaction, held: Row) -> None:
+    person = people.person_of(tx, "test", held["sender"])
+    people.set_role(tx, person, Standing(Role.MEMBER, chat=held["chat"]))
 
 
 async def _stop(router: Router, systemd: RemoteSystemd, running: asyncio.Task[None]) -> None:

@@ -55,7 +55,7 @@ class Person:
             "thread": "",
             "event": message.marker,
             "revision": 0,
-            "sender": "someone",
+            "sender": self._chat.sender,
             "text": message.text,
             "agent": self._chat.agent,
         }
@@ -65,7 +65,7 @@ class Person:
         self._record.note()
         if message.again:
             same = await self._line.call(f"{CHANNEL}.Deliver", parameters)
-            if same != {**reply, "duplicate": True}:
+            if reply["outcome"] == "queued" and same != {**reply, "duplicate": True}:
                 self._record.fault(Fault.REPEATED, f"{message.marker} was stored twice: {reply}, {same}")
 
     async def _stop(self) -> None:

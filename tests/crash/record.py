@@ -39,7 +39,8 @@ class Shown:
 @dataclass(slots=True)
 class Record:
     plan: Plan
-    acknowledged: dict[str, str] = field(default_factory=dict)  #: message ids by marker, in order
+    #: Message ids by marker, in order; None if it was held.
+    acknowledged: dict[str, str | None] = field(default_factory=dict)
     shown: dict[str, Shown] = field(default_factory=dict)  #: by key, in order
     refused: dict[str, Shown] = field(default_factory=dict)  #: what the platform will never take
     reported: set[str] = field(default_factory=set)  #: keys whose report the router has acknowledged

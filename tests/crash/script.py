@@ -68,11 +68,17 @@ class Chat:
     agent: str
     steps: list[Step]
     channel: str = "test"
+    #: Who writes is unknown there at first: what is said waits until the owner has let them in.
+    asks: bool = False
 
     @property
     def id(self) -> str:
         """What the channel calls it."""
         return f"{self.agent}/{self.name}" if self.channel == "terminal" else self.name
+
+    @property
+    def sender(self) -> str:
+        return f"@{self.name}" if self.asks else "someone"
 
     @property
     def messages(self) -> list[Message]:
@@ -145,7 +151,9 @@ def _make_chat(random: Random, name: str) -> Chat:
                 say(order, str(more))
         if random.random() < 0.3:
             steps.append(Pause.UNTIL_ENDED)
-    return Chat(name=name, agent=random.choice(AGENTS), steps=steps)
+    # What is held is no agent's yet, and not stopped with what is.
+    asks = random.random() < 0.5 and not {Pause.STOP, Pause.STOP_RUNNING} & {*steps}
+    return Chat(name=name, agent=random.choice(AGENTS), steps=steps, asks=asks)
 
 
 def _choose_kills(random: Random, about: int) -> Iterator[int]:

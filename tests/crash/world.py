@@ -183,7 +183,11 @@ class World:
             root=self._root,
             kill_at=kill_at,
             agents=[*AGENTS],
-            chats=[(chat.id, chat.agent) for chat in self._plan.chats if chat.channel == "test"],
+            chats=[
+                (chat.id, chat.agent, None if chat.asks else chat.sender)
+                for chat in self._plan.chats
+                if chat.channel == "test"
+            ],
             slots=self._plan.slots,
             stored=[*self._fd_store],
         )

@@ -434,8 +434,9 @@ class Router:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(db.run(), name="database")
-                for chat, agent in place.wired:
-                    await self.wire(chat, agent, "someone")
+                for chat, agent, sender in place.wired:
+                    access = {"access": "ask", "engagement": "every"} if sender is None else {}
+                    await self.wire(chat, agent, *filter(None, (sender,)), **access)
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
                 self.usage = Usage(db, lambda agent: place.budget)
@@ -564,9 +565,8 @@ class Place:
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)
-        self.wired: list[
-            tuple[str, str]
-        ] = []  #: chats of the channel "test" and who listens there from the first
+        #: Chats of the channel "test", who listens there from the first, and whose account is the owner's.
+        self.wired: list[tuple[str, str, str | None]] = []
         self.channel = root / "channel" / "socket"
         self.channel.parent.mkdir()
         self.listener = socket.socket(socket.AF_UNIX)
