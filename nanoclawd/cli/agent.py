@@ -46,7 +46,8 @@ def agent_set(options: Namespace) -> None:
     reply = control.call_agent("SetAgent", options.AGENT, keys)
     _warn_if_broken(options, reply)
     keeps = f"Sessions that run keep what they have; 'nanoclawctl agent restart {options.AGENT}' ends that."
-    output.done(options, reply, keeps if reply["runtime"]["running"] else "")
+    later = any(value is not None for key, value in keys.items() if key != "unknown")
+    output.done(options, reply, keeps if later and reply["runtime"]["running"] else "")
 
 
 def agent_list(options: Namespace) -> None:

@@ -15,8 +15,15 @@ def _what(row: Json) -> str:
     detail = row["detail"]
     place = f"/r/{detail['route']}" if "route" in detail else detail.get("host", "")
     if row["kind"] != "request":
-        return ", ".join(f"{key} {value}" for key, value in detail.items())
+        return ", ".join(f"{key} {_words(value)}" for key, value in detail.items())
     return f"{detail.get('method', '')} {place}{detail.get('path', '')}".strip() or "(many)"
+
+
+def _words(value: Any) -> str:
+    """Return what was given of a value, without braces and what was left out."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_words(each)}" for key, each in value.items() if each)
+    return ",".join(map(_words, value)) if isinstance(value, list) else str(value)
 
 
 def _number(key: str) -> output.Field:

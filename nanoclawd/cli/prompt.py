@@ -99,13 +99,16 @@ class Prompt:
             # The marks tell readline which characters take no room.
             before_words, _, after_words = output.colour(output.BOLD, "\0").partition("\0")
             return input(f"\x01{before_words}\x02{words}\x01{after_words}\x02")
-        except Woken:
+        except (Woken, SystemError) as exc:
+            # Raised while C code has a result already, the one comes as the cause of the other.
+            if isinstance(exc, SystemError) and not isinstance(exc.__cause__, Woken):
+                raise
             if begun:
                 # The line was complete, and the signal came before input() could return it?
                 if not self.typed and readline.get_current_history_length() > before:
                     return readline.get_history_item(before + 1)
                 self._erase(words)
-            raise
+            raise Woken from None
         finally:
             self._in_line = False
             self._away.set()

@@ -109,7 +109,7 @@ def reload(options: Namespace) -> None:
     if reply["problems"]:
         raise ConfigError(
             f"{reply['agents']} agents are read, {len(reply['problems'])} problems remain",
-            hint="correct the files and reload again; what was wrong stays as it was before",
+            hint="correct them and reload again; until then such an agent does not run, and reaches nothing",
         )
     output.talk(f"{reply['agents']} agents are read.")
 

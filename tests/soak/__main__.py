@@ -310,7 +310,10 @@ def report(
     print(f"\n{'longest life of':28} {heads}")
     for unit in (host.ROUTER, host.GATEWAY):
         lives = [life for (name, _), life in samples.items() if name == unit]
-        life = max(lives, key=len)
+        life = max(lives, key=len, default=[])
+        if len(life) < 2:
+            print(f"{unit:28} too short to tell")
+            continue
         warm = life[int(len(life) * WARM) :]
         slope = slope_per_hour(life, lambda s: s.rss_kib)
         fds, threads = ([getattr(s, name) for s in warm] for name in ("fds", "threads"))

@@ -126,16 +126,20 @@ def test_whoever_comes_while_the_router_leaves_is_answered_by_the_next(tmp_path:
                 server.stop()
                 await asyncio.wait([running])
 
-    async def run() -> list[str]:
+    async def run() -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(tmp_path / "socket"))
             listener.listen(callers)
             serving = asyncio.ensure_future(serve(listener))
             try:
-                return await asyncio.gather(*map(call, range(callers)))
+                for _ in range(20):
+                    answers = await asyncio.gather(*map(call, range(callers)))
+                    assert answers == [str(number) for number in range(callers)]
+                    if lives > 5:  # some leave while somebody comes; on a busy machine that takes longer
+                        return
             finally:
                 serving.cancel()
                 await asyncio.wait([serving])
 
-    assert asyncio.run(run()) == [str(number) for number in range(callers)]
-    assert lives > 5  # some leave while somebody comes
+    asyncio.run(run())
+    assert lives > 5
