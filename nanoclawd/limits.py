@@ -95,7 +95,8 @@ FDSTORE = 512  # FileDescriptorStoreMax= of nanoclaw.service
 CHATS_NEW = 200  #: chats that wait for an answer; messages of more are not taken
 HELD_PER_CHAT = 50  #: messages that wait for an answer
 HELD_BYTES = 256 << 10  #: of the texts of these
-HELD_TOTAL = 1000
+HELD_PER_NEW_CHAT = 5  #: of these there may be many, made by strangers
+HELD_TOTAL = 2000
 QUESTIONS = 50  #: about senders and chats, that wait for an answer
 HELD_DAYS = 7  #: then nobody wants an answer any more
 CONTEXT_MESSAGES = 50  #: kept for an agent that they were not for

@@ -74,6 +74,8 @@ def _remove_sessions(tx: Transaction) -> None:
 
 def _drop_held(tx: Transaction) -> None:
     """Give up messages that nobody has answered for about their senders or chats."""
-    for row in tx.all("drop_old_held", before=now_ms() - limits.HELD_DAYS * DAY_S * 1000):
+    before = now_ms() - limits.HELD_DAYS * DAY_S * 1000
+    for row in tx.all("drop_old_held", before=before):
         tx.all("count_dropped", id=row["chat"], number=1)
     end_answered(tx)
+    tx.all("forget_new_chats", before=before)

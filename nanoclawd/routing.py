@@ -228,8 +228,9 @@ def _hold(tx: Transaction, chat: Row, arrival: Arrival, about: About, agent: str
     event = arrival.event
     (waiting,) = tx.all("count_held", chat=chat["id"])
     size = len(event.text.encode())
+    room = limits.HELD_PER_NEW_CHAT if about is About.CHAT else limits.HELD_PER_CHAT
     if (
-        waiting["in_chat"] >= limits.HELD_PER_CHAT
+        waiting["in_chat"] >= room
         or waiting["bytes"] + size > limits.HELD_BYTES
         or waiting["total"] >= limits.HELD_TOTAL
     ):

@@ -523,6 +523,12 @@ DELETE FROM held WHERE chat = :chat RETURNING seq;
 -- drop_old_held --
 DELETE FROM held WHERE received_at < :before RETURNING chat;
 
+-- forget_new_chats --
+-- Those that nobody wanted an answer about for long: they make room for others.
+DELETE FROM chat WHERE state = 'new' AND created_at < :before
+   AND NOT EXISTS (SELECT 1 FROM held WHERE held.chat = chat.id)
+   AND NOT EXISTS (SELECT 1 FROM member WHERE member.chat = chat.id);
+
 -- keep_context --
 INSERT INTO context (wiring, thread, event, revision, sender, body, said_at)
 VALUES (:wiring, :thread, :event, :revision, :sender, :body, :now) ON CONFLICT DO NOTHING;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from nanoclawd import limits, pairing, paths
+from nanoclawd import limits, pairing, paths, retention, routing
+from nanoclawd.db import now_ms
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.wire import Json, VarlinkError
 from tests.support.router import CHANNEL, Place, Router
@@ -237,6 +237,28 @@ def test_what_is_held_survives_the_router_and_is_bounded(
             assert (await room.show())["chat"]["dropped"] == 2
             await room.member(EVE)
             assert await room.heard() == ["berta: a", "berta: b", "berta: c"]
+
+    place.run(run)
+
+
+def test_what_nobody_answers_makes_room_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with opened(place) as room:
+            await room.wire(engagement="every", access="ask")
+            await room.member("@fay:example.org", "denied")
+            await room.say("one", EVE)
+            room.chat = "other"
+            outcomes = [await room.outcome(str(n), EVE, kind="direct") for n in range(9)]
+            assert outcomes == ["held"] * limits.HELD_PER_NEW_CHAT + ["dropped"] * (9 - 5)
+            later = now_ms() + (limits.HELD_DAYS * retention.DAY_S + 1) * 1000
+            monkeypatch.setattr(retention, "now_ms", lambda: later)
+
+            await room.router.db.write(retention._drop_held)
+
+            assert await room.texts_stored() == set()
+            assert await pending(room) == []
+            chats = [reply["chat"] for reply in await room.operator.stream("ListChats")]
+            assert [(chat["chat"], chat["dropped"]) for chat in chats] == [("room", 1)]
 
     place.run(run)
 
@@ -582,13 +604,14 @@ def test_threads_are_conversations_or_are_not(place: Place, mode: str, sessions:
 def test_sticky_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with opened(place) as room:
-            await room.wire(engagement="sticky", stickySeconds=1)
+            await room.wire(engagement="sticky", stickySeconds=60)
             await room.member(ADA)
 
             assert await room.outcome("not yet") == "dropped"
             assert await room.outcome("hey", mentioned=True) == "queued"
             assert await room.outcome("and this") == "queued"
-            await asyncio.sleep(1.01)
+            then = now_ms() + 60_000
+            monkeypatch.setattr(routing, "now_ms", lambda: then)
             assert await room.outcome("too late") == "dropped"
 
     place.run(run)

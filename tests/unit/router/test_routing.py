@@ -23,7 +23,7 @@ from tests.support.router import wire
 
 AGENTS = ["berta", "emil"]
 SENDERS = st.sampled_from(["@a:x", "@b:x", "@c:x"])
-HELD = 4
+HELD = 4  #: of a chat, be it new or not
 
 
 class Chat(RuleBasedStateMachine):
@@ -37,7 +37,9 @@ class Chat(RuleBasedStateMachine):
         self.tx = Transaction(self.writer, self.queries)
         self.numbers = itertools.count()
         self.dropped: set[str] = set()  #: texts of which nothing may be stored
-        self.limits = mock.patch.multiple(limits, HELD_PER_CHAT=HELD, STRANGER_BURST=10_000)
+        self.limits = mock.patch.multiple(
+            limits, HELD_PER_CHAT=HELD, HELD_PER_NEW_CHAT=HELD, STRANGER_BURST=10_000
+        )
         self.limits.start()
         self.number = 0
 
