@@ -107,12 +107,13 @@ def test_turn_holds_no_more_text_than_fits(place: Place, monkeypatch: pytest.Mon
 
 
 def test_message_joins_the_turn_that_runs_and_ends_with_it(place: Place) -> None:
-    delivered = asyncio.Event()
+    looked, delivered = asyncio.Event(), asyncio.Event()
 
     async def runner(container: Container) -> None:
         await container.begin()
         turn = await container.take()
         assert await take_more(container, turn) == []
+        looked.set()
         await delivered.wait()
         joined = await take_more(container, turn)
         assert [message["text"] for message in joined] == ["two", "three"]
@@ -134,7 +135,7 @@ def test_message_joins_the_turn_that_runs_and_ends_with_it(place: Place) -> None
             adapter = await router.attach()
             mine = await router.attach(event="e1")
             await router.deliver("one")
-            await eventually(lambda: place.systemd.containers and place.systemd.containers[UNIT].turns)
+            await looked.wait()
             await router.deliver("two")
             await router.deliver("three")
             delivered.set()
