@@ -66,7 +66,8 @@ def render_joined(messages: Sequence[Message]) -> str:
 def _render_messages(messages: Sequence[Message]) -> list[str]:
     parts = []
     for message in messages:
-        parts += [_render("said", said) for said in message["context"]]
+        # A router that is older than we are tells of none.
+        parts += [_render("said", said) for said in message.get("context", [])]
         parts.append(_render("message", message))
     return parts
 

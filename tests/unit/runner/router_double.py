@@ -11,7 +11,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,13 @@ class RouterDouble:
     # what a test does
 
     def give(
-        self, text: str, *, id: str = "t1", attempt: int = 1, sent: dict[str, str] | None = None
+        self,
+        text: str,
+        *,
+        id: str = "t1",
+        attempt: int = 1,
+        sent: dict[str, str] | None = None,
+        context: Sequence[dict[str, object]] = (),
     ) -> None:
         """Hand out a turn of one message, now or at the next Work()."""
         turn = {
@@ -69,7 +75,7 @@ class RouterDouble:
                     "sender": "Ada",
                     "receivedAt": 1_800_000_000.5,
                     "text": text,
-                    "context": [],
+                    "context": [*context],
                 }
             ],
             "alreadySent": [{"key": key, "text": text} for key, text in (sent or {}).items()],
