@@ -256,9 +256,8 @@ class ControlService:
         parse_agent_name(parameters["name"])
         await _require_image(DEFAULT_IMAGE if parameters["image"] is None else parameters["image"])
         if self.registry.find(AgentName(parameters["name"])) is None:
-            await self.approvals.forget(
-                parameters["name"]
-            )  # of one that had the name, and went with its file
+            # Of one that had the name, and went with its file.
+            await self.approvals.forget(parameters["name"])
         agent = await self.registry.add(parameters["name"], _values(parameters), parameters["instructions"])
         return await self._describe(agent)
 
