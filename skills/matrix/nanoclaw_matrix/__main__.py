@@ -26,7 +26,7 @@ from nanoclaw_matrix.rooms import Rooms
 from nanoclaw_matrix.router import Line, Router, pauses
 from nanoclaw_matrix.settings import Settings, SettingsError, read_settings
 from nanoclaw_matrix.store import Store
-from nanoclaw_matrix.varlink import CallError, RouterAway
+from nanoclaw_matrix.varlink import CallError, Connection, RouterAway
 from nanoclaw_matrix.verification import Verifications
 from nanoclaw_matrix.writer import Writer
 
@@ -40,23 +40,22 @@ async def run(socket_path: str, directory: Path) -> None:
     """Serve the account until cancelled."""
     health = Health()
     store = Store(directory)
-    accounts: list[str] = []
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_report(socket_path, accounts, health), name="health")
-            await _serve_for_ever(socket_path, directory, store, accounts, health)
+            tasks.create_task(_report(socket_path, health), name="health")
+            await _serve_for_ever(socket_path, directory, store, health)
     finally:
         store.close()
 
 
 async def _serve_for_ever(
-    socket_path: str, directory: Path, store: Store, accounts: list[str], health: Health
+    socket_path: str, directory: Path, store: Store, health: Health
 ) -> None:
     retries = pauses()
     while True:
         try:
             settings = read_settings()
-            await _serve(settings, socket_path, directory, store, accounts, health)
+            await _serve(settings, socket_path, directory, store, health)
         except SettingsError as exc:
             health.set(State.FAILED, str(exc))
             await asyncio.sleep(REFUSED_S)
@@ -72,12 +71,11 @@ async def _serve_for_ever(
 
 
 async def _serve(
-    settings: Settings, socket_path: str, directory: Path, store: Store, accounts: list[str], health: Health
+    settings: Settings, socket_path: str, directory: Path, store: Store, health: Health
 ) -> None:
     """Log in and serve; returns when the token is not taken any more."""
     client = await log_in(settings, store, directory)
-    accounts[:] = [client.user_id]
-    router = Router(socket_path, accounts, settings.max_file_bytes)
+    router = Router(socket_path, [client.user_id], settings.max_file_bytes)
     inbound, outbound = Line(router), Line(router)
     try:
         signing = CrossSigning(client, store, settings)
@@ -101,7 +99,7 @@ async def _serve(
             client.store.database.close()
 
 
-async def _report(socket_path: str, accounts: list[str], health: Health) -> None:
+async def _report(socket_path: str, health: Health) -> None:
     """Tell the router how it is, for ever."""
     told = ""
     while True:
@@ -110,9 +108,8 @@ async def _report(socket_path: str, accounts: list[str], health: Health) -> None
         if f"{state} {text}" != told:
             told = f"{state} {text}"
             log.info("%s", told)
-        line = Router(socket_path, accounts, 0)
         try:
-            connection = await line.open()
+            connection = await Connection.open(socket_path)
             try:
                 await connection.call(
                     "io.nanoclaw.Channel.ReportHealth", {"state": state, "text": text[:500]}

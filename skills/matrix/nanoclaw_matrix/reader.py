@@ -7,10 +7,11 @@ whatever is killed in between, the same events come again, and the router knows 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -109,6 +110,10 @@ class Reader:
             "GET", f"/_matrix/client/v3/sync?{urlencode(query)}", timeout_s=WAIT_S + 60
         )
         verifying = self._take_verification(body)
+        invited = {
+            room: copy.deepcopy(_list(info, "invite_state", "events"))  # nio takes them apart
+            for room, info in _table(body, "rooms", "invite").items()
+        }
         response = nio.SyncResponse.from_dict(body)
         if not isinstance(response, nio.SyncResponse):
             raise Away(f"the homeserver's sync cannot be read: {response.message}"[:300])
@@ -117,7 +122,7 @@ class Reader:
             await self._client.receive_response(response)
         for event in verifying:
             await self._verifications.receive(event)
-        await self._rooms.follow(response, body)
+        await self._rooms.follow(response, invited)
         if position is not None:
             for room, info in response.rooms.join.items():
                 await self._read_room(room, info.timeline, position)
@@ -258,8 +263,9 @@ class Reader:
             "agent": agent,
             "mentioned": mentioned,
             "writer": "program" if said.notice else "person",
-            "inReplyTo": said.answers,
         }
+        if said.answers is not None:
+            parameters["inReplyTo"] = said.answers
         answer = await self._hand_over(room, said, parameters)
         if answer is None:
             return False
@@ -400,21 +406,32 @@ def _since_invitation(events: list[Any], account: str) -> list[Any]:
     """Return the events after the account was last invited, or else after it joined."""
     for membership in ("invite", "join"):
         for index in range(len(events) - 1, -1, -1):
-            source = events[index].source
-            content = source.get("content")
-            if (source.get("type"), source.get("state_key")) == ("m.room.member", account) and (
-                isinstance(content, Mapping) and content.get("membership") == membership
+            event = events[index]
+            if isinstance(event, nio.RoomMemberEvent) and (event.state_key, event.membership) == (
+                account,
+                membership,
             ):
                 return events[index + 1 :]
     return []
 
 
-def _list(body: Json, *path: str) -> list[Json]:
-    """Return a list of objects at a place of a JSON document; empty if there is none."""
+def _at(body: Json, *path: str) -> Any:
     value: Any = body
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, Iterable) else []
+    return value
+
+
+def _list(body: Json, *path: str) -> list[Json]:
+    """Return the objects in a list at a place of a JSON document; empty if there is none."""
+    value = _at(body, *path)
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _table(body: Json, *path: str) -> Json:
+    """Return the object at a place of a JSON document; empty if there is none."""
+    value = _at(body, *path)
+    return value if isinstance(value, dict) else {}
 
 
 def _rewound(fd: int) -> int:

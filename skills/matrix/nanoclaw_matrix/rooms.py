@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -24,12 +25,15 @@ class Rooms:
     def __init__(self, client: Homeserver, store: Store, line: Line) -> None:
         self._client, self._store, self._line = client, store, line
 
-    async def follow(self, response: Any, body: Json) -> None:
-        """Take note of invitations, and of rooms that were left. Raises Away."""
+    async def follow(self, response: Any, invited: Mapping[str, list[Json]]) -> None:
+        """Take note of invitations, and of rooms that were left. Raises Away.
+
+        invited: room -> what its invitation tells of its state.
+        """
         for room in response.rooms.leave:
             self._store.drop_room(room)
-        for room, info in response.rooms.invite.items():
-            invitation = _invitation(info, self._client.user_id)
+        for room in response.rooms.invite:
+            invitation = _invitation(invited[room], self._client.user_id)
             waiting = len(self._store.invitations())
             if invitation is None or waiting >= INVITATIONS or self._store.room_state(room) == "invited":
                 continue
@@ -88,18 +92,21 @@ class Rooms:
         }
 
 
-def _invitation(info: Any, account: str) -> Json | None:
+def _invitation(state: list[Json], account: str) -> Json | None:
     """Return who invites to which room; None if it cannot be told."""
-    found, title, names = None, "", {}
-    for event in info.invite_state:
-        source = event.source
-        content = source.get("content") or {}
-        if source.get("type") == "m.room.name":
+    found: Json | None = None
+    title: object = ""
+    names: dict[object, object] = {}
+    for event in state:
+        content = event.get("content")
+        if not isinstance(content, dict):
+            continue
+        if event.get("type") == "m.room.name":
             title = content.get("name")
-        elif source.get("type") == "m.room.member":
-            names[source.get("state_key")] = content.get("displayname")
-            if source.get("state_key") == account and content.get("membership") == "invite":
-                found = source
+        elif event.get("type") == "m.room.member":
+            names[event.get("state_key")] = content.get("displayname")
+            if event.get("state_key") == account and content.get("membership") == "invite":
+                found = event
     if found is None or not isinstance(found.get("sender"), str):
         return None
     sender = found["sender"]
