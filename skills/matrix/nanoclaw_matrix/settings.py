@@ -46,7 +46,7 @@ class Settings:
     verifiers: frozenset[str] = frozenset()  #: accounts whose requests to verify are answered
     trusted: frozenset[str] = frozenset()  #: Ed25519 fingerprints of devices
     devices: Devices = Devices.ALL
-    max_file_bytes: int = 64 * 1024 * 1024
+    max_file_bytes: int = 32 * 1024 * 1024
 
 
 def parse_settings(text: str, where: str) -> Settings:
@@ -74,7 +74,7 @@ def parse_settings(text: str, where: str) -> Settings:
     avatar = reader.text("avatar", "")
     if avatar and not _is_mxc(avatar):
         reader.refuse("avatar", "must begin with mxc://")
-    mebibytes = reader.table.pop("max_file_mib", 64)
+    mebibytes = reader.table.pop("max_file_mib", 32)
     if type(mebibytes) is not int or not 0 <= mebibytes <= 1024:
         reader.refuse("max_file_mib", "must be a whole number from 0 to 1024")
     settings = Settings(

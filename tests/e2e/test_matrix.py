@@ -1,0 +1,326 @@
+"""The Matrix channel: the installed adapter, a real homeserver, and people with a client that is not ours."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from tests.support.machine import ROOT, LocalMachine, Machine, MachineError, NestedMachine
+from tests.support.matrix import PASSWORD, URL, Homeserver, Person, prepared, wait_until
+from tests.support.product import REPLY_S, SETTLE_S, Json, Product, unique_prefix
+
+CHANNEL = "mx"
+UNIT = f"nanoclaw-channel@{CHANNEL}.service"
+ADAPTER = ".local/share/nanoclaw/channels/matrix/adapter"
+STATE = f".local/state/nanoclaw/channels/{CHANNEL}"
+
+
+class World:
+    """The machine with NanoClaw and one channel of kind matrix, a homeserver, the owner and a stranger."""
+
+    def __init__(self, machine: NestedMachine, homeserver: Homeserver) -> None:
+        self.machine, self.homeserver = machine, homeserver
+        self.product = Product(machine, unique_prefix())
+        self.bot = homeserver.register("bot")
+        self.ada = Person(homeserver, homeserver.register("ada"))
+        self.eve = Person(homeserver, homeserver.register("eve"))
+
+    def start(self) -> None:
+        self.machine.systemctl("start", UNIT)
+
+    def kill(self) -> None:
+        self.machine.systemctl("kill", "--signal=SIGKILL", UNIT)
+
+    def number(self, room: str) -> str:
+        """Return what nanoclawctl calls a room."""
+        chats = self.machine.wait_for(
+            lambda: [chat for chat in self.product.ask("chat", "list")["chats"] if chat["chat"] == room],
+            within_s=SETTLE_S,
+            what=f"the router knows {room}",
+        )
+        return str(chats[0]["number"])
+
+    def room(self, *agents: str, encrypted: bool = False, direct: bool = False, name: str | None = None) -> str:
+        """Have the owner invite the account into a new room, wire it, and wait until the account is in."""
+        room: str = self.ada.do(
+            "createRoom", invite=[self.bot], direct=direct, encrypted=encrypted, **({"name": name} if name else {})
+        )
+        number = self.number(room)
+        for agent in agents:
+            self.product.ctl("chat", "wire", number, agent)
+        self.wait_joined(room)
+        return room
+
+    def wait_joined(self, room: str) -> None:
+        wait_until(
+            lambda: [self.bot, "join"] in self.ada.do("members", room=room),
+            within_s=SETTLE_S,
+            what="the account joins",
+        )
+
+    def ask(self, room: str, text: str, **content: object) -> Json:
+        """Say something as the owner, and return the message that says it back."""
+        self.ada.say(room, text, **content)
+        return self.ada.wait_text(room, self.bot, text, within_s=REPLY_S)
+
+
+@pytest.fixture(scope="module")
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    if LocalMachine.is_possible():
+        pytest.skip("the homeserver needs a nested machine")
+    programs = prepared()
+    machine = NestedMachine(f"matrix-{os.getpid()}")
+    options = ("--project", str(ROOT), "--store", request.getfixturevalue("store"))
+    machine.up(*options, "--bind-ro", f"{programs}/wheels:/srv/wheels")
+    try:
+        install = ("./install.sh", "--yes", "--no-demo", "--no-image", "--channel", "matrix", "--wheels", "/srv/wheels")
+        machine.run(*install, cwd=machine.project, timeout_s=120)
+        with Homeserver(machine, programs) as homeserver:
+            world = World(machine, homeserver)
+            with world.ada, world.eve:
+                _add_channel(world)
+                yield world
+    finally:
+        machine.down()
+
+
+def _add_channel(world: World) -> None:
+    machine = world.machine
+    machine.sh("install -d -m 700 ~/.config/nanoclaw/channels")
+    machine.write(
+        f"{machine.home}/.config/nanoclaw/channels/{CHANNEL}.toml",
+        f'kind = "matrix"\n[matrix]\nhomeserver = "{URL}"\nuser = "{world.bot}"\nverifiers = ["{world.ada.user}"]\n',
+    )
+    machine.systemctl("reload", "nanoclaw.service")
+    machine.sh(
+        f"""mkdir -p ~/cred ~/{STATE}; chmod 700 ~/{STATE}; printf %s '{PASSWORD}' > ~/cred/login
+        systemd-run --user --quiet --unit={UNIT} -p Restart=always \
+          -E NANOCLAW_CHANNEL_SOCKET=$XDG_RUNTIME_DIR/nanoclaw/channels/{CHANNEL}/io.nanoclaw.Channel \
+          -E STATE_DIRECTORY=$HOME/{STATE} -E CREDENTIALS_DIRECTORY=$HOME/cred \
+          -E NANOCLAW_CHANNEL_CONFIG=$HOME/.config/nanoclaw/channels/{CHANNEL}.toml ~/{ADAPTER}"""
+    )
+
+
+@pytest.fixture
+def agents(world: World) -> Iterator[tuple[str, str]]:
+    """Two agents of this test."""
+    world.product = Product(world.machine, unique_prefix())
+    yield world.product.add("a"), world.product.add("b")
+    world.product.close()
+    world.machine.check_journal()
+
+
+@pytest.fixture(scope="module")
+def owner(world: World) -> World:
+    """Ada is the owner here: she has sent a code that nanoclawctl gave her."""
+    room = world.ada.do("createRoom", invite=[world.bot], direct=True)
+    world.number(room)
+    helper = world.product.add("owner")
+    world.product.ctl("chat", "wire", world.number(room), helper)
+    world.wait_joined(room)
+    code = world.product.ctl("pair", CHANNEL).stdout.split()[-1]
+    world.ada.say(room, code)
+    world.ada.wait_text(room, world.bot, "This account is owner's from now on.")
+    return world
+
+
+def test_a_direct_message_is_answered_typed_for_and_shown_as_read(owner: World, agents: tuple[str, str]) -> None:
+    room = owner.room(agents[0], direct=True)
+
+    event = owner.ada.say(room, "Good **morning**\n/sleep 2")
+    wait_until(lambda: owner.bot in owner.ada.do("typing", room=room), within_s=REPLY_S, what="it types")
+    reply = owner.ada.wait_text(room, owner.bot, "Good")
+
+    assert reply["content"]["formatted_body"].startswith("<p>Good <strong>morning</strong>")
+    assert reply["content"]["msgtype"] == "m.text" and "m.relates_to" not in reply["content"]
+    assert owner.ada.do("receipt", room=room, user=owner.bot) in (event, reply["event"])
+    wait_until(lambda: not owner.ada.do("typing", room=room), within_s=SETTLE_S, what="it types no more")
+
+
+def test_two_agents_in_a_room_are_told_apart(owner: World, agents: tuple[str, str]) -> None:
+    first, second = agents
+    room = owner.room(first, second, name="Family")
+
+    owner.ada.say(room, f"@{first} are you there?")
+    one = owner.ada.wait_text(room, owner.bot, "are you there?")
+    owner.ada.say(room, f"@{second} and you?")
+    two = owner.ada.wait_text(room, owner.bot, "and you?")
+    answer = owner.ada.say(
+        room, "once more", **{"m.relates_to": {"m.in_reply_to": {"event_id": one["event"]}}, "m.mentions": {}}
+    )
+    three = owner.ada.wait_text(room, owner.bot, "once more")
+
+    profile = "com.beeper.per_message_profile"
+    assert [m["content"][profile]["id"] for m in (one, two, three)] == [first, second, first]
+    assert two["content"]["body"].startswith(f"{second}: ")
+    assert f"<strong data-mx-profile-fallback>{second}: </strong>" in two["content"]["formatted_body"]
+    assert three["content"]["m.relates_to"]["m.in_reply_to"]["event_id"] == answer
+    owner.ada.say(room, "just talking")
+    assert owner.ask(room, f"@{first} a mention ends it")
+    assert not [m for m in owner.ada.heard(room, owner.bot) if "just talking" in m["content"]["body"]]
+
+
+def test_a_thread_is_answered_in_the_thread(owner: World, agents: tuple[str, str]) -> None:
+    room = owner.room(agents[0], direct=True)
+    root = owner.ada.say(room, "the root")
+    owner.ada.wait_text(room, owner.bot, "the root")
+
+    relation = {"rel_type": "m.thread", "event_id": root, "is_falling_back": True, "m.in_reply_to": {"event_id": root}}
+    owner.ada.say(room, "in the thread", **{"m.relates_to": relation})
+    reply = owner.ada.wait_text(room, owner.bot, "in the thread")
+
+    relation = reply["content"]["m.relates_to"]
+    assert (relation["rel_type"], relation["event_id"]) == ("m.thread", root)
+
+
+def test_an_edit_that_comes_in_time_replaces_what_was_written(owner: World, agents: tuple[str, str]) -> None:
+    room = owner.room(agents[0], direct=True)
+    owner.ask(room, "warm")
+    owner.ada.say(room, "/sleep 3")
+    wait_until(lambda: owner.ada.do("typing", room=room), within_s=REPLY_S, what="it is at work")
+    event = owner.ada.say(room, "wrong")
+    owner.ada.say(
+        room,
+        "* right",
+        **{
+            "m.new_content": {"msgtype": "m.text", "body": "right"},
+            "m.relates_to": {"rel_type": "m.replace", "event_id": event},
+        },
+    )
+    gone = owner.ada.say(room, "taken back")
+    owner.ada.do("redact", room=room, event=gone)
+    owner.ada.say(room, "last")
+
+    owner.ada.wait_text(room, owner.bot, "last", within_s=REPLY_S)
+    said = [message["content"]["body"] for message in owner.ada.heard(room, owner.bot)]
+    assert "right" in said and not {"wrong", "taken back"} & {*said}
+
+
+def test_an_encrypted_chat_goes_on_after_adapter_and_homeserver_were_restarted(
+    owner: World, agents: tuple[str, str]
+) -> None:
+    room = owner.room(agents[0], direct=True, encrypted=True)
+
+    first = owner.ask(room, "before")
+    owner.machine.systemctl("restart", UNIT)
+    second = owner.ask(room, "after the adapter")
+    owner.homeserver.stop()
+    owner.homeserver.start()
+    third = owner.ask(room, "after the homeserver")
+    owner.kill()
+    fourth = owner.ask(room, "after a kill")
+
+    for message in (first, second, third, fourth):
+        assert message["wire"] == "m.room.encrypted" and not message["failed"]
+    (contents,) = owner.homeserver.ask(
+        "SELECT group_concat(json) FROM event_json WHERE room_id = ? AND json LIKE '%m.room.encrypted%'", room
+    )
+    assert "before" not in contents[0] and "after" not in contents[0]
+
+
+def test_a_person_verifies_the_account_by_emoji(owner: World, agents: tuple[str, str]) -> None:
+    room = owner.room(agents[0], direct=True, encrypted=True)
+    owner.ask(room, "hello")
+    owner.ada.do("crossSign", password=PASSWORD)
+    (device,) = (name for name, _ in owner.ada.do("devices", user=owner.bot))
+
+    seen = owner.ada.do("verify", user=owner.bot, room=room)
+    shown = owner.machine.run(f"{owner.machine.home}/{ADAPTER}", "verify", f"{owner.machine.home}/{STATE}", input="y\n")
+    assert owner.ada.do("confirm") == "done"
+
+    assert all(name in shown.stdout for name in seen)
+    wait_until(
+        lambda: owner.ada.do("trust", user=owner.bot, device=device)["user"], within_s=SETTLE_S, what="it is verified"
+    )
+    assert owner.ada.do("trust", user=owner.bot, device=device)["device"]
+    owner.machine.wait_for(
+        lambda: [e for e in owner.machine.journal(UNIT) if "is verified" in str(e.get("MESSAGE"))], within_s=SETTLE_S
+    )
+
+
+def test_emoji_that_differ_verify_nothing(owner: World, agents: tuple[str, str]) -> None:
+    room = owner.room(agents[0], direct=True, encrypted=True)
+    owner.ask(room, "hello")
+    (device,) = (name for name, _ in owner.ada.do("devices", user=owner.bot))
+
+    owner.ada.do("verify", user=owner.bot, device=device)
+    owner.machine.run(f"{owner.machine.home}/{ADAPTER}", "verify", f"{owner.machine.home}/{STATE}", input="n\n")
+
+    owner.machine.wait_for(
+        lambda: [e for e in owner.machine.journal(UNIT) if "not the same" in str(e.get("MESSAGE"))], within_s=SETTLE_S
+    )
+    assert "failed" in owner.ada.do("confirm")
+
+
+def test_a_strangers_invitation_waits_for_the_owner(owner: World, agents: tuple[str, str]) -> None:
+    room = owner.eve.do("createRoom", invite=[owner.bot], name="Not for you")
+    number = owner.number(room)
+
+    owner.eve.say(room, "let me in")
+    (chat,) = [chat for chat in owner.product.ask("chat", "list")["chats"] if chat["chat"] == room]
+    assert (chat["state"], chat["title"]) == ("new", "Not for you")
+    assert [owner.bot, "invite"] in owner.eve.do("members", room=room)
+    owner.product.ctl("chat", "block", number)
+
+    wait_until(
+        lambda: [owner.bot, "invite"] not in owner.eve.do("members", room=room), within_s=SETTLE_S, what="it declines"
+    )
+    assert owner.homeserver.sent(room, owner.bot) == []
+
+
+def test_a_hundred_messages_while_the_adapter_is_down(owner: World, agents: tuple[str, str]) -> None:
+    room = owner.room(agents[0], direct=True)
+    owner.ask(room, "warm")
+    owner.machine.systemctl("stop", UNIT)
+
+    for number in range(100):
+        owner.ada.say(room, f"message {number:03}")
+    _again(owner)
+
+    def bodies() -> list[str]:
+        return [m["content"]["body"] for m in owner.ada.heard(room, owner.bot)]
+
+    wait_until(lambda: any("message 099" in body for body in bodies()), within_s=REPLY_S, what="the last one")
+    said = [line for body in bodies() for line in body.split("\n") if line.startswith("message")]
+    assert said == [f"message {number:03}" for number in range(100)]
+
+
+def test_killed_in_mid_delivery_it_sends_nothing_twice(owner: World, agents: tuple[str, str]) -> None:
+    rooms = [owner.room(agents[0], direct=True, encrypted=encrypted) for encrypted in (False, True)]
+    for room in rooms:
+        owner.ask(room, "warm")
+    before = {room: len(owner.homeserver.sent(room, owner.bot)) for room in rooms}
+
+    for number in range(30):
+        for room in rooms:
+            owner.ada.say(room, f"number {number:02}")
+        if number % 3 == 2:
+            # Wherever it is: before the request, between answer and report, or idle.
+            wait_until(
+                lambda: any(len(owner.homeserver.sent(r, owner.bot)) > before[r] for r in rooms),
+                within_s=REPLY_S,
+                what="something is sent",
+            )
+            before = {room: len(owner.homeserver.sent(room, owner.bot)) for room in rooms}
+            with suppress(MachineError):  # it may be on its way up
+                owner.kill()
+
+    for room in rooms:
+        owner.ada.wait_text(room, owner.bot, "number 29", within_s=REPLY_S)
+        lines = Counter(
+            line
+            for message in owner.ada.heard(room, owner.bot)
+            for line in message["content"]["body"].split("\n")
+            if line.startswith("number")
+        )
+        assert lines == {f"number {number:02}": 1 for number in range(30)}
+        assert len(owner.homeserver.sent(room, owner.bot)) == len(owner.ada.heard(room, owner.bot))
+
+
+def _again(world: World) -> None:
+    """Start the adapter after it was stopped."""
+    _add_channel(world)
