@@ -7,16 +7,21 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from nanoclawd import channelfile, journal, limits, paths
-from nanoclawd.channelfile import ChannelConfig
+from nanoclawd.channelfile import ChannelConfig, find_program
 from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused, Unavailable
+from nanoclawd.files import remove_file
 from nanoclawd.ids import TERMINAL, ChannelName
+from nanoclawd.sandbox import Check
 from nanoclawd.server import Server, Service
 from nanoclawd.sockets import bind_listener, forget_listener, store_listener
+from nanoclawd.systemd import Systemd
+from nanoclawd.trash import move_to_trash
 from nanoclawd.wire import Json
 
 PROTOCOL = 1
@@ -79,20 +84,27 @@ class Channel:
     problem: NanoclawError | None = None
     announced: Announcement | None = None
     health: Health = Health()
+    last_error: str = ""  #: why a delivery failed
+    sandbox: Sequence[Check] = ()  #: of the adapter's unit
     listener: socket.socket | None = None
     serving: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
-    def unit(self) -> str | None:
-        """The adapter's unit; the terminal's has none."""
-        return None if self.name == TERMINAL else f"nanoclaw-channel@{self.name}.service"
+    def unit(self) -> str:
+        """The adapter's unit."""
+        return f"nanoclaw-channel@{self.name}.service"
+
+    @property
+    def file(self) -> Path:
+        return paths.channels() / f"{self.name}.toml"
 
 
 class Channels:
     """All channels by name."""
 
-    def __init__(self, db: Database, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, db: Database, systemd: Systemd, tasks: asyncio.TaskGroup) -> None:
         self._db = db
+        self._systemd = systemd
         self._tasks = tasks
         self._channels: dict[ChannelName, Channel] = {}
         self._changing = asyncio.Lock()
@@ -147,8 +159,11 @@ class Channels:
                 return [str(exc)]
             for name in self._channels.keys() - found.keys():
                 await self._forget(self._channels.pop(name))
+            before = {name: channel.config for name, channel in self._channels.items()}
             for name, config in found.items():
                 self._add(name, config, listeners.get(f"{PREFIX}{name}"))
+                if isinstance(config, ChannelConfig) and config != before.get(name):
+                    self._start(self._channels[name], anew=name in before)
             for name, listener in listeners.items():
                 if name.removeprefix(PREFIX) not in self._channels:
                     forget_listener(name)
@@ -172,10 +187,15 @@ class Channels:
         else:
             channel.config = config
         try:
+            if channel.config is not None:
+                find_program(channel.config.kind)
+        except ConfigError as exc:  # it listens nevertheless: somebody may run an adapter by hand
+            channel.problem = ConfigError(f"{channel.file}: {exc.message}", hint=exc.hint)
+        try:
             if channel.listener is None and listener is None and channel.config is not None:
                 if len(self._channels) > limits.CHANNELS:
                     raise ConfigError(
-                        f"{paths.channels() / name}.toml: there are {limits.CHANNELS} channels already",
+                        f"{channel.file}: there are {limits.CHANNELS} channels already",
                         hint="remove one",
                     )
                 listener = _listen(name)
@@ -198,8 +218,36 @@ class Channels:
                     accounts=frozenset(json.loads(row["accounts"])),
                 )
 
+    # --- adapters' units ---------------------------------------------------------------------------
+
+    def _start(self, channel: Channel, *, anew: bool) -> None:
+        """Have systemd start an adapter; nobody waits. One that runs is left alone, or begins `anew`."""
+        if channel.problem is None:
+            start = self.restart(channel) if anew else self._systemd.start_unit(channel.unit)
+            self._tasks.create_task(_logging(start, channel), name=f"start of {channel.unit}")
+
+    async def restart(self, channel: Channel) -> None:
+        """Start an adapter anew. Raises Failed, Unavailable, NotFound: it is masked."""
+        channel.health = Health()
+        await self._systemd.reset_failed(channel.unit)
+        await self._systemd.restart_unit(channel.unit)
+
+    async def remove(self, channel: Channel) -> Path | None:
+        """Stop an adapter and remove all that is its; returns where went what it had to remember."""
+        async with self._changing:
+            await self._systemd.stop_unit(channel.unit)  # before what it uses goes
+            remove_file(channel.file)
+            del self._channels[channel.name]
+            await self._forget(channel)
+            state = paths.channel_state(channel.name)
+            trash = await asyncio.to_thread(move_to_trash, state, f"channel-{channel.name}")
+        journal.info("channel-removed", channel=channel.name)
+        return trash
+
     async def _forget(self, channel: Channel) -> None:
-        """Listen no more for a channel that is gone."""
+        """Listen no more for a channel that is gone, and let its adapter end."""
+        stop = self._systemd.stop_unit(channel.unit)
+        self._tasks.create_task(_logging(stop, channel), name=f"stop of {channel.unit}")
         if channel.serving is not None:
             channel.serving.cancel()
             await asyncio.wait([channel.serving])
@@ -242,6 +290,14 @@ class Channels:
             (journal.info if well else journal.warning)(
                 f"channel-{state}", text, channel=channel.name, unit=channel.unit
             )
+
+
+async def _logging(action: Awaitable[None], channel: Channel) -> None:
+    """What systemd cannot do with an adapter is shown by its unit, and harms nobody else."""
+    try:
+        await action
+    except NanoclawError as exc:
+        journal.error("adapter-failed", str(exc), channel=channel.name, unit=channel.unit)
 
 
 def _listen(name: ChannelName) -> socket.socket:
