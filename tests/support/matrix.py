@@ -1,7 +1,7 @@
 """A Matrix homeserver on a machine's loopback, and people with a client of their own there.
 
-Both run out here, in the machine's network: a machine needs neither of their packages, and the homeserver's database
-can be asked what is really in a room.
+Both run out here, in the machine's network: a machine needs neither of their packages, and the homeserver's
+database can be asked what is really in a room.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import sqlite3
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -87,7 +85,8 @@ class Homeserver:
         self.configure()
         (self.directory / "log.yaml").write_text(LOG)
         subprocess.run(
-            [self.programs / "homeserver/bin/generate_signing_key", "-o", self.directory / "signing.key"], check=True
+            [self.programs / "homeserver/bin/generate_signing_key", "-o", self.directory / "signing.key"],
+            check=True,
         )
         self.start()
         return self
@@ -105,7 +104,14 @@ class Homeserver:
         python = self.programs / "homeserver/bin/python"
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*self.network, python, "-m", "synapse.app.homeserver", "-c", self.directory / "homeserver.yaml"],
+                [
+                    *self.network,
+                    python,
+                    "-m",
+                    "synapse.app.homeserver",
+                    "-c",
+                    self.directory / "homeserver.yaml",
+                ],
                 cwd=self.directory,
                 stdout=log,
                 stderr=log,
@@ -128,7 +134,12 @@ class Homeserver:
         if self._process.poll() is not None:
             raise AssertionError((self.directory / "log").read_text()[-3000:])
         asked = subprocess.run(
-            [*self.network, "python3", "-c", f"import urllib.request as u; u.urlopen('{URL}/_matrix/client/versions')"],
+            [
+                *self.network,
+                "python3",
+                "-c",
+                f"import urllib.request as u; u.urlopen('{URL}/_matrix/client/versions')",
+            ],
             check=False,
             stderr=subprocess.DEVNULL,
         )
@@ -158,8 +169,8 @@ class Homeserver:
     def sent(self, room: str, sender: str, kind: str | None = None) -> list[str]:
         """Return the ids of all events that an account has sent into a room, from the database."""
         rows = self.ask(
-            "SELECT event_id FROM events WHERE room_id = ? AND sender = ? AND type = coalesce(?, type) AND state_key"
-            " IS NULL ORDER BY stream_ordering",
+            "SELECT event_id FROM events WHERE room_id = ? AND sender = ? AND type = coalesce(?, type)"
+            " AND state_key IS NULL ORDER BY stream_ordering",
             room,
             sender,
             kind,
@@ -207,20 +218,20 @@ class Person:
             answer = json.loads(line)
             self._answers[answer["id"]].put(answer)
 
-    def do(self, name: str, **parameters: Any) -> Any:
+    def do(self, command: str, /, **parameters: Any) -> Any:
         """Have the client do something of client.mjs, and return what it says."""
         number = next(self._numbers)
         self._answers[number] = SimpleQueue()
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"id": number, "do": name, **parameters}) + "\n")
+        self._process.stdin.write(json.dumps({"id": number, "do": command, **parameters}) + "\n")
         try:
             answer = self._answers[number].get(timeout=CALL_S)
         except Empty:
-            raise AssertionError(f"{self.user}: no end of {name} in {CALL_S} s") from None
+            raise AssertionError(f"{self.user}: no end of {command} in {CALL_S} s") from None
         finally:
             del self._answers[number]
         if "error" in answer:
-            raise AssertionError(f"{self.user}: {name}: {answer['error']}")
+            raise AssertionError(f"{self.user}: {command}: {answer['error']}")
         return answer["result"]
 
     def say(self, room: str, text: str, **content: Any) -> str:
@@ -251,7 +262,9 @@ class Person:
     def wait_text(self, room: str, sender: str, text: str, *, within_s: float = 60) -> Json:
         """Wait for a message of an account that holds `text`, and return it."""
         return wait_until(
-            lambda: next((e for e in self.heard(room, sender) if text in e["content"].get("body", "")), None),
+            lambda: next(
+                (e for e in self.heard(room, sender) if text in e["content"].get("body", "")), None
+            ),
             within_s=within_s,
             what=f"'{text}' of {sender}",
         )

@@ -3,7 +3,8 @@
 Talks to:   its homeserver, over TLS (untrusted); the router, over the channel's socket.
 May touch:  its state directory; its credential (read-only). No database, no agent, no other channel.
 Trusts:     nothing that comes from the homeserver; see homeserver.py for lengths, inbound.py for events.
-On trouble: reports it with ReportHealth(), and tries again; exits on a bug, and systemd restarts it. What was not
+On trouble: reports it with ReportHealth(), and tries again; exits on a bug, and systemd restarts it. What
+was not
             answered or reported comes again.
 """
 
@@ -48,9 +49,7 @@ async def run(socket_path: str, directory: Path) -> None:
         store.close()
 
 
-async def _serve_for_ever(
-    socket_path: str, directory: Path, store: Store, health: Health
-) -> None:
+async def _serve_for_ever(socket_path: str, directory: Path, store: Store, health: Health) -> None:
     retries = pauses()
     while True:
         try:

@@ -2,8 +2,8 @@
 
     adapter verify STATE_DIRECTORY
 
-Talks to the running adapter by files in its state, which only its person can write: what comes from the homeserver
-must not be able to say yes.
+Talks to the running adapter by files in its state, which only its person can write: what comes from the
+homeserver must not be able to say yes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Requests to the homeserver, which is not trusted: answers are bounded, and nothing is waited for without end.
+"""Requests to the homeserver, which is not trusted: answers are bounded, and no wait is without end.
 
-nio brings the protocol's state (rooms, devices, keys). It would read answers of any length, and try again for ever by
-itself; so its requests go through fetch() instead.
+nio brings the protocol's state (rooms, devices, keys). It would read answers of any length, and try again
+for ever by itself; so its requests go through fetch() instead.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class _DurableStore(SqliteStore):  # type: ignore[misc]  # nio is partly untyped
 class Homeserver(nio.AsyncClient):  # type: ignore[misc]
     """One account at its homeserver, with its rooms and keys."""
 
+    client_session: aiohttp.ClientSession | None
+
     def __init__(self, url: str, user: str, directory: Path) -> None:
         config = nio.AsyncClientConfig(
             encryption_enabled=True, store=_DurableStore, store_name="crypto.db", store_sync_tokens=False
@@ -89,13 +91,13 @@ class Homeserver(nio.AsyncClient):  # type: ignore[misc]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request and hand out the answer, if it is one of success. Raises Away, Refused."""
         if self.client_session is None:
-            # A redirection could lead the token elsewhere. Proxies are not looked for in the environment.
-            self.client_session = aiohttp.ClientSession(auto_decompress=True)
+            self.client_session = aiohttp.ClientSession()
         headers = {"Content-Type": "application/json", **(headers or {})}
         if self.access_token:
             headers["Authorization"] = f"Bearer {self.access_token}"
         timeout = aiohttp.ClientTimeout(total=timeout_s, connect=CONNECT_S)
         try:
+            # A redirection could lead the token elsewhere.
             async with self.client_session.request(
                 method,
                 self.homeserver + path,

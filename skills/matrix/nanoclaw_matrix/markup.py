@@ -6,8 +6,8 @@ import re
 
 from markdown_it import MarkdownIt
 
-#: The longest part of a text. An event is 65,536 bytes at most, of which its text is there twice, as HTML too, in
-#: JSON, and a third longer where it is encrypted.
+#: The longest part of a text. An event is 65,536 bytes at most, of which its text is there twice, as HTML
+#: too, in JSON, and a third longer where it is encrypted.
 PART_BYTES = 12_000
 
 # Raw HTML is shown as it is written, and no picture is loaded from anywhere.
@@ -17,7 +17,7 @@ _MARKDOWN.disable(["image"])
 _PLACES = (
     re.compile(r"\n\s*\n"),
     re.compile(r"\n"),
-    re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])"),
+    re.compile("(?<=[.!?…])\\s+|(?<=[\u3002\uff01\uff1f])"),  # Chinese and Japanese need no blank
     re.compile(r"\s+"),
 )
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
@@ -38,7 +38,8 @@ def clean(text: str) -> str:
 def split(text: str, limit: int = PART_BYTES) -> list[str]:
     """Return a text in parts of at most `limit` bytes, cut between paragraphs, else lines, sentences, words.
 
-    A block of code that is cut is closed, and opened again in the next part. The same text is always cut alike.
+    A block of code that is cut is closed, and opened again in the next part. The same text is always cut
+    alike.
     """
     parts: list[str] = []
     rest = text.strip("\n")

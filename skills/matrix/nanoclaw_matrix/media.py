@@ -103,7 +103,10 @@ async def _pieces(fd: int, size: int, cipher: _Encryption | None) -> AsyncIterat
 
 
 class _Encryption:
-    """AES-CTR with a key of its own, and the hash of what came out. Specification: "Sending encrypted attachments"."""
+    """AES-CTR with a key of its own, and the hash of what came out.
+
+    Specification: "Sending encrypted attachments".
+    """
 
     def __init__(self) -> None:
         self._key, self._prefix = secrets.token_bytes(32), secrets.token_bytes(8)

@@ -1,7 +1,8 @@
 """What goes to a room for a delivery: events, each under a transaction id of its own; pure.
 
-The ids follow from the delivery's key, so that whoever sends it again makes nothing new of it: the homeserver
-answers with the event that it made of the first. In an encrypted room too, where the content is another each time.
+The ids follow from the delivery's key, so that whoever sends it again makes nothing new of it: the
+homeserver answers with the event that it made of the first. In an encrypted room too, where the content is
+another each time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from nanoclaw_matrix.markup import clean, html_of, split
 
-#: Of a content, as JSON: with more its HTML is left out, so that the event stays below 65,536 bytes when encrypted.
+#: Of a content, as JSON: with more its HTML is left out, so that the event stays below 65,536 bytes when
+#: encrypted.
 CONTENT_BYTES = 40_000
 MAX_CHOICES = 10
 FALLBACK_CHARACTERS = 500
@@ -40,7 +42,8 @@ def transaction(key: str, part: str) -> str:
 def plan(delivery: Json, *, prefix: bool, avatar: str = "", answer: bool = True) -> list[Step]:
     """Return what is to be sent for a Delivery of io.nanoclaw.Channel, in order.
 
-    prefix: the text begins with the agent's name. answer: what is answered is shown with it, outside of threads.
+    prefix: the text begins with the agent's name. answer: what is answered is shown with it, outside of
+    threads.
     """
     key, kind = delivery["key"], delivery["kind"]
     target = delivery.get("target") or ""
@@ -95,7 +98,7 @@ class _Speaker:
         self._avatar = avatar
 
     def profile(self) -> Json:
-        """Return what clients that know profiles of single messages (MSC4144) show in place of the account's."""
+        """Return what clients that know profiles of messages (MSC4144) show in place of the account's."""
         if not self._agent:
             return {}
         profile: Json = {"id": self._agent, "displayname": self._name}

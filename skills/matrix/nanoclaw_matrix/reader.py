@@ -1,7 +1,7 @@
-"""What people write: the homeserver's events on their way to the router, in order, each until it is answered.
+"""What people write: events on their way to the router, in order, each until it is answered.
 
-The position in the homeserver's stream is stored only when the router has answered all that came before it. So
-whatever is killed in between, the same events come again, and the router knows which of them it has.
+The position in the homeserver's stream is stored only when the router has answered all that came before it.
+So whatever is killed in between, the same events come again, and the router knows which of them it has.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from nanoclaw_matrix.inbound import (
 )
 from nanoclaw_matrix.media import TooLarge, download
 from nanoclaw_matrix.outbound import transaction
-from nanoclaw_matrix.router import Line, pauses
 from nanoclaw_matrix.rooms import Rooms
+from nanoclaw_matrix.router import Line, pauses
 from nanoclaw_matrix.settings import Settings
 from nanoclaw_matrix.store import Store
 from nanoclaw_matrix.varlink import CallError
@@ -146,7 +146,7 @@ class Reader:
         }
 
     def _take_verification(self, body: Json) -> list[Json]:
-        """Take the events of verification out of a sync: nio's own answers are not those of the specification."""
+        """Take the events of verification out of a sync: nio's answers are not as specified."""
         events = _list(body, "to_device", "events")
         ours = [event for event in events if str(event.get("type", "")).startswith(VERIFICATION)]
         if ours:
@@ -230,7 +230,7 @@ class Reader:
         return await self._deliver(room, said)
 
     def _note_own(self, room: str, source: Json) -> None:
-        """What we sent comes back with its transaction id: so we know it, also if we were killed before its answer."""
+        """Note what we sent: it comes back with its transaction id, also if we were killed meanwhile."""
         txn = (source.get("unsigned") or {}).get("transaction_id")
         if source.get("sender") == self._client.user_id and isinstance(txn, str) and txn.startswith("nc-"):
             self._store.put_own(source["event_id"], room, "", txn)
@@ -255,7 +255,7 @@ class Reader:
         else:
             mentioned |= account in said.mentions
         parameters = {
-            **self._rooms.describe(room, said.sender),
+            **await self._rooms.describe(room, said.sender),
             "thread": thread,
             "event": event,
             "revision": revision,
@@ -264,8 +264,6 @@ class Reader:
             "mentioned": mentioned,
             "writer": "program" if said.notice else "person",
         }
-        if said.answers is not None:
-            parameters["inReplyTo"] = said.answers
         answer = await self._hand_over(room, said, parameters)
         if answer is None:
             return False
@@ -348,7 +346,7 @@ class Reader:
         if row is None:
             return False
         sender, reaction = json.loads(row["detail"])
-        described = self._rooms.describe(room, sender)
+        described = await self._rooms.describe(room, sender)
         parameters = {
             **{name: described[name] for name in ("chat", "sender", "senderName")},
             "thread": row["thread"],

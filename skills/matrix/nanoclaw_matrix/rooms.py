@@ -80,9 +80,12 @@ class Rooms:
         known = self._client.rooms.get(room)
         return known is not None and known.member_count == 2
 
-    def describe(self, room: str, sender: str) -> Json:
-        """Return what Deliver() tells of chat and sender."""
+    async def describe(self, room: str, sender: str) -> Json:
+        """Return what Deliver() tells of chat and sender. Raises Away."""
         known = self._client.rooms.get(room)
+        if known is not None and not known.members_synced and not _is_counted(known):
+            # After a start the homeserver tells of members only what has changed.
+            await self._client.joined_members(room)
         return {
             "chat": room,
             "sender": sender,
@@ -95,7 +98,7 @@ class Rooms:
 def _invitation(state: list[Json], account: str) -> Json | None:
     """Return who invites to which room; None if it cannot be told."""
     found: Json | None = None
-    title: object = ""
+    title: Any = ""
     names: dict[object, object] = {}
     for event in state:
         content = event.get("content")
@@ -116,6 +119,10 @@ def _invitation(state: list[Json], account: str) -> Json | None:
         "direct": found["content"].get("is_direct") is True,
         "title": _shown(title) or "",
     }
+
+
+def _is_counted(room: Any) -> bool:
+    return room.summary is not None and room.summary.joined_member_count is not None
 
 
 def _shown(name: object) -> str | None:

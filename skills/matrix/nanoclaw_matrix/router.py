@@ -1,4 +1,4 @@
-"""io.nanoclaw.Channel as this adapter uses it: announced connections, calls that wait until the router is there."""
+"""io.nanoclaw.Channel as this adapter uses it: announced connections, calls that wait for the router."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ class Router:
         return connection
 
     async def attach(self) -> AsyncIterator[Json]:
-        """Yield deliveries, activity and news of chats until the router hangs up. Raises RouterAway, CallError."""
+        """Yield deliveries, activity and news of chats, until the router hangs up.
+
+        Raises RouterAway, CallError.
+        """
         connection = await self.open()
         try:
             async for item in connection.stream(f"{INTERFACE}.Attach", {}):
@@ -61,7 +64,7 @@ class Router:
 
 
 class Line:
-    """Calls of one part of the adapter, one after another, each repeated until the router has answered it."""
+    """Calls of one part of the adapter, one after another, each repeated until it is answered."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -93,13 +96,16 @@ class Line:
                         raise
                     log.warning("%s: %s, retrying in %s s", method, exc, pause_s)
                 except BaseException:
-                    self.close()  # an answer may be on its way, which would be taken for that of the next call
+                    self.close()  # or its answer, on its way, would be taken for that of the next call
                     raise
                 await asyncio.sleep(pause_s)
         raise AssertionError("there is always another pause")
 
     async def call_for_fd(self, method: str, parameters: Json) -> int:
-        """Return the descriptor that the router answers with; the caller closes it. Raises CallError, RouterAway."""
+        """Return the descriptor that comes with the answer; the caller closes it.
+
+        Raises CallError, RouterAway.
+        """
         async with self._lock:
             try:
                 return await (await self._open()).call_for_fd(f"{INTERFACE}.{method}", parameters)

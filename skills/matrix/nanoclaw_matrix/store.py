@@ -1,7 +1,7 @@
 """What the adapter must not forget: its login, how far it has read, what it knows of rooms and events.
 
-One SQLite file, in which each call is a transaction that is on disk when it returns. The keys of encryption are in
-files of their own, see crypto.py.
+One SQLite file, in which each call is a transaction that is on disk when it returns. The keys of encryption
+are in files of their own, see homeserver.py.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ class Store:
         """Note what the account itself has sent; who learns more of it later says so."""
         self._db.execute(
             "INSERT INTO event (event, room, kind, thread, detail, txn, at) VALUES (?, ?, 'own', ?, ?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET thread = excluded.thread, detail = excluded.detail WHERE detail = ''",
+            " ON CONFLICT DO UPDATE SET thread = excluded.thread, detail = excluded.detail"
+            " WHERE detail = ''",
             (event, room, thread, agent, txn, int(time.time())),
         )
 
@@ -158,7 +159,8 @@ class Store:
     def agents_in(self, room: str, agent: str) -> int:
         """Return how many agents have written into a room, `agent` among them."""
         (others,) = self._db.execute(
-            "SELECT count(DISTINCT detail) FROM event WHERE room = ? AND kind = 'own' AND detail NOT IN ('', ?)",
+            "SELECT count(DISTINCT detail) FROM event"
+            " WHERE room = ? AND kind = 'own' AND detail NOT IN ('', ?)",
             (room, agent),
         ).fetchone()
         return 1 + int(others)

@@ -1,6 +1,7 @@
 """A Varlink client over asyncio, with descriptors: NUL-terminated JSON on a Unix socket.
 
-Source: https://varlink.org; descriptors travel with the first byte of their message (man 3 cmsg, SCM_RIGHTS).
+Source: https://varlink.org; descriptors travel with the first byte of their message (man 3 cmsg,
+SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class Connection:
         return _unpack(await self._receive())
 
     async def call_for_fd(self, method: str, parameters: Json) -> int:
-        """Return the descriptor that came with the reply; the caller closes it. Raises CallError, RouterAway."""
+        """Return the descriptor that came with the reply; the caller closes it.
+
+        Raises CallError, RouterAway.
+        """
         await self.call(method, parameters)
         if len(self._fds) != 1:
             raise RouterAway(f"{method}: came with {len(self._fds)} descriptors in place of one")
@@ -121,7 +125,12 @@ class Connection:
 async def _readable(sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock, lambda: ready.done() or ready.set_result(None))
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock, wake)
     try:
         await ready
     finally:

@@ -1,7 +1,8 @@
-"""Verification by emoji (SAS), begun by a person from their client, confirmed by that person on this machine.
+"""Verification by emoji (SAS): a person begins it in their client, and confirms it on this machine too.
 
-nio 0.26 has an older version of the protocol, which clients of today do not take: without request, ready and done, not
-in rooms, and with hashes in another encoding. Specification: "Short Authentication String (SAS) verification".
+nio 0.26 has an older version of the protocol, which clients of today do not take: without request, ready and
+done, not in rooms, and with hashes in another encoding. Specification: "Short Authentication String (SAS)
+verification".
 """
 
 from __future__ import annotations
@@ -296,6 +297,7 @@ class Verifications:
 
     def _mac(self, running: _Verification, text: str, info: str) -> str:
         established = running.established
+        assert established is not None
         if running.mac_method == MACS[0]:
             return str(established.calculate_mac(text, info))
         return str(established.calculate_mac_invalid_base64(text, info))
