@@ -685,3 +685,16 @@ UPDATE approval SET state = 'expired'
                     WHERE chat.channel = approval.channel AND chat.chat = approval.chat
                       AND (approval.kind = 'chat') = (chat.state = 'new')
                       AND (approval.kind = 'chat' OR held.sender = payload ->> '$.user'));
+
+-- list_channels --
+SELECT * FROM channel;
+
+-- announce_channel --
+INSERT INTO channel (name, adapter, capabilities, accounts, announced_at)
+VALUES (:name, :adapter, :capabilities, :accounts, :now)
+    ON CONFLICT (name) DO UPDATE
+   SET adapter = excluded.adapter, capabilities = excluded.capabilities, accounts = excluded.accounts,
+       announced_at = excluded.announced_at;
+
+-- forget_channel --
+DELETE FROM channel WHERE name = :name;
