@@ -728,3 +728,20 @@ ON CONFLICT DO NOTHING RETURNING person;
 
 -- votes --
 SELECT person.name, vote.* FROM vote JOIN person ON person.id = person WHERE approval = :approval ORDER BY said_at;
+
+-- unlink_channel --
+DELETE FROM identity WHERE channel = :channel;
+
+-- chats_of_channel --
+SELECT id FROM chat WHERE channel = :channel AND state != 'blocked';
+
+-- open_places --
+SELECT DISTINCT chat, thread FROM inbox WHERE channel = :channel AND state IN ('queued', 'leased');
+
+-- bury_deliveries --
+-- Of a channel that is removed. Those of an adapter that still has some are not taken back.
+UPDATE outbox SET state = 'dead', ended_at = :now, reason = :reason
+ WHERE channel = :channel AND state IN ('pending', 'leased') RETURNING key;
+
+-- count_waiting --
+SELECT count(*) AS waiting FROM outbox WHERE channel = :channel AND state IN ('pending', 'leased');
