@@ -34,6 +34,7 @@ from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
@@ -178,6 +179,7 @@ async def _route(
                 tasks=tasks,
                 slots=settings.max_sessions,
             )
+            guard = Guard(db=db, registry=registry, outlets=outlets, wake=sessions.wake)
             agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             sessions.containers.service = agent_service.service
             pairings, channels = Pairings(), Channels(db, systemd, tasks)
@@ -203,6 +205,7 @@ async def _route(
                 pairings=pairings,
                 usage=usage,
                 approvals=approvals,
+                guard=guard,
                 holds=holds,
                 sandbox=checks,
             )
@@ -212,6 +215,7 @@ async def _route(
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             tasks.create_task(outlets.run(), name="outlets")
             tasks.create_task(approvals.run(), name="approvals")
+            tasks.create_task(guard.run(), name="guard")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
             idle = IdleExit(

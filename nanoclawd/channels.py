@@ -108,6 +108,7 @@ class Channels:
         self._tasks = tasks
         self._channels: dict[ChannelName, Channel] = {}
         self._changing = asyncio.Lock()
+        self._earlier: dict[str, Announcement] = {}  #: what adapters said in earlier lives, by channel
         self.terminal = Channel(name=TERMINAL)
         self.service: Service | None = None  #: what adapters are served; set once before load()
         self.on_close: Callable[[], None] = lambda: None  #: told when a connection has ended
@@ -149,12 +150,12 @@ class Channels:
         `listeners` are those that systemd has kept, by the names that they have there.
         """
         async with self._changing:
+            await self._remember()
             try:
                 found, misnamed = await asyncio.to_thread(channelfile.read_channels, paths.channels())
             except ConfigError as exc:  # nothing is known, so all stays
                 for name, listener in listeners.items():
                     self._add(ChannelName(name.removeprefix(PREFIX)), exc, listener)
-                await self._remember()
                 journal.error("channels-unreadable", str(exc))
                 return [str(exc)]
             for name in self._channels.keys() - found.keys():
@@ -168,7 +169,6 @@ class Channels:
                 if name.removeprefix(PREFIX) not in self._channels:
                     forget_listener(name)
                     listener.close()
-            await self._remember()
         problems = {name: str(c.problem) for name, c in self._channels.items() if c.problem}
         for name, problem in problems.items():
             journal.error("channel-broken", problem, channel=name)
@@ -180,7 +180,9 @@ class Channels:
         self, name: ChannelName, config: ChannelConfig | ConfigError, listener: socket.socket | None
     ) -> None:
         """Have a channel follow what its file says. One that is broken keeps the listener that it has."""
-        channel = self._channels.setdefault(name, Channel(name=name))
+        channel = self._channels.setdefault(
+            name, Channel(name=name, announced=self._earlier.pop(name, None))
+        )
         channel.config = channel.problem = None
         if isinstance(config, ConfigError):
             channel.problem = config
@@ -208,15 +210,19 @@ class Channels:
             channel.serving = self._tasks.create_task(server.run(), name=f"channel {name}")
 
     async def _remember(self) -> None:
-        """Take up what adapters have said in earlier lives."""
-        for row in await self._db.read("list_channels"):
-            channel = self.terminal if row["name"] == TERMINAL else self._channels.get(row["name"])
-            if channel is not None and channel.announced is None:
-                channel.announced = Announcement(
-                    adapter=row["adapter"],
-                    capabilities=Capabilities.parse(json.loads(row["capabilities"])),
-                    accounts=frozenset(json.loads(row["accounts"])),
-                )
+        """Take up what adapters have said in earlier lives: before one is listened to that need not say it
+        again.
+        """
+        self._earlier = {
+            row["name"]: Announcement(
+                adapter=row["adapter"],
+                capabilities=Capabilities.parse(json.loads(row["capabilities"])),
+                accounts=frozenset(json.loads(row["accounts"])),
+            )
+            for row in await self._db.read("list_channels")
+        }
+        if self.terminal.announced is None:
+            self.terminal.announced = self._earlier.get(TERMINAL)
 
     # --- adapters' units ---------------------------------------------------------------------------
 

@@ -46,7 +46,8 @@ def _claim(tx: Transaction, row: Row) -> Delivery:
     tell(tx, journal.info, "delivery-leased", row)
     events = {row["in_reply_to"]} - {None}
     if row["turn"] is not None:
-        events |= {message["event"] for message in tx.all("messages_of_turn", turn=row["turn"])}
+        answered = tx.all("messages_of_turn", turn=row["turn"])
+        events |= {message["event"] for message in answered if message["sender"]}
     shown = {
         **{name: row[name] for name in ("key", "chat", "thread", "agent", "kind")},
         "text": row["body"],

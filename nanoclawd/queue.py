@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -94,7 +95,7 @@ class Message:
     id: MessageId
     place: Place  #: where it was said
     event: str
-    sender: str
+    sender: str  #: "": the router
     text: str
     received_at: int  #: ms
     context: str  #: what was said before it, as JSON, or ""
@@ -123,7 +124,7 @@ class Turn:
 
     @property
     def events(self) -> list[str]:
-        return [message.event for message in self.messages]
+        return [message.event for message in self.messages if message.sender]
 
     def behind(self, last: str) -> list[Message]:
         """Return the messages behind the one with that id. Raises Refused."""
@@ -142,7 +143,7 @@ class Failure:
 
     @property
     def events(self) -> list[str]:
-        return [row["event"] for row in self.messages]
+        return [row["event"] for row in self.messages if row["sender"]]
 
     @property
     def place(self) -> Place:
@@ -198,6 +199,16 @@ def enqueue(
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session
+
+
+def tell_agent(tx: Transaction, session: SessionRow, place: Place, event: str, text: str) -> None:
+    """Have the router say something to an agent in a session, as a message without a sender, if there is
+    room; once, by `event`, which is no platform's: nothing that is sent answers it.
+    """
+    channel, chat, thread = place
+    said = Event(channel=channel, chat=chat, thread=thread, event=event, revision=0, sender="", text=text)
+    with suppress(Refused):
+        enqueue(tx, session.agent, said, conversation=session.place)
 
 
 def _require_room(tx: Transaction, session: int, *, counted: int = 0) -> None:
@@ -575,7 +586,7 @@ def _publish(
         thread=thread,
         kind=kind,
         body=text,
-        in_reply_to=message.event,
+        in_reply_to=message.event if message.sender else None,
         now=now_ms(),
     )
     tx.places.append(message.place)

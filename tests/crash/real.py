@@ -184,6 +184,7 @@ class Round:
             async with asyncio.timeout(SETTLE_S), asyncio.TaskGroup() as tasks:
                 shows = [tasks.create_task(self._adapter.run(), name="adapter")]
                 shows += [tasks.create_task(terminal.run(), name="terminal") for terminal in self._terminals]
+                await self._wire()  # by hand, so who does it would say it again
                 kills = tasks.create_task(self._kill(), name="kills")
                 await self._talk()
                 kills.cancel()
@@ -221,7 +222,6 @@ class Round:
         await host.run(CTL, "person", "link", "owner", "test", "someone")
 
     async def _talk(self) -> None:
-        await self._wire()
         async with asyncio.TaskGroup() as tasks:
             for chat in self.record.plan.chats:
                 person = Person(chat, self.record, SOCKETS[chat.channel])

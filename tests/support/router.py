@@ -31,12 +31,14 @@ from nanoclawd.channels import Announcement, Channel, Channels
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.policy import Policy, Rule, with_rule
+from nanoclawd.privileges import Privileges
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
@@ -334,6 +336,17 @@ class RegistryDouble:
         self.agents[name] = replace(config, policy=with_rule(config.policy, rule, last=last))
         return self.get(name)
 
+    def privileges(self, name: str) -> Privileges:
+        config = self.agents.get(name)
+        return config.guard.or_default(self.settings.guard) if config else self.settings.guard
+
+    async def set_table(self, name: str, table: str, changes: Json) -> Agent:
+        config = self.get(name).config
+        assert config is not None
+        values = {table: replace(getattr(config, table), **changes)}
+        self.agents[name] = replace(config, **values)
+        return self.get(name)
+
     def policy(self, name: str) -> Policy:
         return self.agents[name].all_policy if name in self.agents else Policy()
 
@@ -437,6 +450,7 @@ class Router:
         self.channels: ChannelService
         self.channel_list: Channels
         self.approvals: Approvals
+        self.guard: Guard
         self.holds: HoldLink
         self._slots = slots
         self._wired: set[tuple[str, ...]] = set()
@@ -472,6 +486,8 @@ class Router:
                     tasks=tasks,
                     slots=self._slots,
                 )
+                wake = self.sessions.wake
+                self.guard = Guard(db=db, registry=registry, outlets=outlets, wake=wake)
                 parts: dict[str, Any] = {
                     "db": db,
                     "registry": registry,
@@ -491,6 +507,7 @@ class Router:
                 await self.channel_list.load(kept)
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
+                tasks.create_task(self.guard.run(), name="guard")
                 test = Channel(name=ChannelName("test"), announced=Announcement())
                 self.channel = Server(self.channels.service, place.listener, identity=test)
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
