@@ -32,6 +32,7 @@ from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
+from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.idle import IdleExit
@@ -162,7 +163,8 @@ async def _route(
             tasks.create_task(systemd.watch(), name="units")
             await systemd.watching.wait()
             registry = Registry(db=db, systemd=systemd, settings=settings)
-            audit, outlets = Audit(db), Outlets(db)
+            audit, outlets, files = Audit(db), Outlets(db), FileStore(db)
+            await files.prepare()
             usage = Usage(db, registry.budget)
             approvals = Approvals(db=db, registry=registry, outlets=outlets)
             holds = HoldLink(approvals)
@@ -181,7 +183,7 @@ async def _route(
             sessions.containers.service = agent_service.service
             pairings = Pairings()
             channel_service = ChannelService(
-                db=db, registry=registry, sessions=sessions, outlets=outlets, pairings=pairings
+                db=db, registry=registry, sessions=sessions, outlets=outlets, pairings=pairings, files=files
             )
             control_service = ControlService(
                 db=db,
@@ -209,12 +211,14 @@ async def _route(
             sessions.on_end = control_service.on_reload = idle.touch
             idle.servers = (
                 Server(control_service.service, control, on_close=idle.touch),
-                Server(channel_service.service, channel, on_close=idle.touch),
+                Server(
+                    channel_service.service, channel, on_close=idle.touch, max_fds=limits.FILES_PER_MESSAGE
+                ),
             )
             for server in idle.servers:
                 tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
-            tasks.create_task(retention.run(db, audit, usage, lambda: registry.settings), name="retention")
+            tasks.create_task(retention.run(db, audit, usage, files, lambda: registry.settings), name="retention")
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")
             await control_service.start_waiting()

@@ -15,7 +15,7 @@ from nanoclawd.idl import read_interface
 from nanoclawd.images import build_command
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import Turn
+from nanoclawd.queue import Saying, Turn
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.session import Session, describe_messages
@@ -129,7 +129,7 @@ class AgentService:
         def send(tx: Transaction) -> list[Delivery]:
             if session.turn is not turn:  # ended meanwhile
                 raise _no_such_turn(turn.id)
-            queue.send_message(tx, session.row, turn, key, text)
+            queue.send(tx, session.row, turn, turn.full_key(key), Saying(text=text))
             return self._outlets.claim(tx)
 
         self._outlets.publish(await self._db.write(send))

@@ -280,7 +280,12 @@ def reconsider(tx: Transaction) -> list[SessionRow]:
         taken = Taken()
         if place["state"] == ChatState.OPEN:
             try:
-                _route(tx, place, _arrival(place, held), taken)
+                arrival = _arrival(place, held)
+                _route(tx, place, arrival, taken)
+                if taken.sessions:
+                    channel, chat, thread = arrival.event.place
+                    said = {"channel": channel, "chat": chat, "thread": thread, "event": held["event"]}
+                    tx.all("give_files", agent=taken.sessions[0].agent, **said)
             except Refused:  # an agent has too much to do: this waits on
                 full.add(place["id"])
                 taken.outcome = Outcome.HELD
@@ -345,7 +350,10 @@ def take_back(tx: Transaction, channel: str, chat: str, thread: str, event: str)
             tx.all(query, chat=row["id"], thread=thread, event=event)
         questions.end_answered(tx)
     place = {"channel": channel, "chat": chat, "thread": thread}
-    return bool(tx.all("take_back_message", event=event, now=now_ms(), **place))
+    unseen = bool(tx.all("take_back_message", event=event, now=now_ms(), **place))
+    if unseen:
+        tx.all("take_back_files", event=event, **place)
+    return unseen
 
 
 # --- agents that listen no more ---------------------------------------------------------------------

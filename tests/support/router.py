@@ -19,7 +19,7 @@ from typing import Any, cast
 import pytest
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import containers, paths, people
+from nanoclawd import containers, limits, paths, people
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.approvals import Approvals
@@ -28,6 +28,7 @@ from nanoclawd.budget import NO_LIMITS
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
+from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, SessionName
@@ -420,6 +421,7 @@ class Router:
         self.usage: Usage
         self.gateway: GatewayLink
         self.pairings: Pairings
+        self.files: FileStore
         self.channels: ChannelService
         self.approvals: Approvals
         self.holds: HoldLink
@@ -464,7 +466,9 @@ class Router:
                 }
                 self.sessions.containers.service = AgentService(**parts).service
                 self.pairings = Pairings()
-                self.channels = ChannelService(**parts, pairings=self.pairings)
+                self.files = FileStore(db)
+                await self.files.prepare()
+                self.channels = ChannelService(**parts, pairings=self.pairings, files=self.files)
                 channel = self.channels.service
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
@@ -472,7 +476,7 @@ class Router:
                 await nanoclawd._recover(db, systemd, self.sessions, listeners, attempts=attempts)
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
-                self.channel = Server(channel, place.listener)
+                self.channel = Server(channel, place.listener, max_fds=limits.FILES_PER_MESSAGE, trusted=False)
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
