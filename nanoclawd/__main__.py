@@ -34,6 +34,7 @@ from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
 from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
@@ -179,6 +180,7 @@ async def _route(
                 tasks=tasks,
                 slots=settings.max_sessions,
             )
+            guard = Guard(db=db, registry=registry, outlets=outlets, wake=sessions.wake)
             agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             sessions.containers.service = agent_service.service
             pairings = Pairings()
@@ -197,6 +199,7 @@ async def _route(
                 pairings=pairings,
                 usage=usage,
                 approvals=approvals,
+                guard=guard,
                 holds=holds,
                 sandbox=checks,
             )
@@ -205,6 +208,7 @@ async def _route(
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             tasks.create_task(outlets.run(), name="outlets")
             tasks.create_task(approvals.run(), name="approvals")
+            tasks.create_task(guard.run(), name="guard")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
             idle = IdleExit(db=db, sessions=sessions, seconds=lambda: registry.settings.idle_exit)

@@ -55,3 +55,10 @@ def decide_access(standings: Collection[Standing], agent: str, chat: int, access
     return {Access.STRICT: Verdict.DROPPED, Access.ASK: Verdict.HELD, Access.PUBLIC: Verdict.STRANGER}[
         access
     ]
+
+
+def may_answer(standings: Collection[Standing], agent: str) -> bool:
+    """Return whether somebody with those roles may say what `agent` may do; "": what is of more than one."""
+    if Standing(Role.OWNER) in standings or Standing(Role.ADMIN) in standings:
+        return True
+    return bool(agent) and Standing(Role.ADMIN, agent) in standings

@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import budget, limits, policy, tomltable
+from nanoclawd import limits, policy, tomltable
 from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.policy import Policy, Rule, Unknown
+from nanoclawd.privileges import NOT_SAID, Privileges, parse_privileges
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
 DEFAULT_IMAGE = "localhost/nanoclaw-agent:latest"
@@ -49,6 +50,7 @@ class AgentConfig:
     unknown: Unknown = Unknown.DENY  #: what becomes of requests that no rule decides
     policy: tuple[Rule, ...] = ()  #: what it may reach, but for its provider
     budget: Budget = NO_LIMITS  #: what it may spend; None in it: as in nanoclaw.toml
+    guard: Privileges = NOT_SAID  #: the same for what it may have the router do
 
     @property
     def all_policy(self) -> Policy:
@@ -142,11 +144,11 @@ def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:
     return parse_agent(new, path)
 
 
-def change_budget(path: Path, changes: Mapping[str, int | None]) -> AgentConfig:
-    """Change keys of [budget] in agents/NAME.toml, as change_agent() does; None takes a key out."""
+def change_table(path: Path, table: str, changes: Mapping[str, Any]) -> AgentConfig:
+    """Change keys of a table in agents/NAME.toml, as change_agent() does; None takes a key out."""
     text = read_text(path)
     parse_agent(text, path)
-    new = tomltable.change_table(text, "budget", {key: budget.plain(key, changes[key]) for key in changes})
+    new = tomltable.change_table(text, table, changes)
     config = parse_agent(new, path)
     write_text(path, new)
     return config
@@ -240,6 +242,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
         hint="write [[policy]] and below it host = …, or route = …",
     ),
     "budget": parse_budget,
+    "guard": parse_privileges,
 }
 
 

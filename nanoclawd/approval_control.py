@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import pwd
 import socket
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
-from nanoclawd import asking, limits, policy
+from nanoclawd import asking, limits, people, policy
 from nanoclawd.approvals import Approvals, Scope, request_of
 from nanoclawd.asking import Request
 from nanoclawd.audit import Audit
 from nanoclawd.db import Database, Row, now_ms
 from nanoclawd.errors import NanoclawError, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.guard import KIND, Guard, held_of
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Rule, Way
+from nanoclawd.privileges import TABLE
 from nanoclawd.questions import About, Question, question_of
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method
+from nanoclawd.states import ApprovalState
 from nanoclawd.wire import Json
 
 _WHY = {
@@ -35,6 +40,7 @@ class ApprovalControl:
     db: Database
     registry: Registry
     approvals: Approvals
+    guard: Guard
     holds: HoldLink
     gateway: GatewayLink
     audit: Audit
@@ -56,22 +62,21 @@ class ApprovalControl:
         async def approvals() -> AsyncIterator[Json]:
             for row in rows:  # one at a time, since requests may be long
                 for found in await self.db.read("find_approval", id=row["id"]):
-                    yield {"approval": _describe(found)}
+                    yield {"approval": await self._describe(found)}
 
         return await call.send_all(approvals(), {"approval": None})
 
     async def _show(self, call: Call) -> Json:
         row = await self.approvals.find(call.parameters["id"])
         if (question := question_of(row)) is not None:
-            return {"approval": _describe(row), "why": _WHY[question.about], "choices": _answers(question)}
-        request = request_of(row)
-        if request is None:
-            return {"approval": _describe(row), "why": "", "choices": []}
-        return {
-            "approval": _describe(row),
-            "why": self.approvals.decide(request).message,
-            "choices": _choices(request),
-        }
+            why, choices = _WHY[question.about], _answers(question)
+        elif (held := held_of(row)) is not None:
+            why, choices = f"[guard] holds '{held.action}'.", _ACTION_CHOICES
+        elif (request := request_of(row)) is not None:
+            why, choices = self.approvals.decide(request).message, _choices(request)
+        else:
+            why, choices = "", []
+        return {"approval": await self._describe(row), "why": why, "choices": choices}
 
     async def _answer(self, call: Call) -> Json:
         parameters = call.parameters
@@ -82,7 +87,14 @@ class ApprovalControl:
                 raise Refused("an answer about a sender or a chat is for always", hint="say --always")
             await self.people.answer(row, parameters["sha256"], allow=allow, by=_person(call))
             (row,) = await self.db.read("find_approval", id=row["id"])
-            return {"approval": _describe(row), "sent": allow, "rule": None}
+            return {"approval": await self._describe(row), "sent": allow, "rule": None}
+        if row["kind"] == KIND:
+            if scope is not Scope.ONCE:
+                raise Refused("an answer about an action is for this once", hint="say --once, or nothing")
+            by = partial(people.answerer_here, by=_person(call))
+            row = await self.guard.answer(row["id"], parameters["sha256"], allow=allow, by=by)
+            sent = row["state"] == ApprovalState.USED
+            return {"approval": await self._describe(row), "sent": sent, "rule": None}
         request = self.approvals.check(row, parameters["sha256"], allow=allow)
         rule = None
         if scope is Scope.ALWAYS:
@@ -93,7 +105,21 @@ class ApprovalControl:
         )
         sent = await self._carry_out(request, allow=allow, scope=scope)
         (row,) = await self.db.read("find_approval", id=row["id"])
-        return {"approval": _describe(row), "sent": sent, "rule": rule and str(rule)}
+        return {"approval": await self._describe(row), "sent": sent, "rule": rule and str(rule)}
+
+    async def _describe(self, row: Row) -> Json:
+        shown = _describe(row)
+        if (held := held_of(row)) is not None:
+            votes = await self.db.read("votes", approval=row["id"])
+            shown["action"] = {
+                "action": held.action,
+                "what": TABLE[held.action].what,
+                "payload": json.dumps(held.payload, ensure_ascii=False, indent=2, sort_keys=True),
+                "needed": row["needed"],
+                "allowedBy": [vote["name"] for vote in votes],
+                "outcome": row["outcome"],
+            }
+        return shown
 
     async def _add_rule(self, request: Request, *, deny: bool) -> Rule:
         """Write the answer into the agent's file, after all rules that are there: it overrides none."""
@@ -154,13 +180,19 @@ def _describe(row: Row) -> Json:
     shown |= {"decidedAt": row["decided_at"] and row["decided_at"] / 1000, "decidedBy": row["decided_by"]}
     if (question := question_of(row)) is not None:
         asked = {name: getattr(question, name) for name in ("number", "title", "user", "name", "text")}
-        return {**shown, "request": None, "question": asked}
-    shown["question"] = None
+        return {**shown, "request": None, "question": asked, "action": None}
+    shown |= {"question": None, "action": None}
     if (request := request_of(row)) is None:
         return {**shown, "request": None}
     told = asking.to_json(request)
     wanted = {name: told[name] for name in ("way", "method", "host", "port", "headers", "body")}
     return {**shown, "request": {**wanted, "url": request.url, "bodyBytes": len(request.body_bytes)}}
+
+
+_ACTION_CHOICES: list[Json] = [
+    {"answer": "allow", "scope": "once", "what": "the router does this, as it is shown, once"},
+    {"answer": "deny", "scope": "once", "what": "not this, and for an hour not the same again"},
+]
 
 
 def _answers(question: Question) -> list[Json]:

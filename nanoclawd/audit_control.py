@@ -21,6 +21,8 @@ NOTED = {
         "SetAgent",
         "RemoveAgent",
         "SetBudget",
+        "SetGuard",
+        "SetGuardApprovals",
         "StartAgent",
         "StopAgent",
         "RestartAgent",

@@ -21,6 +21,8 @@ from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.guard import Guard
+from nanoclawd.guard_control import GuardControl
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
@@ -54,7 +56,7 @@ _COUNTS = (
 _KEYS = {
     re.sub("_(.)", lambda found: found[1].upper(), key): key
     for key in KEYS
-    if key not in ("mounts", "policy", "budget")
+    if key not in ("mounts", "policy", "budget", "guard")
 }
 
 
@@ -71,6 +73,7 @@ class ControlService:
     pairings: Pairings
     usage: Usage
     approvals: Approvals
+    guard: Guard
     holds: HoldLink
     sandbox: list[Check]
 
@@ -112,6 +115,7 @@ class ControlService:
                 people=people,
                 registry=self.registry,
                 approvals=self.approvals,
+                guard=self.guard,
                 holds=self.holds,
                 gateway=self.gateway,
                 audit=self.audit,
@@ -120,6 +124,7 @@ class ControlService:
             **people.methods,
             **self._audit_control.methods,
             **self._usage_control.methods,
+            **GuardControl(self.registry).methods,
         }
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),

@@ -69,13 +69,17 @@ class Transaction:
     def __init__(self, connection: sqlite3.Connection, queries: dict[str, str]) -> None:
         self._connection = connection
         self._queries = queries
-        self.told: list[Callable[[], None]] = []  #: lines for the journal
+        self.told: list[Callable[[], object]] = []  #: what comes after: lines for the journal, mostly
         #: Where something was published: channel, chat, thread. The adapters there get what is next.
         self.places: list[tuple[str, str, str]] = []
 
     def tell(self, level: Callable[..., None], event: str, text: str = "", **fields: Any) -> None:
         """Write to the journal, with a function of journal.py, as soon as all this is on disk."""
         self.told.append(partial(level, event, text, **fields))
+
+    def then(self, act: Callable[[], object]) -> None:
+        """Have something done as soon as all this is on disk, e.g. wake who has work now."""
+        self.told.append(act)
 
     def all(self, query: str, **parameters: Any) -> list[Row]:
         """Run a statement of queries.sql and return its rows."""
@@ -276,7 +280,7 @@ class Database:
     async def _commit(self, batch: list[_Write]) -> None:
         outcomes: list[tuple[_Write, Any, BaseException | None]] = []
         transaction = Transaction(self._writer, self._queries)
-        told: list[Callable[[], None]] = []
+        told: list[Callable[[], object]] = []
         try:
             await self._begin()
             clock_ms = self._follow_clock(transaction)

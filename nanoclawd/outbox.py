@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nanoclawd import journal
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
-from nanoclawd.queue import DeliveryKind, place_of
+from nanoclawd.queue import DeliveryKind, is_event, place_of
 from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json
 
@@ -59,7 +59,7 @@ def _claim(tx: Transaction, row: Row) -> Delivery:
         events |= {
             message["event"]
             for message in tx.all("messages_of_turn", turn=row["turn"])
-            if not message["hops"] and place_of(message) == place_of(row)
+            if is_event(message) and place_of(message) == place_of(row)
         }
     shown = {
         **{name: row[name] for name in ("key", "chat", "thread", "agent")},

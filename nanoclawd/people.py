@@ -6,8 +6,9 @@ Only accounts and roles decide anything. Names that a platform shows are its use
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from nanoclawd.access import Role, Standing
+from nanoclawd.access import Role, Standing, may_answer
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.ids import PersonName, parse_person_name
@@ -96,3 +97,36 @@ def _require_owner(tx: Transaction, person: Row, standing: Standing) -> None:
     everywhere = not standing.agent and standing.chat is None
     if is_owner and everywhere and tx.all("count_owners")[0]["owners"] == 1:
         raise Refused(f"'{person['name']}' is the only owner", hint="make somebody else an owner first")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answerer:
+    """Somebody who answers an approval."""
+
+    person: int
+    by: str  #: who that is, for the record
+    here: bool  #: on this host, by the control socket or the terminal, where nobody asks for roles
+    standings: frozenset[Standing] = frozenset()
+
+    def may_answer(self, agent: str) -> bool:
+        return self.here or may_answer(self.standings, agent)
+
+
+def standings_of_person(tx: Transaction, person: int) -> frozenset[Standing]:
+    """Return all that a person is to us."""
+    rows = tx.all("list_members", person=person, chat=None)
+    return frozenset(Standing(Role(row["role"]), row["agent"], row["chat"]) for row in rows)
+
+
+def answerer_here(tx: Transaction, by: str) -> Answerer:
+    """Return whoever may open our sockets: the owner."""
+    return Answerer(person=find_person(tx, OWNER)["id"], by=by, here=True)
+
+
+def answerer_of(tx: Transaction, channel: str, user: str) -> Answerer | None:
+    """Return the person behind an account, if there is one."""
+    identity = tx.one("find_identity", channel=channel, user=user)
+    if identity is None:
+        return None
+    standings = standings_of(tx, channel, user)
+    return Answerer(person=identity["person"], by=f"{user} on {channel}", here=False, standings=standings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -99,12 +100,17 @@ class Message:
     id: MessageId
     place: Place  #: where it was said
     event: str
-    sender: str
+    sender: str  #: "": the router
     text: str
     received_at: int  #: ms
     context: str  #: what was said before it, as JSON, or ""
-    hops: int = 0  #: agents that it has come through; the platform knows no such event
+    hops: int = 0  #: agents that it has come through since a person said something
     files: Sequence[Row] = ()  #: that came with it
+
+    @property
+    def is_event(self) -> bool:
+        """Whether the platform knows it: not what the router or another agent says."""
+        return bool(self.sender) and not self.hops
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,7 +146,7 @@ class Turn:
 
     @property
     def events(self) -> list[str]:
-        return [message.event for message in self.messages if not message.hops]
+        return [message.event for message in self.messages if message.is_event]
 
     def behind(self, last: str) -> list[Message]:
         """Return the messages behind the one with that id. Raises Refused."""
@@ -159,7 +165,7 @@ class Failure:
 
     @property
     def events(self) -> list[str]:
-        return [row["event"] for row in self.messages if not row["hops"]]
+        return [message.event for message in self.messages if message.is_event]
 
     @property
     def place(self) -> Place:
@@ -168,6 +174,11 @@ class Failure:
 
 def place_of(row: Row) -> Place:
     return row["channel"], row["chat"], row["thread"]
+
+
+def is_event(row: Row) -> bool:
+    """Whether the platform knows a message, as Message.is_event says."""
+    return bool(row["sender"]) and not row["hops"]
 
 
 def session_row(row: Row) -> SessionRow:
@@ -221,6 +232,16 @@ def enqueue(
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session
+
+
+def tell_agent(tx: Transaction, session: SessionRow, place: Place, event: str, text: str) -> None:
+    """Have the router say something to an agent in a session, as a message without a sender, if there is
+    room; once, by `event`, which is no platform's: nothing that is sent answers it.
+    """
+    channel, chat, thread = place
+    said = Event(channel=channel, chat=chat, thread=thread, event=event, revision=0, sender="", text=text)
+    with suppress(Refused):
+        enqueue(tx, session.agent, said, conversation=session.place)
 
 
 def _require_room(tx: Transaction, session: int, *, counted: int = 0) -> None:
@@ -369,7 +390,7 @@ def say(
     to: Message | None = None,
 ) -> None:
     """Publish what an agent says in `place`, because of `message`; it answers `to` if that was said there."""
-    answered = to.event if to is not None and to.place == place and not to.hops else None
+    answered = to.event if to is not None and to.place == place and to.is_event else None
     channel, chat, thread = place
     tx.all(
         "publish_more",
@@ -642,7 +663,7 @@ def _publish(
         thread=thread,
         kind=kind,
         body=text,
-        in_reply_to=None if message.hops else message.event,
+        in_reply_to=message.event if message.is_event else None,
         now=now_ms(),
     )
     tx.places.append(message.place)

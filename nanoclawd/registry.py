@@ -16,6 +16,7 @@ from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName, no_agent, parse_agent_name
 from nanoclawd.policy import Policy, Rule, with_rule
+from nanoclawd.privileges import Privileges
 from nanoclawd.quadlet import UnitSpec
 from nanoclawd.routing import forget_agent
 from nanoclawd.settings import Settings
@@ -86,6 +87,11 @@ class Registry:
         """Return what the agent may spend."""
         agent, default = self._agents.get(name), self.settings.budget
         return agent.config.budget.or_default(default) if agent and agent.config else default
+
+    def privileges(self, name: AgentName) -> Privileges:
+        """Return what the agent may have the router do; as by default, if its file is broken."""
+        agent, default = self._agents.get(name), self.settings.guard
+        return agent.config.guard.or_default(default) if agent and agent.config else default
 
     def instructions(self, name: AgentName) -> str:
         """Return the text of NAME.md, read anew: a person may have changed it. Raises ConfigError."""
@@ -190,13 +196,15 @@ class Registry:
         journal.info("policy-changed", str(rule), agent=agent.name)
         return agent
 
-    async def set_budget(self, name: str, changes: Mapping[str, int | None]) -> Agent:
-        """Change limits in an agent's file (None: no limit); on any failure it is as before."""
+    async def set_table(self, name: str, table: str, changes: Mapping[str, Any]) -> Agent:
+        """Change keys of a table in an agent's file (None takes one out), of which no unit has anything; on
+        any failure it is as before.
+        """
         async with self._changing:
             before = self.get(name)
-            config = agents.change_budget(config_file(before.name), changes)
+            config = agents.change_table(config_file(before.name), table, changes)
             agent = self._agents[before.name] = replace(before, config=config)
-        journal.info("budget-changed", agent=agent.name, keys=",".join(changes))
+        journal.info(f"{table}-changed", agent=agent.name, keys=",".join(changes))
         return agent
 
     async def remove(self, name: str) -> Path | None:

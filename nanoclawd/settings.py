@@ -22,6 +22,7 @@ from nanoclawd.files import read_text
 from nanoclawd.ids import CredentialName, parse_credential_name
 from nanoclawd.mounts import AllowedMount
 from nanoclawd.prices import Price, Prices, parse_prices
+from nanoclawd.privileges import Privileges, parse_privileges
 from nanoclawd.routes import Endpoint, Route, Scheme, UsageShape
 from nanoclawd.tomltable import BadValue, line_of_text, true_or_false, whole_number
 
@@ -49,6 +50,7 @@ class Settings:
     mounts: tuple[AllowedMount, ...]  #: empty: nothing may be mounted
     routes: Mapping[str, Route]  #: by name; those of providers too
     budget: Budget  #: of each agent whose file says nothing else
+    guard: Privileges  #: the same
     prices: Prices
 
 
@@ -212,5 +214,6 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
         [],
     ),
     "budget": (parse_budget, {}),
+    "guard": (parse_privileges, {}),
     "prices": (parse_prices, {}),
 }

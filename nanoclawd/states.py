@@ -32,8 +32,10 @@ class ApprovalState(StrEnum):
     PENDING = "pending"  #: waits for a person's answer until expires_at
     ALLOWED = "allowed"  #: once: until it is used; for a while: until expires_at; always: by a rule
     DENIED = "denied"  #: remembered until expires_at
-    USED = "used"  #: what was allowed once was sent
-    EXPIRED = "expired"  #: not answered, or what was allowed not used, in time
+    USED = "used"  #: what was allowed once was sent, or done
+    EXPIRED = (
+        "expired"  #: not answered, or what was allowed not used, in time; or it could not be done any more
+    )
 
 
 #: From, to: what does it. ARCHITECTURE.md has the same as a picture.
@@ -66,8 +68,11 @@ APPROVAL_TRANSITIONS = {
         ApprovalState.PENDING,
         ApprovalState.EXPIRED,
     ): "nobody answers in time, a rule decides by now, or its agent is removed",
-    (ApprovalState.ALLOWED, ApprovalState.USED): "the very same request is sent, once",
-    (ApprovalState.ALLOWED, ApprovalState.EXPIRED): "its time is over, or its agent is removed",
+    (ApprovalState.ALLOWED, ApprovalState.USED): "the very same request is sent, or the action done, once",
+    (
+        ApprovalState.ALLOWED,
+        ApprovalState.EXPIRED,
+    ): "its time is over, its agent is removed, or it cannot be done any more",
 }
 
 #: Where a row may be deleted: in an end, and a dead letter only when the operator has dropped it.

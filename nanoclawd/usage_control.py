@@ -29,7 +29,8 @@ class UsageControl:
         changes = budget.changes_from_json(call.parameters["budget"])
         if not changes:
             raise Refused("nothing to change was given")
-        agent = await self._registry.set_budget(call.parameters["name"], changes)
+        plain = {key: budget.plain(key, value) for key, value in changes.items()}
+        agent = await self._registry.set_table(call.parameters["name"], "budget", plain)
         await self._gateway.refresh()
         return {"budget": budget.to_json(self._registry.budget(agent.name))}
 

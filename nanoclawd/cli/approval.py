@@ -18,6 +18,8 @@ DENIAL_S = int(limits.DENIAL_S)
 
 def _what(approval: Json) -> str:
     request, question = approval["request"], approval["question"]
+    if (action := approval["action"]) is not None:
+        return cut(f"{action['action']} {one_line(action['payload'])}", URL_CELLS)
     if question is not None:
         return cut(f"{question['user']} in {question['number']}: {one_line(question['text'])}", URL_CELLS)
     if request is None:
@@ -57,7 +59,7 @@ def approval_show(options: Namespace) -> None:
     if options.json:
         return output.say_json(reply)
     approval, request = reply["approval"], reply["approval"].pop("request")
-    question = approval.pop("question")
+    question, action = approval.pop("question"), approval.pop("action")
     time_left = _time_left(approval)
     output.say_document(approval)
     if time_left:
@@ -68,6 +70,15 @@ def approval_show(options: Namespace) -> None:
         output.say_field("Account", question["user"])
         output.say_field("Calls itself", one_line(question["name"]) or "nothing")
         output.say_field("Wrote", _marked(question["text"]))
+        _say_choices(reply)
+        return None
+    if action is not None:
+        output.say("")
+        output.say_field("Would", action["what"])
+        output.say_field("Action", f"{action['action']}{_marked(action['payload'])}")
+        output.say_field("Allowed by", f"{len(action['allowedBy'])} of {action['needed']} who are needed")
+        if action["outcome"]:
+            output.say_field("Outcome", one_line(action["outcome"]))
         _say_choices(reply)
         return None
     if request is None:
@@ -132,6 +143,8 @@ def _answer(options: Namespace, answer: str, default: str) -> None:
     shown = control.call("ShowApproval", {"id": options.APPROVAL})["approval"]
     if shown["question"] is not None and not any(given.values()):
         scope = "always"
+    if shown["action"] is not None and not any(given.values()):
+        scope = "once"
     if scope == "for" and seconds is None:
         seconds = DENIAL_S
     reply = control.call(
@@ -154,6 +167,13 @@ def _told(reply: Json, answer: str, scope: str) -> str:
     is_what = "allowed" if answer == "allow" else "denied"
     if approval["question"] is not None:
         return f"{approval['id']} is {is_what}."
+    if (action := approval["action"]) is not None:
+        if approval["state"] == "pending":
+            return (
+                f"{approval['id']} is allowed by {len(action['allowedBy'])} of {action['needed']}: it waits."
+            )
+        outcome = f": {one_line(action['outcome'])}" if action["outcome"] else ""
+        return f"{approval['id']} of '{approval['agent']}' is {is_what}{outcome}."
     done = f"{approval['id']} of '{approval['agent']}' is {is_what} {words}"
     if answer == "deny":
         return f"{done}."

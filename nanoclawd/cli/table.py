@@ -248,6 +248,8 @@ _OPTIONS = (
     Option("--money-per-day", "dollars of all sessions in a day, as in 2.50, or none", "DOLLARS", dollars),
     Option("--money-per-session", "dollars of each session, or none", "DOLLARS", dollars),
     Option("--requests-per-minute", "calls of models by all sessions, or none", "N", limit),
+    Option("ACTION", "an action of the guard's table, or approvals"),
+    Option("ANSWER", "allow, hold or deny, a number of approvals, or default"),
     Option("--session", "which one, if several run", "SESSION"),
     Option("--base", "base image, in place of the Containerfile's", "IMAGE"),
     Option(
@@ -270,6 +272,7 @@ NOUNS = {
     "policy": "say what an agent may reach through the gateway",
     "approval": "answer what agents may do only if you say so",
     "budget": "say what an agent may spend at its models",
+    "guard": "say what an agent may have the router do, and what waits for people",
     "audit": "see what agents asked for at the gateway, and what was changed here",
     "image": "make the image that agents run in",
     "secret": "keep the credentials that the gateway uses",
@@ -404,6 +407,15 @@ COMMANDS = (
         f"AGENT {_BUDGET} --json",
         "change what an agent may spend, from now on; what is not named stays",
         more="Other limits may stand in nanoclaw.toml for all agents; 'usage' shows what is left.",
+    ),
+    Command(
+        "guard show", "[AGENT] --json", "show what an agent may have the router do: the table of actions"
+    ),
+    Command(
+        "guard set",
+        "AGENT ACTION ANSWER --json",
+        "change a row of that table for an agent, or how many people have to allow what is held",
+        more="As in 'guard set demo edit deny', 'guard set demo approvals 2'; default takes it back.",
     ),
     Command(
         "audit list",

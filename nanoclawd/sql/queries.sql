@@ -176,7 +176,7 @@ SELECT key, body FROM outbox
 
 -- messages_of_turn --
 -- That of a mid-turn message is the first attempt's, if it was shared.
-SELECT id, event, hops, channel, chat, thread FROM inbox WHERE turn = :turn OR first_turn = :turn;
+SELECT id, event, sender, hops, channel, chat, thread FROM inbox WHERE turn = :turn OR first_turn = :turn;
 
 -- count_sends --
 -- Besides this one, which may be there already.
@@ -676,7 +676,8 @@ RETURNING *;
 -- expire_approvals --
 -- What nobody answered, or used, in time; and what was allowed for a while.
 UPDATE approval SET state = 'expired'
- WHERE expires_at <= :now AND (state = 'pending' OR (state = 'allowed' AND scope != 'always')) RETURNING *;
+ WHERE kind != 'action' AND expires_at <= :now AND (state = 'pending' OR (state = 'allowed' AND scope != 'always'))
+RETURNING *;
 
 -- end_approvals --
 -- Of an agent that is gone: another one of its name inherits nothing.
@@ -693,7 +694,8 @@ SELECT * FROM approval
 
 -- next_expiry --
 SELECT min(expires_at) AS at FROM approval
- WHERE state = 'pending' OR (state = 'allowed' AND scope != 'always') OR (state = 'denied' AND expires_at > :now);
+ WHERE kind != 'action' AND (state = 'pending' OR (state = 'allowed' AND scope != 'always')
+                             OR (state = 'denied' AND expires_at > :now));
 
 -- delete_approvals --
 DELETE FROM approval WHERE id IN
@@ -769,3 +771,31 @@ DELETE FROM file
                                 AND held.thread = file.thread AND held.event = file.event
                                 AND held.revision >= file.revision) END
 RETURNING id;
+
+-- find_action --
+-- What a call of an agent was made of.
+SELECT * FROM approval WHERE agent = :agent AND session = :session AND call = :call;
+
+-- denied_action --
+-- The same, denied a short while ago.
+SELECT * FROM approval WHERE agent = :agent AND sha256 = :sha256 AND state = 'denied' AND expires_at > :now;
+
+-- add_action --
+INSERT INTO approval (id, kind, agent, session, channel, chat, thread, payload, sha256, asked_at, expires_at, call,
+                      needed)
+VALUES (:id, 'action', :agent, :session, :channel, :chat, :thread, :payload, :sha256, :now, :expires, :call, :needed)
+RETURNING *;
+
+-- open_actions --
+-- What waits for an answer, or to be carried out.
+SELECT * FROM approval WHERE kind = 'action' AND state IN ('pending', 'allowed') ORDER BY decided_at, asked_at;
+
+-- end_action --
+UPDATE approval SET state = :state, outcome = :outcome WHERE id = :id RETURNING *;
+
+-- vote --
+INSERT INTO vote (approval, person, here, said_at) VALUES (:approval, :person, :here, :now)
+ON CONFLICT DO NOTHING RETURNING person;
+
+-- votes --
+SELECT person.name, vote.* FROM vote JOIN person ON person.id = person WHERE approval = :approval ORDER BY said_at;

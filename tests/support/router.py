@@ -30,12 +30,14 @@ from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
+from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.policy import Policy, Rule, with_rule
+from nanoclawd.privileges import Privileges
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
@@ -321,6 +323,17 @@ class RegistryDouble:
         self.agents[name] = replace(config, policy=with_rule(config.policy, rule, last=last))
         return self.get(name)
 
+    def privileges(self, name: str) -> Privileges:
+        config = self.agents.get(name)
+        return config.guard.or_default(self.settings.guard) if config else self.settings.guard
+
+    async def set_table(self, name: str, table: str, changes: Json) -> Agent:
+        config = self.get(name).config
+        assert config is not None
+        values = {table: replace(getattr(config, table), **changes)}
+        self.agents[name] = replace(config, **values)
+        return self.get(name)
+
     def policy(self, name: str) -> Policy:
         return self.agents[name].all_policy if name in self.agents else Policy()
 
@@ -424,6 +437,7 @@ class Router:
         self.files: FileStore
         self.channels: ChannelService
         self.approvals: Approvals
+        self.guard: Guard
         self.holds: HoldLink
         self._slots = slots
         self._wired: set[tuple[str, ...]] = set()
@@ -458,6 +472,8 @@ class Router:
                     tasks=tasks,
                     slots=self._slots,
                 )
+                wake = self.sessions.wake
+                self.guard = Guard(db=db, registry=registry, outlets=outlets, wake=wake)
                 parts: dict[str, Any] = {
                     "db": db,
                     "registry": registry,
@@ -476,7 +492,10 @@ class Router:
                 await nanoclawd._recover(db, systemd, self.sessions, listeners, attempts=attempts)
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
-                self.channel = Server(channel, place.listener, max_fds=limits.FILES_PER_MESSAGE, trusted=False)
+                tasks.create_task(self.guard.run(), name="guard")
+                self.channel = Server(
+                    channel, place.listener, max_fds=limits.FILES_PER_MESSAGE, trusted=False
+                )
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:

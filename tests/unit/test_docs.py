@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoclawd import agents, budget, policy
+from nanoclawd import agents, budget, policy, privileges
 from nanoclawd.cli.__main__ import EXIT_CODES
 from nanoclawd.cli.parser import Help, parse, render_help
 from nanoclawd.cli.table import COMMANDS, NOUNS, Command
@@ -91,7 +91,7 @@ def test_every_setting_is_in_the_man_page_and_no_other() -> None:
 
     assert re.findall(r"^\.It Va (\S+)", settings, re.MULTILINE) == [*SETTINGS]
     documented = re.findall(r"^\.It Va (\S+)", of_agents, re.MULTILINE)
-    tables = {*(field.name for field in fields(agents.Mount)), *budget.KEYS}
+    tables = {*(field.name for field in fields(agents.Mount)), *budget.KEYS, *privileges.KEYS}
     assert set(documented) == {*agents.KEYS, *tables}
     assert re.findall(r"^\.It Va (\S+)", of_policies, re.MULTILINE) == [*policy.KEYS]
 

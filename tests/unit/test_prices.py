@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoclawd.agents import change_agent, change_budget, parse_agent, read_agent
+from nanoclawd.agents import change_agent, change_table, parse_agent, read_agent
 from nanoclawd.budget import KEYS, NO_LIMITS, Budget, Spent, explain, find_stop, from_json, to_json
 from nanoclawd.errors import ConfigError
 from nanoclawd.prices import DOLLARS_MAX, MILLION, Price, Prices, Tokens, dollars, show
@@ -173,12 +173,12 @@ def test_limits_are_changed_where_they_stand(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     before = read_agent(path)
 
-    changed = change_budget(path, {"money_per_day": 3_250_000, "tokens_per_day": 7})
+    changed = change_table(path, "budget", {"money_per_day": 3.25, "tokens_per_day": 7})
     assert changed == read_agent(path) == replace(before, budget=changed.budget)
     assert changed.budget == Budget(money_per_day=3_250_000, tokens_per_day=7)
     assert all(comment in path.read_text() for comment in re.findall("#.*", text))
 
-    assert change_budget(path, {"money_per_day": None, "tokens_per_day": None}).budget == NO_LIMITS
+    assert change_table(path, "budget", {"money_per_day": None, "tokens_per_day": None}).budget == NO_LIMITS
     assert read_agent(path) == replace(before, budget=NO_LIMITS)
 
 
@@ -187,7 +187,7 @@ def test_a_limit_that_is_wrong_leaves_the_file(tmp_path: Path) -> None:
     path.write_text(FILES[2])
 
     with pytest.raises(ConfigError, match="budget: requests_per_minute must be from 1"):
-        change_budget(path, {"requests_per_minute": 0})
+        change_table(path, "budget", {"requests_per_minute": 0})
     assert path.read_text() == FILES[2]
 
 

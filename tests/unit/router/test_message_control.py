@@ -81,6 +81,7 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         audit=router.audit,
         usage=router.usage,
         approvals=router.approvals,
+        guard=router.guard,
         holds=router.holds,
         sandbox=[],
     )
