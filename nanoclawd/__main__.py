@@ -25,8 +25,10 @@ from pathlib import Path
 from systemd import daemon
 
 from nanoclawd import journal, limits, paths, recovery, retention, sandbox
+from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
 from nanoclawd.approvals import Approvals
+from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.control import ControlService
@@ -181,11 +183,27 @@ async def _route(
                 slots=settings.max_sessions,
             )
             guard = Guard(db=db, registry=registry, outlets=outlets, wake=sessions.wake)
-            agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
+            asks = Asks(db)
+            agent_service = AgentService(
+                db=db,
+                registry=registry,
+                sessions=sessions,
+                outlets=outlets,
+                guard=guard,
+                files=files,
+                asks=asks,
+                approvals=approvals,
+            )
             sessions.containers.service = agent_service.service
             pairings = Pairings()
             channel_service = ChannelService(
-                db=db, registry=registry, sessions=sessions, outlets=outlets, pairings=pairings, files=files
+                db=db,
+                registry=registry,
+                sessions=sessions,
+                outlets=outlets,
+                pairings=pairings,
+                files=files,
+                asks=asks,
             )
             control_service = ControlService(
                 db=db,
@@ -209,6 +227,10 @@ async def _route(
             tasks.create_task(outlets.run(), name="outlets")
             tasks.create_task(approvals.run(), name="approvals")
             tasks.create_task(guard.run(), name="guard")
+            post = AgentPost(
+                db=db, outlets=outlets, wake=sessions.wake, known=lambda name: name in registry.names()
+            )
+            tasks.create_task(post.run(), name="agent post")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
             idle = IdleExit(db=db, sessions=sessions, seconds=lambda: registry.settings.idle_exit)
@@ -222,7 +244,9 @@ async def _route(
             for server in idle.servers:
                 tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
-            tasks.create_task(retention.run(db, audit, usage, files, lambda: registry.settings), name="retention")
+            tasks.create_task(
+                retention.run(db, audit, usage, files, lambda: registry.settings), name="retention"
+            )
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")
             await control_service.start_waiting()

@@ -1,8 +1,8 @@
 """A thread for descriptors that others send: whatever is done with one of these may hang.
 
-To read a file of a FUSE file system takes as long as whoever serves it likes. To close the last descriptor of a
-TCP socket that lingers (man 7 socket) does, too; and a message that holds one is enough: it is closed when
-there is no room for it, or when its connection is closed unread.
+To read a file of a FUSE file system takes as long as whoever serves it likes. To close the last descriptor
+of a TCP socket that lingers (man 7 socket) does, too; and a message that holds one is enough: it is closed
+when there is no room for it, or when its connection is closed unread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Apart:
-    """Does one thing after the other. What hangs here holds up what comes from the same listener, and no more."""
+    """Does one thing after the other. What hangs here holds up what comes from the same listener only."""
 
     def __init__(self) -> None:
         self._work: SimpleQueue[Callable[[], None]] | None = None
@@ -32,7 +32,7 @@ class Apart:
         self._work.put(work)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """The same, and return what it returns or raise what it raises. If it is cancelled, `work` goes on."""
+        """The same, and return what it returns or raise what it raises. If cancelled, `work` goes on."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 

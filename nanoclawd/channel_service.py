@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from nanoclawd import journal, limits, outbox, paths, queue
+from nanoclawd.asks import Asks, Entitled, Said
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.filestore import FileStore, Stored, add_rows, choose_files
@@ -17,7 +18,18 @@ from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
-from nanoclawd.routing import TERMINAL, Arrival, Outcome, Taken, add_chat, find_chat, reconsider, take, take_back
+from nanoclawd.routing import (
+    TERMINAL,
+    Arrival,
+    Outcome,
+    Taken,
+    add_chat,
+    find_chat,
+    may_talk,
+    reconsider,
+    take,
+    take_back,
+)
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
 from nanoclawd.states import ChatState, DeliveryState
@@ -37,6 +49,7 @@ class ChannelService:
         outlets: Outlets,
         pairings: Pairings,
         files: FileStore,
+        asks: Asks,
     ) -> None:
         self._db = db
         self._registry = registry
@@ -45,6 +58,7 @@ class ChannelService:
         self._outlets = outlets
         self._pairings = pairings
         self._files = files
+        self._asks = asks
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
@@ -113,7 +127,7 @@ class ChannelService:
             return taken
 
         # A session that lives already gets its turn in the same commit.
-        return await self._turns.write(take_all, lambda taken: (taken.sessions or [None])[0])
+        return await self._turns.write(take_all, _first_session)
 
     async def _take_with_files(self, call: Call, event: Event, fds: Sequence[int]) -> Taken:
         """The same, with files that are copied first: but not for somebody who is not heard."""
@@ -150,11 +164,30 @@ class ChannelService:
 
     def _router_of(self, event: Event, parameters: Json) -> Callable[[Transaction], Taken]:
         """Return the write that has an event go where it must."""
+        said = Said(
+            place=event.place,
+            event=event.event,
+            sender=event.sender,
+            text=event.text,
+            target=parameters["inReplyTo"],
+        )
+        may_answer = not parameters["files"] and parameters["writer"] != "program" and not event.revision
+
+        def answer(tx: Transaction, entitled: Entitled) -> Taken | None:
+            if not may_answer or tx.one("find_event", **event.key) is not None:
+                return None
+            taken = self._asks.take(tx, said, entitled)
+            if taken is None:
+                return None
+            return Taken(outcome=Outcome.QUEUED, message=taken[0], duplicate=taken[1])
+
         if event.channel == TERMINAL:
             # Whoever may open this socket is the owner. A broken agent is refused while somebody reads why.
             agent = self._registry.config(_required_agent(parameters["agent"], event)).name
 
             def store(tx: Transaction) -> Taken:
+                if (answered := answer(tx, lambda asking: asking == agent)) is not None:
+                    return answered
                 taken = Taken()
                 taken.add(*queue.enqueue(tx, agent, event))
                 return taken
@@ -169,7 +202,12 @@ class ChannelService:
             direct=parameters["kind"] == "direct",
             title=_shown(parameters["title"]),
         )
-        return lambda tx: take(tx, arrival)
+
+        def route(tx: Transaction) -> Taken:
+            entitled = partial(may_talk, tx, event.channel, event.chat, event.sender)
+            return answer(tx, entitled) or take(tx, arrival)
+
+        return route
 
     def _pair(self, tx: Transaction, event: Event) -> list[Delivery]:
         """Link the sender of a code to whom it was made for, and say so, if it is any good."""
@@ -311,6 +349,10 @@ class _Tried(Exception):
     def __init__(self, taken: Taken) -> None:
         super().__init__()
         self.taken = taken
+
+
+def _first_session(taken: Taken) -> SessionRow | None:
+    return taken.sessions[0] if taken.sessions else None
 
 
 def _gets_files(taken: Taken) -> bool:

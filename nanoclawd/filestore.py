@@ -1,8 +1,8 @@
 """Files that come with messages or go with deliveries: bytes in the directory files/, rows in the database.
 
-Each is a copy of ours under a name of ours: no path of an agent or an adapter is ever opened. A row is there only
-while its file is, so what is in the directory without a row is nobody's, and is swept at start and after each
-pruning.
+Each is a copy of ours under a name of ours: no path of an agent or an adapter is ever opened. A row is there
+only while its file is, so what is in the directory without a row is nobody's, and is swept at start and
+after each pruning.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Failure:
 
     @property
     def events(self) -> list[str]:
-        return [message.event for message in self.messages if message.is_event]
+        return [row["event"] for row in self.messages if is_event(row)]
 
     @property
     def place(self) -> Place:
@@ -389,7 +389,7 @@ def say(
     turn: str | None = None,
     to: Message | None = None,
 ) -> None:
-    """Publish what an agent says in `place`, because of `message`; it answers `to` if that was said there."""
+    """Publish what an agent says in `place`, because of `message`; it answers `to`, if said there."""
     answered = to.event if to is not None and to.place == place and to.is_event else None
     channel, chat, thread = place
     tx.all(

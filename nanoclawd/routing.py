@@ -162,6 +162,20 @@ def _route(tx: Transaction, chat: Row, arrival: Arrival, again: Taken | None = N
     return taken
 
 
+def may_talk(tx: Transaction, channel: str, chat: str, user: str, agent: str) -> bool:
+    """Say whether an account may talk to an agent in a chat at this moment."""
+    place = tx.one("find_chat", channel=channel, chat=chat)
+    if place is None or place["state"] != ChatState.OPEN:
+        return False
+    standings = people.standings_of(tx, channel, user)
+    return any(
+        row["agent"] == agent
+        and decide_access(standings, agent, place["id"], Access(row["access"]))
+        in (Verdict.KNOWN, Verdict.STRANGER)
+        for row in tx.all("list_wirings", chat=place["id"])
+    )
+
+
 def _wiring(row: Row) -> Wiring:
     return Wiring(
         **{name: row[name] for name in ("id", "chat", "agent", "pattern", "sticky_seconds", "sticky_until")},
@@ -382,3 +396,4 @@ def forget_agent(tx: Transaction, agent: str) -> None:
     """Take an agent that is removed out of all chats and roles: another one of its name inherits nothing."""
     remove_wirings(tx, agent=agent)
     tx.all("remove_roles_at", agent=agent)
+    tx.all("remove_destinations", agent=agent, name=None)

@@ -202,9 +202,7 @@ class Server:
             self._running.cancel()
 
     async def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(
-            sock, max_fds=self._max_fds, apart=None if self._trusted else self._apart
-        )
+        connection = Connection(sock, max_fds=self._max_fds, apart=None if self._trusted else self._apart)
         caller = Caller(identity=self.identity)
         try:
             await self._answer_all(connection, caller)
@@ -302,9 +300,7 @@ async def _write(connection: Connection, message: Json, fd: int | None = None) -
         raise _Gone from exc
 
 
-def _parse_call(
-    message: Json, connection: Connection, caller: Caller, apart: Apart
-) -> tuple[Call, bool]:
+def _parse_call(message: Json, connection: Connection, caller: Caller, apart: Apart) -> tuple[Call, bool]:
     method = message.get("method")
     parameters = message.get("parameters")
     if not isinstance(method, str):

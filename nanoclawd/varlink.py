@@ -125,13 +125,19 @@ class Connection:
         )
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                self.fds += array.array("i", payload[: len(payload) // 4 * 4])
-        # The kernel has closed those for which there was no room.
-        if flags & socket.MSG_CTRUNC or len(self.fds) > self._max_fds:
+                self._keep(array.array("i", payload[: len(payload) // 4 * 4]))
+        if flags & socket.MSG_CTRUNC:  # the kernel has closed those for which there was no room
             raise wire.WireError("descriptor", f"more than {self._max_fds} came")
         self.traffic += len(data)
         self._buffer += data
         return bool(data)
+
+    def _keep(self, received: array.array[int]) -> None:
+        for fd in received:
+            if len(self.fds) < self._max_fds:
+                self.fds.append(fd)
+            else:
+                os.close(fd)
 
 
 async def connect(path: Path) -> Connection:

@@ -234,6 +234,12 @@ UPDATE outbox SET state = :state, ended_at = :now, receipt = :receipt, reason = 
 -- find_delivery --
 SELECT * FROM outbox WHERE channel = :channel AND key = :key;
 
+-- find_published --
+SELECT * FROM outbox WHERE key = :key;
+
+-- get_message --
+SELECT * FROM inbox WHERE id = :id;
+
 -- add_receipt --
 -- The platform's id of one part. ReportSent() tells of the last one again.
 INSERT INTO receipt (key, part, channel, receipt)
@@ -799,3 +805,35 @@ ON CONFLICT DO NOTHING RETURNING person;
 
 -- votes --
 SELECT person.name, vote.* FROM vote JOIN person ON person.id = person WHERE approval = :approval ORDER BY said_at;
+
+-- find_ask --
+SELECT * FROM ask WHERE key = :key;
+
+-- add_ask --
+INSERT INTO ask (key, message, expires_at) VALUES (:key, :message, :expires);
+
+-- open_asks --
+-- In one place, as long as somebody waits for the answer.
+SELECT ask.*, agent, choices FROM ask JOIN outbox USING (key) JOIN inbox ON inbox.id = ask.message
+ WHERE answer IS NULL AND expires_at > :now AND outbox.channel = :channel AND outbox.chat = :chat
+   AND outbox.thread = :thread AND inbox.state IN ('queued', 'leased')
+ ORDER BY outbox.seq;
+
+-- find_answer --
+-- What an event has answered already.
+SELECT ask.message FROM ask JOIN outbox USING (key)
+ WHERE ask.event = :event AND channel = :channel AND chat = :chat AND thread = :thread;
+
+-- answer_ask --
+UPDATE ask SET answer = :answer, answered_by = :by, event = :event WHERE key = :key;
+
+-- list_destinations --
+SELECT destination.*, state, title FROM destination LEFT JOIN chat USING (channel, chat)
+ WHERE :agent IS NULL OR agent = :agent ORDER BY agent, name;
+
+-- set_destination --
+INSERT INTO destination (agent, name, channel, chat) VALUES (:agent, :name, :channel, :chat)
+ON CONFLICT (agent, name) DO UPDATE SET channel = :channel, chat = :chat;
+
+-- remove_destinations --
+DELETE FROM destination WHERE agent = :agent AND (:name IS NULL OR name = :name) RETURNING name;

@@ -20,9 +20,11 @@ import pytest
 
 from nanoclawd import __main__ as nanoclawd
 from nanoclawd import containers, limits, paths, people
+from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.approvals import Approvals
+from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.channel_service import ChannelService
@@ -480,11 +482,13 @@ class Router:
                     "sessions": self.sessions,
                     "outlets": outlets,
                 }
-                self.sessions.containers.service = AgentService(**parts).service
                 self.pairings = Pairings()
-                self.files = FileStore(db)
+                self.files = parts["files"] = FileStore(db)
                 await self.files.prepare()
-                self.channels = ChannelService(**parts, pairings=self.pairings, files=self.files)
+                parts["asks"] = Asks(db)
+                agents = AgentService(**parts, guard=self.guard, approvals=self.approvals)
+                self.sessions.containers.service = agents.service
+                self.channels = ChannelService(**parts, pairings=self.pairings)
                 channel = self.channels.service
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
@@ -493,6 +497,10 @@ class Router:
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(self.guard.run(), name="guard")
+                known = place.registry.names
+                post = AgentPost(db=db, outlets=outlets, wake=wake, known=lambda name: name in known())
+                if place.agents_talk:
+                    tasks.create_task(post.run(), name="agent post")
                 self.channel = Server(
                     channel, place.listener, max_fds=limits.FILES_PER_MESSAGE, trusted=False
                 )
@@ -588,6 +596,7 @@ class Place:
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)
+        self.agents_talk = False  #: the channel "agent" has its adapter
         #: Chats of the channel "test", who listens there from the first, and whose account is the owner's.
         self.wired: list[tuple[str, str, str | None]] = []
         self.channel = root / "channel" / "socket"

@@ -104,6 +104,8 @@ CREATE TABLE ask (
     CHECK ((answer IS NULL) = (answered_by IS NULL) AND (answer IS NULL) = (event IS NULL))
 ) STRICT;
 CREATE INDEX ask_message ON ask (message);
+CREATE INDEX ask_open ON ask (expires_at) WHERE answer IS NULL;
+CREATE INDEX ask_event ON ask (event) WHERE event IS NOT NULL;
 
 -- Where an agent may say something besides the chat that it works for.
 CREATE TABLE destination (
