@@ -1,7 +1,7 @@
 """nanoclawd: routes messages between chats and agents.
 
-Talks to:   people's programs, over control/io.nanoclaw.Control (trusted: mode 0600); channel adapters, over
-            channel/io.nanoclaw.Channel; runners, over host.sock of each session (untrusted); the gateway;
+Talks to:   people's programs, over control/io.nanoclaw.Control (trusted: mode 0600); channel adapters, each
+            over its io.nanoclaw.Channel; runners, over host.sock of each session (untrusted); the gateway;
             the user's systemd over D-Bus; Podman's REST socket, through a child.
 May touch:  its database and state directory, agents/*.toml, the Quadlet units that it generates.
 Trusts:     nothing that a runner or a chat sends. Opens no file that an agent named; has no network.
@@ -31,6 +31,7 @@ from nanoclawd.approvals import Approvals
 from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.channel_service import ChannelService
+from nanoclawd.channels import PREFIX, Channels
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
@@ -195,7 +196,7 @@ async def _route(
                 approvals=approvals,
             )
             sessions.containers.service = agent_service.service
-            pairings = Pairings()
+            pairings, channels = Pairings(), Channels(db, tasks)
             channel_service = ChannelService(
                 db=db,
                 registry=registry,
@@ -204,7 +205,9 @@ async def _route(
                 pairings=pairings,
                 files=files,
                 asks=asks,
+                channels=channels,
             )
+            channels.service = channel_service.service
             control_service = ControlService(
                 db=db,
                 systemd=systemd,
@@ -214,6 +217,7 @@ async def _route(
                 gateway=gateway,
                 audit=audit,
                 channels=channel_service,
+                channel_list=channels,
                 pairings=pairings,
                 usage=usage,
                 approvals=approvals,
@@ -223,6 +227,7 @@ async def _route(
             )
             await registry.load()
             await approvals.load()
+            kept = {name: listeners.pop(name) for name in [*listeners] if name.startswith(PREFIX)}
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             tasks.create_task(outlets.run(), name="outlets")
             tasks.create_task(approvals.run(), name="approvals")
@@ -233,12 +238,18 @@ async def _route(
             tasks.create_task(post.run(), name="agent post")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
-            idle = IdleExit(db=db, sessions=sessions, seconds=lambda: registry.settings.idle_exit)
-            sessions.on_end = control_service.on_reload = idle.touch
+            idle = IdleExit(
+                db=db, sessions=sessions, channels=channels, seconds=lambda: registry.settings.idle_exit
+            )
+            sessions.on_end = control_service.on_reload = channels.on_close = idle.touch
             idle.servers = (
                 Server(control_service.service, control, on_close=idle.touch),
                 Server(
-                    channel_service.service, channel, on_close=idle.touch, max_fds=limits.FILES_PER_MESSAGE
+                    channel_service.service,
+                    channel,
+                    identity=channels.terminal,
+                    on_close=idle.touch,
+                    max_fds=limits.FILES_PER_MESSAGE,
                 ),
             )
             for server in idle.servers:
@@ -249,6 +260,7 @@ async def _route(
             )
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")
+            await channels.load(kept)
             await control_service.start_waiting()
             # What was made while starting lives for ever: the collector need not look at it again.
             gc.collect()

@@ -9,17 +9,18 @@ from typing import TypeVar
 
 from nanoclawd import journal, limits, outbox, paths, queue
 from nanoclawd.asks import Asks, Entitled, Said
+from nanoclawd.channels import Channel, Channels
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.filestore import FileStore, Stored, add_rows, choose_files
 from nanoclawd.idl import read_interface
+from nanoclawd.ids import TERMINAL
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.routing import (
-    TERMINAL,
     Arrival,
     Outcome,
     Taken,
@@ -50,6 +51,7 @@ class ChannelService:
         pairings: Pairings,
         files: FileStore,
         asks: Asks,
+        channels: Channels,
     ) -> None:
         self._db = db
         self._registry = registry
@@ -59,9 +61,12 @@ class ChannelService:
         self._pairings = pairings
         self._files = files
         self._asks = asks
+        self._channels = channels
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
+                "Announce": Method(handler=self._announce),
+                "ReportHealth": Method(handler=self._report_health),
                 "Deliver": Method(handler=self._deliver),
                 "Invite": Method(handler=self._invite),
                 "Retract": Method(handler=self._retract),
@@ -74,6 +79,18 @@ class ChannelService:
             },
         )
 
+    async def _announce(self, call: Call) -> Json:
+        channel = _channel(call)
+        for name in (call.parameters["adapter"], *call.parameters["accounts"]):
+            _check_name("adapter, accounts", name, empty=False)
+        await self._channels.announce(channel, **call.parameters)
+        return {"channel": channel.name}
+
+    async def _report_health(self, call: Call) -> Json:
+        text = _line(call.parameters["text"])[: limits.HEALTH_CHARACTERS]
+        self._channels.report_health(_channel(call), call.parameters["state"], text)
+        return {}
+
     async def _deliver(self, call: Call) -> Json:
         fds = call.connection.take_fds()
         try:
@@ -83,8 +100,9 @@ class ChannelService:
                 call.apart.close(*fds)
 
     async def _deliver_with(self, call: Call, fds: list[int]) -> Json:
-        parameters = call.parameters
-        for name in ("channel", "chat", "event", "sender"):
+        channel = _announced(call)
+        parameters = call.parameters = {"channel": channel.name, **call.parameters}
+        for name in ("chat", "event", "sender"):
             _check_name(name, parameters[name], empty=False)
         for name in ("thread", "agent", "inReplyTo"):
             _check_name(name, parameters[name] or "")
@@ -197,7 +215,7 @@ class ChannelService:
             event=event,
             agent=parameters["agent"] or "",
             mentioned=bool(parameters["mentioned"]),
-            program=parameters["writer"] == "program",
+            program=parameters["writer"] == "program" or self._channels.is_own(event.sender),
             sender_name=_shown(parameters["senderName"]),
             direct=parameters["kind"] == "direct",
             title=_shown(parameters["title"]),
@@ -222,9 +240,9 @@ class ChannelService:
         return result
 
     async def _invite(self, call: Call) -> Json:
-        for name in ("channel", "chat", "sender"):
+        for name in ("chat", "sender"):
             _check_name(name, call.parameters[name], empty=False)
-        channel, chat = call.parameters["channel"], call.parameters["chat"]
+        channel, chat = _announced(call).name, call.parameters["chat"]
         title = _shown(call.parameters["title"])
         direct = call.parameters["kind"] == "direct"
 
@@ -236,17 +254,18 @@ class ChannelService:
         return {"state": await self._db.write(invite)}
 
     async def _retract(self, call: Call) -> Json:
-        place = [call.parameters[name] for name in ("channel", "chat", "thread", "event")]
-        unseen = await self._db.write(lambda tx: take_back(tx, *place))
+        place = [call.parameters[name] for name in ("chat", "thread", "event")]
+        channel = _channel(call).name
+        unseen = await self._db.write(lambda tx: take_back(tx, channel, *place))
         if unseen:
             await self._files.sweep()
         return {"unseen": unseen}
 
     async def _attach(self, call: Call) -> Json:
-        for name in ("channel", "chat", "event"):
+        for name in ("chat", "event"):
             if call.parameters[name] is not None:
                 _check_name(name, call.parameters[name], empty=False)
-        outlet = Outlet(call.parameters["channel"], call.parameters["chat"], call.parameters["event"])
+        outlet = Outlet(_announced(call).name, call.parameters["chat"], call.parameters["event"])
         self._outlets.attach(outlet)
         try:
             while (item := await self._outlets.next(outlet)) is not None:
@@ -256,7 +275,7 @@ class ChannelService:
         raise Refused("too much was waiting for this adapter", hint="attach again")
 
     async def _open_file(self, call: Call) -> Json:
-        channel, key, number = (call.parameters[name] for name in ("channel", "key", "number"))
+        channel, key, number = _channel(call).name, call.parameters["key"], call.parameters["number"]
         if not await self._db.read("find_delivery", channel=channel, key=key):
             raise NotFound(f"no delivery {key[:80]!r} on channel '{channel}'")
         files = await self._db.read("files_of_delivery", key=key)
@@ -266,13 +285,13 @@ class ChannelService:
         return {}
 
     async def _report_sent(self, call: Call) -> Json:
-        channel, key, receipt = (call.parameters[name] for name in ("channel", "key", "receipt"))
+        key, receipt = call.parameters["key"], call.parameters["receipt"]
         _check_name("receipt", receipt)
-        await self._end(channel, key, DeliveryState.SENT, receipt=receipt)
+        await self._end(_channel(call).name, key, DeliveryState.SENT, receipt=receipt)
         return {}
 
     async def _report_part(self, call: Call) -> Json:
-        channel, key, parts = (call.parameters[name] for name in ("channel", "key", "parts"))
+        channel, key, parts = _channel(call).name, call.parameters["key"], call.parameters["parts"]
         receipt = call.parameters["receipt"]
         _check_name("receipt", receipt)
         if not 0 < parts <= limits.TEXT_BYTES:
@@ -290,7 +309,7 @@ class ChannelService:
 
     async def _report_failed(self, call: Call) -> Json:
         parameters = call.parameters
-        channel, key = parameters["channel"], parameters["key"]
+        channel, key = _channel(call).name, parameters["key"]
         reason = " ".join(parameters["reason"].split())[:500]
 
         def release(tx: Transaction) -> int | None:
@@ -336,10 +355,10 @@ class ChannelService:
         self._outlets.publish(deliveries)
 
     async def _stop_turn(self, call: Call) -> Json:
-        place = tuple(call.parameters[name] for name in ("channel", "chat", "thread"))
+        where = {"channel": _channel(call).name, **call.parameters}
         stopped = False
-        for row in await self._db.read("busy_sessions", **call.parameters):
-            stopped |= await self._turns.stop_turn(session_row(row), place)
+        for row in await self._db.read("busy_sessions", **where):
+            stopped |= await self._turns.stop_turn(session_row(row), tuple(where.values()))
         return {"stopped": stopped}
 
 
@@ -364,6 +383,20 @@ def _agent_of(taken: Taken) -> str:
     return taken.sessions[0].agent if taken.sessions else ""
 
 
+def _channel(call: Call) -> Channel:
+    """Return the channel whose listener took the call."""
+    channel: Channel = call.caller.identity
+    return channel
+
+
+def _announced(call: Call) -> Channel:
+    """The same. Raises Refused unless the adapter has said what it can do."""
+    channel = _channel(call)
+    if channel.announced is None and channel.name != TERMINAL:
+        raise Refused("the adapter has not said what it can do", hint="call Announce() first")
+    return channel
+
+
 def _required_agent(name: str | None, event: Event) -> str:
     if name is None:
         raise Refused(f"chat '{event.chat}' of the terminal belongs to no agent", hint="name the agent")
@@ -372,8 +405,11 @@ def _required_agent(name: str | None, event: Event) -> str:
 
 def _shown(name: str | None) -> str:
     """Return what somebody chose to be called as a short line: nobody's messages wait for a better one."""
-    line = "".join(c if c.isprintable() else " " for c in (name or "")[: limits.NAME_BYTES])
-    return " ".join(line.split())
+    return _line((name or "")[: limits.NAME_BYTES])
+
+
+def _line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _check_name(name: str, value: str, *, empty: bool = True) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanoclawd import journal
+from nanoclawd import journal, limits
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
 from nanoclawd.queue import DeliveryKind, is_event, place_of
@@ -85,9 +85,11 @@ def _as_shown(tx: Transaction, row: Row) -> Json:
         {"name": file["name"], "mediaType": file["media_type"], "bytes": file["bytes"]}
         for file in tx.all("files_of_delivery", key=row["key"])
     ]
-    if files and not can.get("files"):
-        text = "\n".join([*filter(None, (text,)), *(f"[file: {describe_file(file)}]" for file in files)])
+    most = (can.get("fileBytes") or limits.FILE_BYTES) if can.get("files") else -1
+    if left_out := [file for file in files if file["bytes"] > most]:
+        # The numbers of the others stay those of OpenFile(): a message of an agent has one file.
         files = []
+        text = "\n".join([*filter(None, (text,)), *(f"[file: {describe_file(file)}]" for file in left_out)])
     target = row["target_event"]
     if row["target_key"] is not None:
         receipt = tx.one("first_receipt", key=row["target_key"])

@@ -22,14 +22,13 @@ from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.filestore import FileStore, Incoming, Stored, add_rows
 from nanoclawd.guard import Guard, Handler, Held
-from nanoclawd.ids import AgentName, parse_agent_name
+from nanoclawd.ids import TERMINAL, AgentName, parse_agent_name
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.privileges import Action, Say
 from nanoclawd.queue import DeliveryKind, Event, Place, Saying, SessionRow, Turn, enqueue
 from nanoclawd.rates import Rate
 from nanoclawd.registry import Registry
-from nanoclawd.routing import TERMINAL
 from nanoclawd.server import Call, Caller, Method
 from nanoclawd.session import Session
 from nanoclawd.sessions import Sessions

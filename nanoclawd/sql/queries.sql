@@ -726,6 +726,19 @@ UPDATE approval SET state = 'expired'
                       AND (approval.kind = 'chat') = (chat.state = 'new')
                       AND (approval.kind = 'chat' OR held.sender = payload ->> '$.user'));
 
+-- list_channels --
+SELECT * FROM channel;
+
+-- announce_channel --
+INSERT INTO channel (name, adapter, capabilities, accounts, announced_at)
+VALUES (:name, :adapter, :capabilities, :accounts, :now)
+    ON CONFLICT (name) DO UPDATE
+   SET adapter = excluded.adapter, capabilities = excluded.capabilities, accounts = excluded.accounts,
+       announced_at = excluded.announced_at;
+
+-- forget_channel --
+DELETE FROM channel WHERE name = :name;
+
 -- add_file --
 INSERT INTO file (id, agent, number, name, media_type, bytes, sha256, kept_until, key, channel, chat, thread, event,
                   revision)

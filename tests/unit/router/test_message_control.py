@@ -74,6 +74,7 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         systemd=cast(Systemd, place.systemd),
         registry=cast(Registry, place.registry),
         channels=router.channels,
+        channel_list=router.channel_list,
         pairings=router.pairings,
         sessions=router.sessions,
         outlets=router.outlets,
