@@ -27,6 +27,9 @@ class Outcome(TypedDict):
     message: str
 
 
+_DONE: Outcome = {"state": "done", "delivery": "", "message": ""}
+
+
 class Chat:
     """What a provider may do to the chat while its turn runs."""
 
@@ -57,11 +60,13 @@ class Chat:
 
     def send(self, key: str, text: str, destination: str | None = None) -> Outcome:
         """Send a message now; return when the router has it. Raises Stopped, ValueError."""
-        return self.act("SendMessage", key=key, text=clean(text), destination=destination)
+        elsewhere = {} if destination is None else {"destination": destination}
+        return self.act("SendMessage", key=key, text=clean(text), **elsewhere)
 
     def act(self, method: str, **parameters: object) -> Outcome:
         """Call a method of io.nanoclaw.Agent that has an Outcome. Raises Stopped, ValueError."""
-        return cast("Outcome", self.request(method, **parameters)["outcome"])
+        # A router that is older than we are says nothing.
+        return cast("Outcome", self.request(method, **parameters).get("outcome", _DONE))
 
     def take_messages(self) -> list[Message]:
         """Let what has arrived since the turn began join it, and return it. Raises Stopped."""

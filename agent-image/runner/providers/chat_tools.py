@@ -18,7 +18,7 @@ _ASK_S = 3600
 
 
 class _Keys:
-    """Names what is done by what it is: done again by a later attempt it has the same key, and is done once."""
+    """Names what is done by what it is: done again by a later attempt, it has the same key."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -67,7 +67,7 @@ def make_chat_tools(chat: Chat, workspace: str) -> list[BetaAsyncFunctionTool[An
         lines = []
         for delivery in await _do(chat.list_deliveries):
             reason = f" ({delivery['reason']})" if delivery["reason"] else ""
-            lines.append(f"{delivery['id']} {delivery['state']}{reason}: {delivery['text']}")
+            lines.append(f"{delivery.get('id', '')} {delivery['state']}{reason}: {delivery['text']}")
         return "\n".join(lines) or "You have not said anything in this chat yet."
 
     @beta_async_tool
@@ -148,7 +148,7 @@ def make_chat_tools(chat: Chat, workspace: str) -> list[BetaAsyncFunctionTool[An
 
     @beta_async_tool
     async def create_agent(name: str, description: str, instructions: str) -> str:
-        """Create another agent, with your model and limits and a workspace of its own. People have to allow it.
+        """Create another agent, with your model and limits and a workspace of its own.
 
         Args:
             name: 1 to 32 of a-z, 0-9 and "_", beginning with a letter.

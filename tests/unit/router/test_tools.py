@@ -13,6 +13,7 @@ from nanoclawd import limits
 from nanoclawd.db import Transaction
 from nanoclawd.people import Answerer
 from nanoclawd.privileges import Privileges, Say
+from nanoclawd.session import SessionState
 from nanoclawd.wire import Json, VarlinkError
 from tests.support.router import CHANNEL, Adapter, Container, Place, Router, echo
 from tests.support.varlink_peer import eventually
@@ -90,8 +91,6 @@ def test_edit_follows_what_it_edits_and_names_its_first_part(place: Place) -> No
 
             said = await adapter.delivery()
             assert (said["kind"], said["text"]) == ("message", "one")
-            await eventually(lambda: len(place.systemd.containers["nanoclaw-berta@test_1.service"].turns))
-            assert adapter.stream.reader._buffer == b"" or True  # type: ignore[attr-defined]
             part = {"key": said["key"], "parts": 1, "receipt": "$part1"}
             await adapter.calls.call(f"{CHANNEL}.ReportPart", part)
             await sent(adapter, said, "$part2")
@@ -350,7 +349,9 @@ def test_anything_else_is_no_answer(place: Place, said: Json) -> None:
             await router.deliver(**place_known)
 
             rows = await router.db._reader.execute_fetchall("SELECT answer FROM ask")
-            assert [row["answer"] for row in rows] == [None]
+            assert {row["answer"] for row in rows} == {None}
+            waiting = (SessionState.QUEUED, SessionState.STARTING)
+            await eventually(lambda: not any(s.state in waiting for s in router.sessions._live.values()))
 
     place.run(run)
 
