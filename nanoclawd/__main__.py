@@ -196,7 +196,7 @@ async def _route(
                 approvals=approvals,
             )
             sessions.containers.service = agent_service.service
-            pairings, channels = Pairings(), Channels(db, tasks)
+            pairings, channels = Pairings(), Channels(db, systemd, tasks)
             channel_service = ChannelService(
                 db=db,
                 registry=registry,

@@ -850,3 +850,20 @@ ON CONFLICT (agent, name) DO UPDATE SET channel = :channel, chat = :chat;
 
 -- remove_destinations --
 DELETE FROM destination WHERE agent = :agent AND (:name IS NULL OR name = :name) RETURNING name;
+
+-- unlink_channel --
+DELETE FROM identity WHERE channel = :channel;
+
+-- chats_of_channel --
+SELECT id FROM chat WHERE channel = :channel AND state != 'blocked';
+
+-- open_places --
+SELECT DISTINCT chat, thread FROM inbox WHERE channel = :channel AND state IN ('queued', 'leased');
+
+-- bury_deliveries --
+-- Of a channel that is removed. Those of an adapter that still has some are not taken back.
+UPDATE outbox SET state = 'dead', ended_at = :now, reason = :reason
+ WHERE channel = :channel AND state IN ('pending', 'leased') RETURNING key;
+
+-- count_waiting --
+SELECT count(*) AS waiting FROM outbox WHERE channel = :channel AND state IN ('pending', 'leased');
