@@ -184,6 +184,15 @@ def describe_messages(messages: Iterable[Message]) -> list[Json]:
             "receivedAt": message.received_at / 1000,
             "text": message.text,
             "context": json.loads(message.context or "[]"),
+            "files": [
+                {
+                    "id": file["id"],
+                    "name": file["name"],
+                    "mediaType": file["media_type"],
+                    "bytes": file["bytes"],
+                }
+                for file in message.files
+            ],
         }
         for message in messages
     ]
@@ -196,7 +205,8 @@ def describe_turn(turn: Turn) -> Json:
             "id": turn.id,
             "attempt": turn.attempt,
             "messages": describe_messages(turn.messages),
-            "alreadySent": [{"key": key, "text": text} for key, text in turn.already_sent],
+            # The id of a message was put before the runner's key, see Turn.full_key().
+            "alreadySent": [{"key": key.partition("/")[2], "text": text} for key, text in turn.already_sent],
         },
         "stop": None,
     }

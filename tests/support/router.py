@@ -20,16 +20,19 @@ from typing import Any, cast
 import pytest
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import channels, containers, paths, people
+from nanoclawd import channels, containers, limits, paths, people
+from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.approvals import Approvals
+from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.channels import Announcement, Channel, Channels
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
+from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
@@ -446,6 +449,7 @@ class Router:
         self.usage: Usage
         self.gateway: GatewayLink
         self.pairings: Pairings
+        self.files: FileStore
         self._tasks: asyncio.TaskGroup
         self.channels: ChannelService
         self.channel_list: Channels
@@ -494,8 +498,12 @@ class Router:
                     "sessions": self.sessions,
                     "outlets": outlets,
                 }
-                self.sessions.containers.service = AgentService(**parts).service
                 self.pairings = Pairings()
+                self.files = parts["files"] = FileStore(db)
+                await self.files.prepare()
+                parts["asks"] = Asks(db)
+                agents = AgentService(**parts, guard=self.guard, approvals=self.approvals)
+                self.sessions.containers.service = agents.service
                 self.channel_list = Channels(db, systemd, tasks)
                 self.channels = ChannelService(**parts, pairings=self.pairings, channels=self.channel_list)
                 self.channel_list.service = self.channels.service
@@ -508,8 +516,18 @@ class Router:
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(self.guard.run(), name="guard")
+                known = place.registry.names
+                post = AgentPost(db=db, outlets=outlets, wake=wake, known=lambda name: name in known())
+                if place.agents_talk:
+                    tasks.create_task(post.run(), name="agent post")
                 test = Channel(name=ChannelName("test"), announced=Announcement())
-                self.channel = Server(self.channels.service, place.listener, identity=test)
+                self.channel = Server(
+                    self.channels.service,
+                    place.listener,
+                    identity=test,
+                    max_fds=limits.FILES_PER_MESSAGE,
+                    trusted=False,
+                )
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
@@ -618,6 +636,7 @@ class Place:
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)
+        self.agents_talk = False  #: the channel "agent" has its adapter
         #: Chats of the channel "test", who listens there from the first, and whose account is the owner's.
         self.wired: list[tuple[str, str, str | None]] = []
         self.channel = root / "channel" / "socket"

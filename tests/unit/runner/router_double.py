@@ -41,6 +41,10 @@ class RouterDouble:
         self.stay = False  #: the answer to Goodbye()
         self.joining: list[dict[str, Any]] = []  #: messages that the next TakeMessages() gets
         self.deliveries: list[dict[str, Any]] = []  #: the answer to ListDeliveries()
+        #: What methods of tools get.
+        self.outcomes: dict[str, dict[str, Any]] = {
+            "SendMessage": {"outcome": {"state": "done", "delivery": "m-t1/k", "message": ""}}
+        }
         self.finish_is_lost = (
             False  #: the next FinishTurn() loses its connection instead of getting its answer
         )
@@ -185,7 +189,7 @@ class RouterDouble:
             self._reply(connection, {"stay": self.stay})
         elif method == "ListDeliveries":
             self._reply(connection, {"deliveries": self.deliveries})
-        elif method in ("RenewTurn", "SendMessage", "TakeMessages", "FinishTurn"):
+        elif method in ("RenewTurn", "TakeMessages", "FinishTurn", *self.outcomes):
             if self.turn is None or self.turn["id"] != parameters["turn"]:
                 error = "io.nanoclaw.Agent.NoSuchTurn"
                 self._send(connection, {"error": error, "parameters": {"turn": parameters["turn"]}})
@@ -196,7 +200,7 @@ class RouterDouble:
                 return
             if method == "FinishTurn":
                 self.turn = None
-            self._reply(connection, {})
+            self._reply(connection, self.outcomes.get(method, {}))
         else:
             raise AssertionError(call)
 
