@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +74,22 @@ class World:
         """Say something as the owner, and return the message that says it back."""
         self.ada.say(room, text, **content)
         return self.ada.wait_text(room, self.bot, text, within_s=REPLY_S)
+
+
+#: Run in an agent's container while it has a turn: makes calls of io.nanoclaw.Agent, given as JSON.
+AS_AGENT = """
+import json, sys
+sys.path.insert(0, "/opt/nanoclaw/lib")
+from runner.host import Connection
+turn, calls, done = sys.argv[1], json.load(sys.stdin), []
+link = Connection("/run/nanoclaw/host.sock")
+for method, parameters in calls:
+    if str(parameters.get("delivery")).startswith("$"):  # what call number N sent
+        parameters["delivery"] = done[int(parameters["delivery"][1:])]["outcome"]["delivery"]
+    link.send(method, {"turn": turn, **parameters})
+    done.append(link.receive())
+print(json.dumps(done))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +234,91 @@ def test_an_edit_that_comes_in_time_replaces_what_was_written(owner: World, agen
     owner.ada.wait_text(room, owner.bot, "last", within_s=REPLY_S)
     said = [message["content"]["body"] for message in owner.ada.heard(room, owner.bot)]
     assert "right" in said and not {"wrong", "taken back"} & {*said}
+
+
+def _as_agent(world: World, agent: str, turn: str, *calls: tuple[str, Json]) -> list[Json]:
+    """Do what an agent's tools do, while it works at a message; returns what the router says."""
+    (session,) = world.product.sessions(agent)
+    container = f"nanoclaw-{agent}-{session['session']}"
+    line = ("podman", "exec", "-i", container, "python3", "-c", AS_AGENT, turn)
+    replies: list[Json] = json.loads(world.machine.run(*line, input=json.dumps(calls)).stdout)
+    return replies
+
+
+def _wait_leased(world: World, agent: str, event: str) -> Json:
+    """Wait until an agent works at an event, and return its message."""
+
+    def message() -> Json | None:
+        rows = world.product.ask("message", "list", agent)["messages"]
+        return next((row for row in rows if row["event"] == event and row["state"] == "leased"), None)
+
+    return world.machine.wait_for(message, within_s=REPLY_S, what="the message is leased")
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+def test_an_agent_edits_takes_back_reacts_and_sends_a_file(
+    owner: World, agents: tuple[str, str], encrypted: bool
+) -> None:
+    room = owner.room(agents[0], direct=True, encrypted=encrypted)
+    event = owner.ada.say(room, "/sleep 6")
+    leased = _wait_leased(owner, agents[0], event)
+    data = os.urandom(100_000)
+
+    _as_agent(
+        owner,
+        agents[0],
+        leased["turn"],
+        ("SendMessage", {"key": "1", "text": "first **try**"}),
+        ("SendMessage", {"key": "2", "text": "a slip"}),
+        ("EditMessage", {"key": "3", "delivery": "$0", "text": "second *try*"}),
+        ("EditMessage", {"key": "4", "delivery": "$1", "text": None}),
+        ("React", {"key": "5", "message": leased["id"], "reaction": "👀"}),
+        ("PutFile", {"key": "6", "offset": 0, "data": base64.b64encode(data).decode()}),
+        (
+            "SendFile",
+            {"key": "6", "name": "notes.bin", "mediaType": "", "bytes": len(data), "caption": "here"},
+        ),
+    )
+
+    file = owner.ada.wait_text(room, owner.bot, "notes.bin")
+    (edited,) = [m for m in owner.ada.heard(room, owner.bot) if "try" in m["content"]["body"]]
+    assert (edited["content"]["body"], edited["content"]["formatted_body"]) == (
+        "second *try*",
+        "<p>second <em>try</em></p>",
+    )
+    assert "first" in edited["original"]["body"]
+    assert not [m for m in owner.ada.heard(room, owner.bot) if "a slip" in m["content"].get("body", "")]
+    (reaction,) = owner.ada.do("reactions", room=room)
+    relation = reaction["content"]["m.relates_to"]
+    assert (reaction["sender"], relation["event_id"], relation["key"]) == (owner.bot, event, "👀")
+    with tempfile.NamedTemporaryFile() as saved:
+        what = owner.ada.do("saveFile", room=room, event=file["event"], path=saved.name)
+        assert Path(saved.name).read_bytes() == data
+    assert (what["name"], what["size"]) == ("notes.bin", len(data))
+    assert ("file" in file["content"]) is encrypted and ("url" in file["content"]) is not encrypted
+    assert [m for m in owner.ada.heard(room, owner.bot) if m["content"]["body"] == "here"]
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+def test_a_file_of_a_person_comes_to_the_agent(
+    owner: World, agents: tuple[str, str], encrypted: bool
+) -> None:
+    room = owner.room(agents[0], direct=True, encrypted=encrypted)
+    owner.ask(room, "warm")
+    data = os.urandom(3_000_000)
+
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(data)
+        more = {"path": file.name, "name": "../photo.png", "mimetype": "image/png", "msgtype": "m.image"}
+        event = owner.ada.do("sendFile", room=room, caption="look\n/sleep 3", **more)
+
+    leased = _wait_leased(owner, agents[0], event)
+    shown = owner.product.ask("message", "show", leased["id"])["message"]
+    assert shown["text"].startswith("look")
+    stored = owner.machine.sh(
+        "find ~/.local/state/nanoclaw -type f -size 3000000c -exec sha256sum {} +", check=False
+    ).split()
+    assert hashlib.sha256(data).hexdigest() in stored
 
 
 def test_an_encrypted_chat_goes_on_after_adapter_and_homeserver_were_restarted(

@@ -248,7 +248,10 @@ class Person:
         return [
             event
             for event in self.timeline(room)
-            if event["sender"] == sender and event["type"] == "m.room.message" and not event["redacted"]
+            if event["sender"] == sender
+            and event["type"] == "m.room.message"
+            and not event["redacted"]
+            and event["content"].get("m.relates_to", {}).get("rel_type") != "m.replace"
         ]
 
     def wait_heard(self, room: str, sender: str, count: int = 1, *, within_s: float = 60) -> list[Json]:

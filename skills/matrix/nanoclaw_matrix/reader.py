@@ -263,13 +263,14 @@ class Reader:
             "agent": agent,
             "mentioned": mentioned,
             "writer": "program" if said.notice else "person",
+            "inReplyTo": said.answers,
         }
         answer = await self._hand_over(room, said, parameters)
         if answer is None:
             return False
         if said.edits is None:
             self._store.put_event(said.event, room, "message", thread=thread, detail=said.sender)
-        return bool(answer["outcome"] == "queued")
+        return answer["outcome"] in ("queued", "answered")
 
     async def _hand_over(self, room: str, said: Said, parameters: Json) -> Json | None:
         """Call Deliver(), with the file if there is one; returns None if the router refuses it."""

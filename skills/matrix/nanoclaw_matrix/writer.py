@@ -114,8 +114,10 @@ class Writer:
             self._shut_out_unverified(room)
         receipt = ""
         for number, step in enumerate(steps):
+            if number < delivery["partsSent"]:
+                continue
             receipt = await self._send_step(delivery, step)
-            if number + 1 < len(steps) and number + 1 > delivery["partsSent"]:
+            if number + 1 < len(steps):
                 await self._report("ReportPart", delivery["key"], parts=number + 1, receipt=receipt)
         for step in choice_steps(delivery, receipt) if receipt else []:
             try:
