@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from tests.support.matrix import PASSWORD, URL, Homeserver, Person, prepared, wa
 from tests.support.product import REPLY_S, SETTLE_S, Json, Product, unique_prefix
 
 CHANNEL = "mx"
+KIT_S = 280
 UNIT = f"nanoclaw-channel@{CHANNEL}.service"
 ADAPTER = ".local/share/nanoclaw/channels/matrix/adapter"
 KILLED = rf"{UNIT} <[34]> .*(status=9/KILL|Failed with result 'signal'|Failed to start)"
@@ -454,3 +457,24 @@ def test_killed_in_mid_delivery_it_sends_nothing_twice(owner: World, agents: tup
         )
         assert lines == {f"number {number:02}": 1 for number in range(12)}
         assert len(owner.homeserver.sent(room, owner.bot)) == len(owner.ada.heard(room, owner.bot))
+
+
+def test_the_adapter_passes_the_conformance_kit(world: World) -> None:
+    # Out here, in the machine's network: it needs nothing of the machine but the homeserver.
+    adapter = f"{sys.executable} -m nanoclaw_matrix"
+    line = (sys.executable, ROOT / "tests/channel-kit", "--adapter", adapter)
+    driver = f"{sys.executable} {ROOT}/tests/matrix/kit_driver.py {URL}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "skills/matrix")}
+
+    done = subprocess.run(
+        [*world.homeserver.network, *line, "--driver", driver],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=KIT_S,
+    )
+
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr

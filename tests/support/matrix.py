@@ -49,6 +49,7 @@ macaroon_secret_key: test
 form_secret: test
 rc_message: &free {{per_second: 1000, burst_count: 1000}}
 rc_registration: *free
+rc_room_creation: *free
 rc_login: {{address: *free, account: *free, failed_attempts: *free}}
 rc_joins: {{local: *free}}
 rc_invites: {{per_room: *free, per_user: *free, per_issuer: *free}}

@@ -15,19 +15,20 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from nanoclaw_matrix.confirm import confirm
 from nanoclaw_matrix.crosssigning import CrossSigning
 from nanoclaw_matrix.health import Health, State
 from nanoclaw_matrix.homeserver import Away, LoggedOut, Refused
-from nanoclaw_matrix.login import LoginRefused, log_in
+from nanoclaw_matrix.login import LoginRefused, known_account, log_in
 from nanoclaw_matrix.reader import Reader
 from nanoclaw_matrix.rooms import Rooms
 from nanoclaw_matrix.router import Line, Router, pauses
 from nanoclaw_matrix.settings import Settings, SettingsError, read_settings
 from nanoclaw_matrix.store import Store
-from nanoclaw_matrix.varlink import CallError, Connection, RouterAway
+from nanoclaw_matrix.varlink import CallError
 from nanoclaw_matrix.verification import Verifications
 from nanoclaw_matrix.writer import Writer
 
@@ -39,22 +40,22 @@ log = logging.getLogger("matrix")
 
 async def run(socket_path: str, directory: Path) -> None:
     """Serve the account until cancelled."""
-    health = Health()
-    store = Store(directory)
+    health, router, store = Health(), Router(socket_path), Store(directory)
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_report(socket_path, health), name="health")
-            await _serve_for_ever(socket_path, directory, store, health)
+            tasks.create_task(_serve_for_ever(router, directory, store, health), name="service")
+            tasks.create_task(_report(router, health), name="health")
     finally:
         store.close()
 
 
-async def _serve_for_ever(socket_path: str, directory: Path, store: Store, health: Health) -> None:
+async def _serve_for_ever(router: Router, directory: Path, store: Store, health: Health) -> None:
     retries = pauses()
     while True:
         try:
             settings = read_settings()
-            await _serve(settings, socket_path, directory, store, health)
+            router.introduce(known_account(settings, store), settings.max_file_bytes)
+            await _serve(settings, router, directory, store, health)
         except SettingsError as exc:
             health.set(State.FAILED, str(exc))
             await asyncio.sleep(REFUSED_S)
@@ -69,12 +70,10 @@ async def _serve_for_ever(socket_path: str, directory: Path, store: Store, healt
             log.warning("the homeserver has logged this device out, logging in again")
 
 
-async def _serve(
-    settings: Settings, socket_path: str, directory: Path, store: Store, health: Health
-) -> None:
+async def _serve(settings: Settings, router: Router, directory: Path, store: Store, health: Health) -> None:
     """Log in and serve; returns when the token is not taken any more."""
     client = await log_in(settings, store, directory)
-    router = Router(socket_path, [client.user_id], settings.max_file_bytes)
+    router.introduce(client.user_id, settings.max_file_bytes)
     inbound, outbound = Line(router), Line(router)
     try:
         signing = CrossSigning(client, store, settings)
@@ -98,30 +97,25 @@ async def _serve(
             client.store.database.close()
 
 
-async def _report(socket_path: str, health: Health) -> None:
+async def _report(router: Router, health: Health) -> None:
     """Tell the router how it is, for ever."""
-    told = ""
-    while True:
-        health.changed.clear()
-        state, text = health.show()
-        if f"{state} {text}" != told:
-            told = f"{state} {text}"
-            log.info("%s", told)
-        try:
-            connection = await Connection.open(socket_path)
+    line, told = Line(router), ""
+    try:
+        while True:
+            health.changed.clear()
+            state, text = health.show()
+            if f"{state} {text}" != told:
+                told = f"{state} {text}"
+                log.info("%s", told)
             try:
-                await connection.call(
-                    "io.nanoclaw.Channel.ReportHealth", {"state": state, "text": text[:500]}
-                )
-            finally:
-                connection.close()
-        except (RouterAway, CallError) as exc:
-            log.info("cannot report: %s", exc)
-        try:
-            async with asyncio.timeout(REPORT_S):
-                await health.changed.wait()
-        except TimeoutError:
-            continue
+                await line.call("ReportHealth", {"state": state, "text": text[:500]})
+            except CallError as exc:
+                log.warning("cannot report: %s", exc)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_S):
+                    await health.changed.wait()
+    finally:
+        line.close()
 
 
 async def _until_told(socket_path: str, directory: Path) -> None:

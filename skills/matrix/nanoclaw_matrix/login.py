@@ -18,6 +18,12 @@ class LoginRefused(Exception):
     """Somebody must store another password or token."""
 
 
+def known_account(settings: Settings, store: Store) -> str:
+    """Return the account's id as it is known before logging in."""
+    saved: dict[str, str] = json.loads(store.get("login") or "{}")
+    return saved.get("user", settings.user)
+
+
 async def log_in(settings: Settings, store: Store, directory: Path) -> Homeserver:
     """Return the account, with the device that it had before if there is one.
 

@@ -13,6 +13,16 @@ NAME = "nanoclaw-matrix 0.1"
 INTERFACE = "io.nanoclaw.Channel"
 PROTOCOL = 1
 AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0)  #: pauses before the router is tried again; the last one from then on
+CAPABILITIES: Json = {
+    "threads": True,
+    "edits": True,
+    "reactions": True,
+    "redactions": True,
+    "files": True,
+    "typing": True,
+    "textBytes": PART_BYTES,
+    "markup": "markdown",
+}
 TEMPORARY = ("Unavailable",)  #: errors of calls that are worth another try
 
 log = logging.getLogger("router")
@@ -21,30 +31,21 @@ log = logging.getLogger("router")
 class Router:
     """The router's side of one channel. Its lines are for one caller each; see Line."""
 
-    def __init__(self, path: str, accounts: Sequence[str], file_bytes: int) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._announcement = {
-            "protocol": PROTOCOL,
-            "adapter": NAME,
-            "accounts": list(accounts),
-            "capabilities": {
-                "threads": True,
-                "edits": True,
-                "reactions": True,
-                "redactions": True,
-                "files": True,
-                "typing": True,
-                "textBytes": PART_BYTES,
-                "fileBytes": file_bytes,
-                "markup": "markdown",
-            },
-        }
+        self._introduction: Json = {"accounts": [], "capabilities": {**CAPABILITIES, "fileBytes": 0}}
+
+    def introduce(self, account: str, file_bytes: int) -> None:
+        """Say from now on whose account it is, and how large a file may be."""
+        capabilities = {**CAPABILITIES, "fileBytes": file_bytes}
+        self._introduction = {"accounts": [account], "capabilities": capabilities}
 
     async def open(self) -> Connection:
         """Return an announced connection. Raises RouterAway, CallError."""
         connection = await Connection.open(self._path)
         try:
-            await connection.call(f"{INTERFACE}.Announce", self._announcement)
+            announcement = {"protocol": PROTOCOL, "adapter": NAME, **self._introduction}
+            await connection.call(f"{INTERFACE}.Announce", announcement)
         except BaseException:
             connection.close()
             raise
