@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ from tests.support.product import REPLY_S, SETTLE_S, Json, Product, unique_prefi
 
 CHANNEL = "mx"
 KIT_S = 280
+HOSTILE_PORT = 8010
+HOSTILE_KB = (
+    250 << 10
+)  #: of the adapter, which takes 32 MiB of an answer at most; the unit's limit is 512 MiB
 UNIT = f"nanoclaw-channel@{CHANNEL}.service"
 ADAPTER = ".local/share/nanoclaw/channels/matrix/adapter"
 KILLED = rf"{UNIT} <[34]> .*(status=9/KILL|Failed with result 'signal'|Failed to start)"
@@ -457,6 +462,85 @@ def test_killed_in_mid_delivery_it_sends_nothing_twice(owner: World, agents: tup
         )
         assert lines == {f"number {number:02}": 1 for number in range(12)}
         assert len(owner.homeserver.sent(room, owner.bot)) == len(owner.ada.heard(room, owner.bot))
+
+
+@contextmanager
+def _settings(world: World, more: str) -> Iterator[None]:
+    """Have the adapter run with more settings for a while."""
+    path = f"{world.machine.home}/.config/nanoclaw/channels/{CHANNEL}.toml"
+    before = world.machine.read(path)
+    for text in (before + more, before):
+        pid = world.machine.unit(UNIT)["MainPID"]
+        world.machine.write(path, text)
+        world.machine.systemctl("reload", "nanoclaw.service")
+        world.machine.wait_for(lambda old=pid: world.machine.unit(UNIT)["MainPID"] not in (old, "0"))
+        world.machine.wait_for(
+            lambda: world.product.ask("channel", "status", CHANNEL)["channel"]["health"] == "connected",
+            within_s=SETTLE_S,
+        )
+        if text != before:
+            yield
+
+
+def test_with_verified_devices_only_these_are_heard_and_get_keys(
+    owner: World, agents: tuple[str, str]
+) -> None:
+    with Person(owner.homeserver, owner.ada.user) as tablet:
+        room = owner.room(agents[0], direct=True, encrypted=True)
+        wait_until(lambda: tablet.timeline(room), within_s=SETTLE_S, what="the tablet knows the room")
+        (fingerprint,) = (
+            key for name, key in owner.ada.do("devices", user=owner.ada.user) if name == owner.ada.device
+        )
+
+        with _settings(owner, f'devices = "verified"\ntrusted = ["{fingerprint}"]\n'):
+            tablet.say(room, "who am I?")
+            owner.ask(room, "it is me")
+
+        assert not [
+            m for m in owner.ada.heard(room, owner.bot) if "who am I" in m["content"].get("body", "")
+        ]
+        heard = [m for m in tablet.heard(room, owner.bot) if "it is me" in m["content"].get("body", "")]
+        assert heard == []
+
+
+def test_accounts_side_by_side_and_a_hostile_homeserver_harms_its_own_adapter(
+    owner: World, agents: tuple[str, str]
+) -> None:
+    machine, product = owner.machine, owner.product
+    second = owner.homeserver.register("second")
+    hostile = subprocess.Popen(
+        [*owner.homeserver.network, sys.executable, ROOT / "tests/matrix/hostile.py", str(HOSTILE_PORT)]
+    )
+    try:
+        for name, url in (("two", URL), ("bad", f"http://127.0.0.1:{HOSTILE_PORT}")):
+            product.ctl("channel", "add", name, "--kind", "matrix", f"homeserver={url}", f"user={second}")
+        product.ctl("channel", "login", "two", input=PASSWORD)
+        # It waits for a good end, which never comes.
+        line = ("timeout", "5", f"{machine.home}/.local/bin/nanoclawctl", "channel", "login", "bad")
+        machine.run(*line, input=PASSWORD, check=False)
+        room = owner.ada.do("createRoom", invite=[second], direct=True)
+        product.ctl("chat", "wire", owner.number(room), agents[1], "--access", "public")
+
+        wait_until(
+            lambda: [second, "join"] in owner.ada.do("members", room=room),
+            within_s=SETTLE_S,
+            what="it joins",
+        )
+        owner.ada.say(room, "to the second account")
+        owner.ada.wait_text(room, second, "to the second account")
+        machine.wait_for(
+            lambda: "longer than" in product.ask("channel", "status", "bad")["channel"]["healthText"],
+            within_s=REPLY_S,
+        )
+        assert owner.ask(owner.room(agents[0], direct=True), "the first goes on")
+        status = machine.read(f"/proc/{machine.unit('nanoclaw-channel@bad.service')['MainPID']}/status")
+        assert int(status.split("VmHWM:")[1].split()[0]) < HOSTILE_KB
+    finally:
+        hostile.terminate()
+        hostile.wait()
+        for name in ("two", "bad"):
+            product.ctl("channel", "remove", name, "--yes", "--purge", check=False)
+        machine.expect_journal(r"nanoclaw-channel@bad|channel-|channel bad")
 
 
 def test_the_adapter_passes_the_conformance_kit(world: World) -> None:

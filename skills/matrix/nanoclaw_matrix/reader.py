@@ -33,7 +33,7 @@ from nanoclaw_matrix.media import TooLarge, download
 from nanoclaw_matrix.outbound import transaction
 from nanoclaw_matrix.rooms import Rooms
 from nanoclaw_matrix.router import Line, pauses
-from nanoclaw_matrix.settings import Settings
+from nanoclaw_matrix.settings import Devices, Settings
 from nanoclaw_matrix.store import Store
 from nanoclaw_matrix.varlink import CallError
 from nanoclaw_matrix.verification import PREFIX as VERIFICATION
@@ -211,6 +211,9 @@ class Reader:
             return False
         if getattr(event, "decrypted", False):
             self._health.decrypted(True)
+            if self._settings.devices is Devices.VERIFIED and not event.verified:
+                log.warning("skipping a message of %s: nobody has verified its device", event.sender)
+                return False
         elif self._client.is_encrypted(room) and isinstance(said, Said):
             # Whoever has a homeserver could have written it.
             self._health.skipped()
@@ -386,10 +389,17 @@ class Reader:
             await client.keys_upload()
         if client.should_query_keys:
             await client.keys_query()
+            self._trust_named()
         if client.should_claim_keys:
             await client.keys_claim(client.get_users_for_key_claiming())
         for message in list(client.outgoing_to_device_messages):
             await client.to_device(message)
+
+    def _trust_named(self) -> None:
+        """Take those devices for verified whose fingerprint the person has written down."""
+        for device in self._client.device_store:
+            if device.ed25519.rstrip("=") in self._settings.trusted and not device.verified:
+                self._client.verify_device(device)
 
     async def _retry_undecrypted(self) -> None:
         for row in self._store.undecrypted():

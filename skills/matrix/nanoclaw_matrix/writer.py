@@ -183,9 +183,7 @@ class Writer:
         known = self._client.rooms.get(room)
         for user in [] if known is None else known.users:
             for device in self._client.device_store.active_user_devices(user):
-                if device.ed25519.rstrip("=") in self._settings.trusted and not device.verified:
-                    self._client.verify_device(device)
-                elif not device.verified and not device.blacklisted:
+                if not device.verified and not device.blacklisted:
                     self._client.blacklist_device(device)
 
     async def _show_activity(self, activity: Json) -> None:
