@@ -22,10 +22,13 @@ from nanoclawd import __main__ as nanoclawd
 from nanoclawd import containers, paths, people
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
+from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
+from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
+from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
@@ -35,6 +38,7 @@ from nanoclawd.ids import AgentName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
+from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Policy, Rule, with_rule
 from nanoclawd.privileges import Privileges
 from nanoclawd.queue import session_row
@@ -436,6 +440,8 @@ class Router:
         self.channels: ChannelService
         self.approvals: Approvals
         self.guard: Guard
+        self.people: PeopleControl
+        self.answers: Answers
         self.holds: HoldLink
         self._slots = slots
         self._wired: set[tuple[str, ...]] = set()
@@ -454,7 +460,7 @@ class Router:
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
                 self.usage = Usage(db, lambda agent: place.budget)
-                self.approvals = Approvals(db=db, registry=registry, outlets=outlets)
+                self.approvals = Approvals(db=db, registry=registry)
                 await self.approvals.load()
                 self.holds = HoldLink(self.approvals)
                 self.gateway = GatewayLink(
@@ -482,6 +488,20 @@ class Router:
                 self.pairings = Pairings()
                 self.channels = ChannelService(**parts, pairings=self.pairings)
                 channel = self.channels.service
+                shared: dict[str, Any] = {"db": db, "registry": registry}
+                self.people = PeopleControl(
+                    **shared, outlets=outlets, pairings=self.pairings, channels=self.channels
+                )
+                self.answers = Answers(
+                    **shared,
+                    approvals=self.approvals,
+                    guard=self.guard,
+                    holds=self.holds,
+                    gateway=self.gateway,
+                    audit=self.audit,
+                    people=self.people,
+                )
+                self.channels.chat_control = ChatControl(**parts, usage=self.usage, answers=self.answers)
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
@@ -489,6 +509,7 @@ class Router:
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(self.guard.run(), name="guard")
+                tasks.create_task(Cards(db, outlets).run(), name="cards")
                 self.channel = Server(channel, place.listener)
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()

@@ -73,16 +73,14 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         db=router.db,
         systemd=cast(Systemd, place.systemd),
         registry=cast(Registry, place.registry),
-        channels=router.channels,
-        pairings=router.pairings,
+        people=router.people,
+        answers=router.answers,
         sessions=router.sessions,
         outlets=router.outlets,
         gateway=router.gateway,
         audit=router.audit,
         usage=router.usage,
         approvals=router.approvals,
-        guard=router.guard,
-        holds=router.holds,
         sandbox=[],
     )
     serving = asyncio.create_task(Server(control.service, listener).run())
