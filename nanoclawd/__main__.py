@@ -1,7 +1,7 @@
 """nanoclawd: routes messages between chats and agents.
 
-Talks to:   people's programs, over control/io.nanoclaw.Control (trusted: mode 0600); channel adapters, over
-            channel/io.nanoclaw.Channel; runners, over host.sock of each session (untrusted); the gateway;
+Talks to:   people's programs, over control/io.nanoclaw.Control (trusted: mode 0600); channel adapters, each
+            over its io.nanoclaw.Channel; runners, over host.sock of each session (untrusted); the gateway;
             the user's systemd over D-Bus; Podman's REST socket, through a child.
 May touch:  its database and state directory, agents/*.toml, the Quadlet units that it generates.
 Trusts:     nothing that a runner or a chat sends. Opens no file that an agent named; has no network.
@@ -31,6 +31,7 @@ from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
+from nanoclawd.channels import PREFIX, Channels
 from nanoclawd.chat_control import ChatControl
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
@@ -185,9 +186,14 @@ async def _route(
             guard = Guard(db=db, registry=registry, outlets=outlets, wake=sessions.wake)
             agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             sessions.containers.service = agent_service.service
-            pairings = Pairings()
+            pairings, channels = Pairings(), Channels(db, tasks)
             channel_service = ChannelService(
-                db=db, registry=registry, sessions=sessions, outlets=outlets, pairings=pairings
+                db=db,
+                registry=registry,
+                sessions=sessions,
+                outlets=outlets,
+                pairings=pairings,
+                channels=channels,
             )
             people = PeopleControl(
                 db=db, registry=registry, outlets=outlets, pairings=pairings, channels=channel_service
@@ -205,6 +211,7 @@ async def _route(
             channel_service.chat_control = ChatControl(
                 db=db, registry=registry, sessions=sessions, outlets=outlets, usage=usage, answers=answers
             )
+            channels.service = channel_service.service
             control_service = ControlService(
                 db=db,
                 systemd=systemd,
@@ -214,6 +221,7 @@ async def _route(
                 gateway=gateway,
                 audit=audit,
                 people=people,
+                channel_list=channels,
                 usage=usage,
                 approvals=approvals,
                 answers=answers,
@@ -221,6 +229,7 @@ async def _route(
             )
             await registry.load()
             await approvals.load()
+            kept = {name: listeners.pop(name) for name in [*listeners] if name.startswith(PREFIX)}
             await _recover(db, systemd, sessions, listeners, attempts=settings.attempts)
             tasks.create_task(outlets.run(), name="outlets")
             tasks.create_task(approvals.run(), name="approvals")
@@ -228,11 +237,13 @@ async def _route(
             tasks.create_task(cards.run(), name="cards")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
-            idle = IdleExit(db=db, sessions=sessions, seconds=lambda: registry.settings.idle_exit)
-            sessions.on_end = control_service.on_reload = idle.touch
+            idle = IdleExit(
+                db=db, sessions=sessions, channels=channels, seconds=lambda: registry.settings.idle_exit
+            )
+            sessions.on_end = control_service.on_reload = channels.on_close = idle.touch
             idle.servers = (
                 Server(control_service.service, control, on_close=idle.touch),
-                Server(channel_service.service, channel, on_close=idle.touch),
+                Server(channel_service.service, channel, identity=channels.terminal, on_close=idle.touch),
             )
             for server in idle.servers:
                 tasks.create_task(server.run(), name=server.service.interface.name)
@@ -240,6 +251,7 @@ async def _route(
             tasks.create_task(retention.run(db, audit, usage, lambda: registry.settings), name="retention")
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")
+            await channels.load(kept)
             await control_service.start_waiting()
             # What was made while starting lives for ever: the collector need not look at it again.
             gc.collect()

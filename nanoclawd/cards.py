@@ -16,6 +16,7 @@ from nanoclawd.approvals import request_of
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import Unavailable
 from nanoclawd.guard import held_of
+from nanoclawd.ids import TERMINAL
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.people import Answerer
@@ -23,7 +24,6 @@ from nanoclawd.privileges import TABLE
 from nanoclawd.questions import About, question_of
 from nanoclawd.queue import Place, place_of
 from nanoclawd.rates import Rate
-from nanoclawd.routing import TERMINAL
 from nanoclawd.states import ApprovalState
 
 #: Reactions that answer a card; one may carry a variation selector or a skin tone.

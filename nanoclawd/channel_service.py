@@ -8,16 +8,18 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from nanoclawd import journal, limits, outbox, paths, queue
+from nanoclawd.channels import Channel, Channels
 from nanoclawd.commands import unescape
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Refused
 from nanoclawd.idl import read_interface
+from nanoclawd.ids import TERMINAL
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
-from nanoclawd.routing import TERMINAL, Arrival, Taken, add_chat, find_chat, reconsider, take, take_back
+from nanoclawd.routing import Arrival, Taken, add_chat, find_chat, reconsider, take, take_back
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
 from nanoclawd.states import ChatState, DeliveryState
@@ -39,6 +41,7 @@ class ChannelService:
         sessions: Sessions,
         outlets: Outlets,
         pairings: Pairings,
+        channels: Channels,
     ) -> None:
         self._db = db
         self._registry = registry
@@ -46,12 +49,14 @@ class ChannelService:
         self._turns = sessions.turns
         self._outlets = outlets
         self._pairings = pairings
-        self.chat_control: (
-            ChatControl  #: who sees to what is said to the router itself; set before a call comes
-        )
+        #: Who sees to what is said to the router itself; set before a call comes.
+        self.chat_control: ChatControl
+        self._channels = channels
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
+                "Announce": Method(handler=self._announce),
+                "ReportHealth": Method(handler=self._report_health),
                 "Deliver": Method(handler=self._deliver),
                 "Invite": Method(handler=self._invite),
                 "React": Method(handler=self._react),
@@ -64,9 +69,22 @@ class ChannelService:
             },
         )
 
+    async def _announce(self, call: Call) -> Json:
+        channel = _channel(call)
+        for name in (call.parameters["adapter"], *call.parameters["accounts"]):
+            _check_name("adapter, accounts", name, empty=False)
+        await self._channels.announce(channel, **call.parameters)
+        return {"channel": channel.name}
+
+    async def _report_health(self, call: Call) -> Json:
+        text = _line(call.parameters["text"])[: limits.HEALTH_CHARACTERS]
+        self._channels.report_health(_channel(call), call.parameters["state"], text)
+        return {}
+
     async def _deliver(self, call: Call) -> Json:
-        parameters = call.parameters
-        for name in ("channel", "chat", "event", "sender"):
+        channel = _announced(call)
+        parameters = {"channel": channel.name, **call.parameters}
+        for name in ("chat", "event", "sender"):
             _check_name(name, parameters[name], empty=False)
         for name in ("thread", "agent"):
             _check_name(name, parameters[name] or "")
@@ -81,7 +99,7 @@ class ChannelService:
         if parameters["revision"] < 0:
             raise Refused("revision: must not be negative")
         event = Event(**{name: parameters[name] for name in Event.__dataclass_fields__})
-        taken = await self.chat_control.take(_arrival(event, parameters))
+        taken = await self.chat_control.take(self._arrival(event, parameters))
         if taken is None:
             taken = await self._take(replace(event, text=unescape(event.text)), parameters)
         for session in taken.sessions:
@@ -108,7 +126,7 @@ class ChannelService:
         if self._pairings.is_code(event.channel, event.text):
             self._outlets.publish(await self.decide(partial(self._pair, event=event)))
             return Taken()
-        arrival = _arrival(event, parameters)
+        arrival = self._arrival(event, parameters)
         return await self._turns.write(lambda tx: take(tx, arrival), first)
 
     def _pair(self, tx: Transaction, event: Event) -> list[Delivery]:
@@ -124,9 +142,9 @@ class ChannelService:
         return result
 
     async def _invite(self, call: Call) -> Json:
-        for name in ("channel", "chat", "sender"):
+        for name in ("chat", "sender"):
             _check_name(name, call.parameters[name], empty=False)
-        channel, chat = call.parameters["channel"], call.parameters["chat"]
+        channel, chat = _announced(call).name, call.parameters["chat"]
         title = _shown(call.parameters["title"])
         direct = call.parameters["kind"] == "direct"
 
@@ -137,25 +155,38 @@ class ChannelService:
 
         return {"state": await self._db.write(invite)}
 
+    def _arrival(self, event: Event, parameters: Json) -> Arrival:
+        return Arrival(
+            event=event,
+            agent=parameters["agent"] or "",
+            mentioned=bool(parameters["mentioned"]),
+            program=parameters["writer"] == "program" or self._channels.is_own(event.sender),
+            sender_name=_shown(parameters["senderName"]),
+            direct=parameters["kind"] == "direct",
+            title=_shown(parameters["title"]),
+        )
+
     async def _react(self, call: Call) -> Json:
         parameters = call.parameters
-        for name in ("channel", "chat", "event", "target", "sender", "reaction"):
+        for name in ("chat", "event", "target", "sender", "reaction"):
             _check_name(name, parameters[name], empty=False)
         _check_name("thread", parameters["thread"])
-        names = ("channel", "chat", "thread", "event", "sender")
-        event = Event(**{name: parameters[name] for name in names}, revision=0, text=parameters["reaction"])
+        names = ("chat", "thread", "event", "sender")
+        said = {name: parameters[name] for name in names}
+        event = Event(channel=_announced(call).name, revision=0, text=parameters["reaction"], **said)
         outcome = await self.chat_control.react(event, parameters["target"], removed=parameters["removed"])
         return {"outcome": outcome, "duplicate": False}
 
     async def _retract(self, call: Call) -> Json:
-        place = [call.parameters[name] for name in ("channel", "chat", "thread", "event")]
-        return {"unseen": await self._db.write(lambda tx: take_back(tx, *place))}
+        place = [call.parameters[name] for name in ("chat", "thread", "event")]
+        channel = _channel(call).name
+        return {"unseen": await self._db.write(lambda tx: take_back(tx, channel, *place))}
 
     async def _attach(self, call: Call) -> Json:
-        for name in ("channel", "chat", "event"):
+        for name in ("chat", "event"):
             if call.parameters[name] is not None:
                 _check_name(name, call.parameters[name], empty=False)
-        outlet = Outlet(call.parameters["channel"], call.parameters["chat"], call.parameters["event"])
+        outlet = Outlet(_announced(call).name, call.parameters["chat"], call.parameters["event"])
         self._outlets.attach(outlet)
         try:
             while (item := await self._outlets.next(outlet)) is not None:
@@ -165,13 +196,13 @@ class ChannelService:
         raise Refused("too much was waiting for this adapter", hint="attach again")
 
     async def _report_sent(self, call: Call) -> Json:
-        channel, key, receipt = (call.parameters[name] for name in ("channel", "key", "receipt"))
+        key, receipt = call.parameters["key"], call.parameters["receipt"]
         _check_name("receipt", receipt)
-        await self._end(channel, key, DeliveryState.SENT, receipt=receipt)
+        await self._end(_channel(call).name, key, DeliveryState.SENT, receipt=receipt)
         return {}
 
     async def _report_part(self, call: Call) -> Json:
-        channel, key, parts = (call.parameters[name] for name in ("channel", "key", "parts"))
+        channel, key, parts = _channel(call).name, call.parameters["key"], call.parameters["parts"]
         receipt = call.parameters["receipt"]
         _check_name("receipt", receipt)
         if not 0 < parts <= limits.TEXT_BYTES:
@@ -187,7 +218,7 @@ class ChannelService:
 
     async def _report_failed(self, call: Call) -> Json:
         parameters = call.parameters
-        channel, key = parameters["channel"], parameters["key"]
+        channel, key = _channel(call).name, parameters["key"]
         reason = " ".join(parameters["reason"].split())[:500]
 
         def release(tx: Transaction) -> int | None:
@@ -233,23 +264,25 @@ class ChannelService:
         self._outlets.publish(deliveries)
 
     async def _stop_turn(self, call: Call) -> Json:
-        place = tuple(call.parameters[name] for name in ("channel", "chat", "thread"))
+        where = {"channel": _channel(call).name, **call.parameters}
         stopped = False
-        for row in await self._db.read("busy_sessions", **call.parameters):
-            stopped |= await self._turns.stop_turn(session_row(row), place)
+        for row in await self._db.read("busy_sessions", **where):
+            stopped |= await self._turns.stop_turn(session_row(row), tuple(where.values()))
         return {"stopped": stopped}
 
 
-def _arrival(event: Event, parameters: Json) -> Arrival:
-    return Arrival(
-        event=event,
-        agent=parameters["agent"] or "",
-        mentioned=bool(parameters["mentioned"]),
-        program=parameters["writer"] == "program",
-        sender_name=_shown(parameters["senderName"]),
-        direct=parameters["kind"] == "direct",
-        title=_shown(parameters["title"]),
-    )
+def _channel(call: Call) -> Channel:
+    """Return the channel whose listener took the call."""
+    channel: Channel = call.caller.identity
+    return channel
+
+
+def _announced(call: Call) -> Channel:
+    """The same. Raises Refused unless the adapter has said what it can do."""
+    channel = _channel(call)
+    if channel.announced is None and channel.name != TERMINAL:
+        raise Refused("the adapter has not said what it can do", hint="call Announce() first")
+    return channel
 
 
 def _required_agent(name: str | None, event: Event) -> str:
@@ -260,8 +293,11 @@ def _required_agent(name: str | None, event: Event) -> str:
 
 def _shown(name: str | None) -> str:
     """Return what somebody chose to be called as a short line: nobody's messages wait for a better one."""
-    line = "".join(c if c.isprintable() else " " for c in (name or "")[: limits.NAME_BYTES])
-    return " ".join(line.split())
+    return _line((name or "")[: limits.NAME_BYTES])
+
+
+def _line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _check_name(name: str, value: str, *, empty: bool = True) -> None:

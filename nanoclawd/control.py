@@ -18,6 +18,7 @@ from nanoclawd.approval_control import ApprovalControl
 from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.audit_control import AuditControl
+from nanoclawd.channels import Channels
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
@@ -67,6 +68,7 @@ class ControlService:
     gateway: GatewayLink
     audit: Audit
     people: PeopleControl
+    channel_list: Channels
     usage: Usage
     approvals: Approvals
     answers: Answers
@@ -189,13 +191,13 @@ class ControlService:
         return {"agents": len(self.registry.names()), "problems": problems}
 
     async def reload(self) -> list[str]:
-        """Read all configuration again; returns what is wrong with agents. Raises ConfigError."""
+        """Read all configuration again; returns what is wrong with some of it. Raises ConfigError."""
         # What it takes from agents must not fail for want of room.
         await self._audit_control.note_late("Reload", {})
         self.registry.settings = read_settings()
         self.sessions.resize(self.registry.settings.max_sessions)
         self.on_reload()
-        problems = await self.registry.load()
+        problems = [*await self.registry.load(), *await self.channel_list.load({})]
         await self._refresh_gateway()
         await self.start_waiting()
         return problems

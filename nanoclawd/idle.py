@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from nanoclawd.channels import Channels
 from nanoclawd.db import Database
 from nanoclawd.errors import Unavailable
 from nanoclawd.server import Server
@@ -14,12 +15,20 @@ from nanoclawd.sessions import Sessions
 class IdleExit:
     """Nothing is polled: whatever keeps the router busy says so when it ends, by touch()."""
 
-    def __init__(self, *, db: Database, sessions: Sessions, seconds: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        *,
+        db: Database,
+        sessions: Sessions,
+        channels: Channels,
+        seconds: Callable[[], int],
+    ) -> None:
         self._db = db
+        self._channels = channels
         self._sessions = sessions
         self._seconds = seconds  #: without anything to do; 0: for ever
         self._touched = asyncio.Event()
-        self.servers: Sequence[Server] = ()  #: of people and of channels
+        self.servers: Sequence[Server] = ()  #: of people and of the terminal
 
     def touch(self) -> None:
         """Something has ended, or the settings have changed: count anew."""
@@ -42,11 +51,16 @@ class IdleExit:
                 await self._touched.wait()
 
     async def _is_idle(self) -> bool:
-        # What waits for an adapter is no reason to stay: the adapter's call starts the next router.
+        # What waits for the terminal is no reason to stay: its call starts the next router.
         try:
             return not (self._is_busy() or await self._db.read("find_work") or self._is_busy())
         except Unavailable:
             return False
 
     def _is_busy(self) -> bool:
-        return any(server.active for server in self.servers) or any(True for _ in self._sessions.live())
+        # Other channels' listeners are in the fd store: while no router runs, nobody would see a call there.
+        return (
+            self._channels.are_any()
+            or any(server.active for server in self.servers)
+            or any(True for _ in self._sessions.live())
+        )

@@ -11,6 +11,7 @@ from nanoclawd.errors import NotFound, Refused
 
 AgentName = NewType("AgentName", str)  #: [a-z][a-z0-9_]{0,31}; also part of unit and directory names
 SessionName = NewType("SessionName", str)  #: [a-z0-9_]{1,48}; the instance of the agent's unit
+ChannelName = NewType("ChannelName", str)  #: [a-z][a-z0-9_]{0,31}; the instance of the adapter's unit
 PersonName = NewType("PersonName", str)  #: [a-z][a-z0-9_-]{0,31}; the owner's word for somebody
 MessageId = NewType("MessageId", str)  #: "m" and 16 hex digits
 TurnId = NewType("TurnId", str)  #: "t" and 16 hex digits
@@ -21,6 +22,7 @@ CredentialName = NewType("CredentialName", str)  #: [a-z][a-z0-9_-]{0,63}; part 
 AGENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 #: nanoclaw-channel@.service is an adapter's, and so on: not names for agents.
 RESERVED = ("agents", "channel", "gateway", "podman")
+TERMINAL = ChannelName("terminal")  #: nanoclawctl's: whoever may open its socket is the owner
 SESSION_NAME = re.compile(r"[a-z0-9_]{1,48}", re.ASCII)
 PERSON_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 CREDENTIAL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
@@ -32,6 +34,14 @@ def parse_agent_name(text: str) -> AgentName:
     if text in RESERVED:
         raise Refused(f"'{text}' is the name of a unit of ours", hint="choose another name for the agent")
     return AgentName(text)
+
+
+def parse_channel_name(text: str) -> ChannelName:
+    """Return `text` as the name of a channel that can be added, or raise Refused."""
+    _parse(text, AGENT_NAME, "a channel", "1 to 32 of a-z, 0-9 and _, beginning with a letter")
+    if text == TERMINAL:
+        raise Refused(f"the channel '{TERMINAL}' is nanoclawctl's own", hint="choose another name")
+    return ChannelName(text)
 
 
 def no_agent(name: str, known: Iterable[str]) -> NotFound:

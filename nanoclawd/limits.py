@@ -95,7 +95,8 @@ STORE_AGAIN_S = 5.0  #: until what must be stored is tried again, when the disk 
 STOP_TURN_S = 10.0  #: a runner that does not stop its turn by then is stopped itself
 IDLE_EXIT_MAX_S = 86_400
 SESSIONS = 32  #: agent containers at once, unless nanoclaw.toml says otherwise
-FDSTORE = 512  # FileDescriptorStoreMax= of nanoclaw.service
+CHANNELS = 32
+FDSTORE = 544  # FileDescriptorStoreMax= of nanoclaw.service: two a session, one a channel
 
 # --- people and chats -----------------------------------------------------------------------------
 CHATS_NEW = 200  #: chats that wait for an answer; messages of more are not taken
@@ -120,3 +121,7 @@ STRANGER_BURST = 10
 PAIRING_S = 600.0  #: a code is good for so long
 PAIRING_GUESSES = 20  #: wrong ones from all together, before a code is worth nothing
 PAIRINGS = 16  #: codes at once
+
+# --- channels -------------------------------------------------------------------------------------
+CHANNEL_ACCOUNTS = 64  #: an adapter's own on its platform
+HEALTH_CHARACTERS = 300

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanoclawd import limits
 from nanoclawd.errors import ConfigError
-from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.ids import AgentName, ChannelName, SessionName
 
 #: What is shipped beside the package: quadlets/, agent-image/. The same in a checkout and when installed.
 SHARE = Path(__file__).resolve().parent.parent
@@ -36,6 +36,11 @@ def config() -> Path:
 def agents() -> Path:
     """The directory of NAME.toml and NAME.md files."""
     return config() / "agents"
+
+
+def channels() -> Path:
+    """The directory of the channels' NAME.toml files."""
+    return config() / "channels"
 
 
 def quadlets() -> Path:
@@ -82,8 +87,14 @@ def control_socket() -> Path:
     return _short(runtime() / "control" / "io.nanoclaw.Control")
 
 
-def channel_socket() -> Path:
+def terminal_socket() -> Path:
+    """The socket of the channel "terminal", which is nanoclawctl's."""
     return _short(runtime() / "channel" / "io.nanoclaw.Channel")
+
+
+def channel_socket(channel: ChannelName) -> Path:
+    """The socket of any other channel; its adapter sees this directory and no other of ours."""
+    return _short(runtime() / "channels" / channel / "io.nanoclaw.Channel")
 
 
 def gateway_socket() -> Path:

@@ -12,13 +12,14 @@ from nanoclawd.channel_service import ChannelService
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.engagement import Engagement, SessionMode
 from nanoclawd.errors import NotFound, Refused
+from nanoclawd.ids import TERMINAL
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.patterns import check_pattern
 from nanoclawd.people import Answerer
 from nanoclawd.questions import About
 from nanoclawd.registry import Registry
-from nanoclawd.routing import TERMINAL, block_chat, remove_wirings
+from nanoclawd.routing import block_chat, remove_wirings
 from nanoclawd.server import Call, Method
 from nanoclawd.states import ChatState
 from nanoclawd.wire import Json

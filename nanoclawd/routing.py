@@ -22,9 +22,6 @@ from nanoclawd.questions import About, Question
 from nanoclawd.queue import Event, Place, SessionRow
 from nanoclawd.states import ChatState
 
-#: What whoever sits at the terminal writes: it is for the agent that it names, and nobody is asked.
-TERMINAL = "terminal"
-
 
 class Outcome(StrEnum):
     """What a channel is told."""

@@ -174,7 +174,7 @@ def _usage(value: Any) -> UsageShape:
 
 #: One row a key, with its tables: what makes its value, or raises BadValue; its default, as TOML has it.
 SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
-    "max_sessions": (whole_number(1, limits.FDSTORE // 2), limits.SESSIONS),
+    "max_sessions": (whole_number(1, (limits.FDSTORE - limits.CHANNELS) // 2), limits.SESSIONS),
     "attempts": (whole_number(1, 100), limits.ATTEMPTS),
     "retention_days": (whole_number(0, RETENTION_DAYS_MAX), limits.RETENTION_DAYS),
     "audit_days": (whole_number(0, RETENTION_DAYS_MAX), limits.AUDIT_DAYS),

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from systemd import daemon
@@ -34,23 +34,25 @@ def take_listeners() -> dict[str, socket.socket]:
     return listeners
 
 
-def bind_listener(path: Path) -> socket.socket:
-    """Return a new listener at `path` that any uid may connect to: the directory above it keeps others out.
+def bind_listener(path: Path, *, foreign: bool = True) -> socket.socket:
+    """Return a new listener at `path`; a stale socket there is replaced. Raises Unavailable.
 
-    A stale socket there is replaced. Raises Unavailable.
+    foreign: for a container, whose uid is any. The directory above keeps others out. Nobody else has to be
+    able to connect to ours, and can send descriptors.
     """
     listener: socket.socket | None = None
     try:
         path.unlink(missing_ok=True)
-        with _labelled():
+        with _labelled() if foreign else nullcontext():
             listener = socket.socket(
                 socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
             )
         # Nobody can send a descriptor to it: whoever reads or closes what one came with may have the last
         # reference to a TCP socket that lingers (man 7 socket), and hangs for as long as its sender likes.
         # Before Linux 6.16 only the agents' system call filter saves us from that: it forbids SO_LINGER.
-        with suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        if foreign:
+            with suppress(OSError):
+                listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
         # Bound through the directory's descriptor, so that sun_path is short however long the directory's
         # path is.
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -58,7 +60,7 @@ def bind_listener(path: Path) -> socket.socket:
             listener.bind(f"/proc/self/fd/{directory}/{path.name}")
         finally:
             os.close(directory)
-        path.chmod(0o666)
+        path.chmod(0o666 if foreign else 0o600)
         listener.listen(limits.LISTEN_BACKLOG)
     except OSError as exc:
         if listener is not None:

@@ -43,12 +43,17 @@ class _BadKey(Exception):
 
 def parse(text: str, rows: Rows, name: str) -> dict[str, Any]:
     """Return what `rows` make of TOML text, by key. Raises ConfigError with file, line and key."""
+    return check(load(text, name), rows, name, text)
+
+
+def load(text: str, name: str) -> dict[str, Any]:
+    """Return the table that TOML text is. Raises ConfigError with file and line."""
     hint = "the format is TOML: key = value"
     if long := _LONG_KEY.search(text):
         where = f"{name}:{text.count(chr(10), 0, long.start()) + 1}"
         raise ConfigError(f"{where}: a key has more than {KEY_PARTS} parts", hint=hint)
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         reason, _, place = str(exc).rpartition(" (at ")
         line = re.match(r"line ([0-9]+)", place)
@@ -56,7 +61,6 @@ def parse(text: str, rows: Rows, name: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: is not TOML: {reason or exc}", hint=hint) from None
     except (RecursionError, ValueError) as exc:  # nested too deeply; a number of 5,000 digits
         raise ConfigError(f"{name}: is not TOML that can be read: {exc}", hint="remove that line") from None
-    return check(table, rows, name, text)
 
 
 def check(table: Mapping[str, Any], rows: Rows, name: str, text: str = "") -> dict[str, Any]:

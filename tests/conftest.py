@@ -15,31 +15,63 @@ from tests.support.machine import ROOT, STORE_TOOL, LocalMachine, Machine, Neste
 INSTALL_S = 600
 PREPARE_S = 1800
 
-_seconds: dict[str, float] = defaultdict(float)
+#: What tests/run keeps of an earlier run: a line for each file of tests, "SECONDS PATH".
+SECONDS_FILE = "seconds"
+
+_seconds: dict[str, float] = defaultdict(float)  #: by file of tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a machine, and run it last: tests/run prepares it beside the other tests."""
+    """Mark what needs a machine, and run it last: tests/run prepares it beside the other tests. Of the rest,
+    the file that took longest the last time comes first: one that begins last keeps all others waiting.
+    """
     for item in items:
         if any(Path(item.path).is_relative_to(ROOT / place) for place in ("tests/e2e", "tests/containment")):
             item.add_marker(pytest.mark.machine)
-    items.sort(key=lambda item: item.get_closest_marker("machine") is not None)
+    before = _read_seconds()
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("machine") is not None,
+            -before.get(_file_of(item.nodeid), 0),
+        )
+    )
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up the time of each directory of tests."""
-    _seconds[str(Path(report.nodeid.split("::")[0]).parent)] += report.duration
+    """Add up the time of each file of tests."""
+    _seconds[_file_of(report.nodeid)] += report.duration
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand the times to tests/run, which prints them."""
-    path = os.environ.get("NANOCLAW_TEST_TIMES")
-    if path is None or "PYTEST_XDIST_WORKER" in os.environ:  # the reports of all workers come to one process
+    """Hand the times to tests/run, which prints them by directory and keeps them by file."""
+    times = os.environ.get("NANOCLAW_TEST_LOGS")
+    if (
+        times is None or "PYTEST_XDIST_WORKER" in os.environ
+    ):  # the reports of all workers come to one process
         return
     workers = session.config.getoption("numprocesses") or 1
-    with open(path, "a", encoding="utf-8") as file:
-        for name, seconds in sorted(_seconds.items()):
+    directories: dict[str, float] = defaultdict(float)
+    for name, seconds in _seconds.items():
+        directories[str(Path(name).parent)] += seconds
+    with open(f"{times}/times", "a", encoding="utf-8") as file:
+        for name, seconds in sorted(directories.items()):
             file.write(f"{seconds * 1000:.0f} {name}, added up over {workers} workers\n")
+    known = {**_read_seconds(), **_seconds}
+    lines = (f"{seconds:.1f} {name}\n" for name, seconds in sorted(known.items()))
+    Path(times, f"{SECONDS_FILE}.new").write_text("".join(lines), encoding="utf-8")
+
+
+def _file_of(nodeid: str) -> str:
+    return nodeid.split("::")[0]
+
+
+def _read_seconds() -> dict[str, float]:
+    """Return what each file took in an earlier run, if tests/run knows."""
+    path = Path(os.environ.get("NANOCLAW_TEST_LOGS", "/nonexistent"), SECONDS_FILE)
+    if not path.exists():
+        return {}
+    lines = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines())
+    return {name: float(seconds) for seconds, name in lines}
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def sockets(other: SessionName) -> dict[str, str]:
         "systemd": home / "systemd/private",
         "journal": Path("/run/systemd/journal/socket"),
         "control": paths.control_socket(),
-        "channel": paths.channel_socket(),
+        "channel": paths.terminal_socket(),
         "attach": paths.gateway_socket(),
         "other host.sock": theirs / "host.sock",
         "other gateway.sock": theirs / "gateway.sock",

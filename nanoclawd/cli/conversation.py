@@ -19,7 +19,6 @@ from nanoclawd.client import Client
 from nanoclawd.errors import NanoclawError, Refused, Unavailable
 from nanoclawd.wire import Json, VarlinkError
 
-CHANNEL = "terminal"
 INTERFACE = "io.nanoclaw.Channel"
 CALL_S = 30.0  #: one short call
 RECONNECT_S = 0.3
@@ -103,7 +102,7 @@ class Conversation:
 
     def __init__(self, agent: str, name: str | None, screen: Screen) -> None:
         """`name` tells several chats with one agent apart. Raises Refused if it is none."""
-        self._chat: Json = {"channel": CHANNEL, "chat": chat_id(agent, name)}
+        self._chat: Json = {"chat": chat_id(agent, name)}
         self._agent = agent
         self._screen = screen
         self.inbox: SimpleQueue[Item] = SimpleQueue()
@@ -120,7 +119,7 @@ class Conversation:
             # First, so that nothing said about a message is missed. The thread ends with the process.
             parameters = {**self._chat, "event": event}
             Thread(target=_receive, args=(parameters, put, *_attach(parameters)), daemon=True).start()
-        self._client = Client(paths.channel_socket(), timeout_s=CALL_S)
+        self._client = Client(paths.terminal_socket(), timeout_s=CALL_S)
 
     def deliver(self, text: str, event: str) -> str:
         """Hand over a message and return its id. The same `event` again is stored once.
@@ -172,7 +171,7 @@ class Conversation:
             self._shown.add(key)
         for _ in range(2):  # the first connection may be to a router that is gone; one of now sent this
             with contextlib.suppress(NanoclawError):
-                self._call("ReportSent", {"channel": CHANNEL, "key": key, "receipt": key})
+                self._call("ReportSent", {"key": key, "receipt": key})
                 return
 
     def stop_turn(self) -> bool:
@@ -180,7 +179,7 @@ class Conversation:
         return bool(self._call("StopTurn", {**self._chat, "thread": ""})["stopped"])
 
     def _call(self, method: str, parameters: Json) -> Json:
-        client, self._client = self._client or Client(paths.channel_socket(), timeout_s=CALL_S), None
+        client, self._client = self._client or Client(paths.terminal_socket(), timeout_s=CALL_S), None
         try:
             with control.translated():
                 reply = client.call(f"{INTERFACE}.{method}", parameters)
@@ -192,7 +191,7 @@ class Conversation:
 
 
 def _attach(parameters: Json) -> tuple[Client, Iterator[Json]]:
-    client = Client(paths.channel_socket())
+    client = Client(paths.terminal_socket())
     return client, client.stream(f"{INTERFACE}.Attach", parameters)
 
 

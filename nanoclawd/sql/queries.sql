@@ -688,6 +688,19 @@ UPDATE approval SET state = 'expired'
                       AND (approval.kind = 'chat') = (chat.state = 'new')
                       AND (approval.kind = 'chat' OR held.sender = payload ->> '$.user'));
 
+-- list_channels --
+SELECT * FROM channel;
+
+-- announce_channel --
+INSERT INTO channel (name, adapter, capabilities, accounts, announced_at)
+VALUES (:name, :adapter, :capabilities, :accounts, :now)
+    ON CONFLICT (name) DO UPDATE
+   SET adapter = excluded.adapter, capabilities = excluded.capabilities, accounts = excluded.accounts,
+       announced_at = excluded.announced_at;
+
+-- forget_channel --
+DELETE FROM channel WHERE name = :name;
+
 -- find_action --
 -- What a call of an agent was made of.
 SELECT * FROM approval WHERE agent = :agent AND session = :session AND call = :call;

@@ -12,7 +12,6 @@ from typing import Any
 from nanoclawd import paths
 from nanoclawd.varlink import Connection, call, connect
 
-CHANNEL = "terminal"
 WAIT_S = 180.0  #: for one reply: above the container's start time-out and a retry
 REPORTERS = 8  #: receipts on their way at once, as in an adapter of a real platform
 
@@ -78,7 +77,7 @@ class Adapter:
     async def report(self, connection: Connection) -> None:
         while True:
             key = await self._unreported.get()
-            receipt = {"channel": CHANNEL, "key": key, "receipt": key}
+            receipt = {"key": key, "receipt": key}
             await call(connection, "io.nanoclaw.Channel.ReportSent", receipt)
             self._unreported.task_done()
 
@@ -92,7 +91,7 @@ async def attach() -> AsyncIterator[Adapter]:
         await stream.write(
             {
                 "method": "io.nanoclaw.Channel.Attach",
-                "parameters": {"channel": CHANNEL, "chat": None, "event": None},
+                "parameters": {},
                 "more": True,
             }
         )
@@ -108,7 +107,7 @@ async def attach() -> AsyncIterator[Adapter]:
 
 async def open_channel(stack: AsyncExitStack) -> Connection:
     """Return a connection to the channel socket, which `stack` closes."""
-    connection = await connect(paths.channel_socket())
+    connection = await connect(paths.terminal_socket())
     stack.callback(connection.close)
     return connection
 
@@ -116,7 +115,6 @@ async def open_channel(stack: AsyncExitStack) -> Connection:
 async def deliver(connection: Connection, agent: str, chat: str, event: str, text: str) -> None:
     """Hand over one message; returns when it is on the router's disk."""
     parameters = {
-        "channel": CHANNEL,
         "chat": chat,
         "thread": "",
         "event": event,

@@ -68,11 +68,10 @@ BROKEN = {
     "network": ("Network=\nNetwork=host", {"tcp", "udp", "abstract"}),
     "processes": ("PodmanArgs=--pid=host --ipc=host", {"processes", "other-processes", "shared-memory"}),
     "identity": ("User=1000", {"identity", "private", "same-uid"}),
-    "new privileges": ("NoNewPrivileges=false", {"setuid-program"}),
     # Each row is one line's: they need no run each.
     "small ones": (
-        "User=2005\nReadOnly=false\nPodmanArgs=--security-opt=unmask=ALL",
-        {"same-uid", "elsewhere", "proc-hidden"},
+        "User=2005\nReadOnly=false\nNoNewPrivileges=false\nPodmanArgs=--security-opt=unmask=ALL",
+        {"same-uid", "elsewhere", "setuid-program", "proc-hidden"},
     ),
     "limits": (
         "Ulimit=\nUlimit=nofile=10000:10000\nUlimit=nproc=4000:4000\nUlimit=core=1000000:1000000\n"

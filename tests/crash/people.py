@@ -50,7 +50,6 @@ class Person:
 
     async def _say(self, message: Message) -> None:
         parameters = {
-            "channel": self._chat.channel,
             "chat": self._chat.id,
             "thread": "",
             "event": message.marker,
@@ -70,7 +69,7 @@ class Person:
 
     async def _stop(self) -> None:
         running = {marker for marker in self._said if not self._record.has_ended(marker)}
-        place = {"channel": self._chat.channel, "chat": self._chat.id, "thread": ""}
+        place = {"chat": self._chat.id, "thread": ""}
         await self._line.call(f"{CHANNEL}.StopTurn", place)
         self._record.told_to_stop |= running
 
@@ -90,9 +89,7 @@ class Adapter:
             while True:
                 with suppress(EOFError, OSError, _Broken):
                     stream = await self._stream.peer()
-                    await stream.send(
-                        f"{CHANNEL}.Attach", {"channel": "test", "chat": None, "event": None}, more=True
-                    )
+                    await stream.send(f"{CHANNEL}.Attach", more=True)
                     while True:
                         if (delivery := (await stream.result())["delivery"]) is not None:
                             await self._take(delivery)
@@ -138,7 +135,7 @@ class Adapter:
         self._record.note()
 
     async def _report(self, what: str, key: str, **parameters: object) -> None:
-        await self._calls.call(f"{CHANNEL}.Report{what}", {"channel": "test", "key": key, **parameters})
+        await self._calls.call(f"{CHANNEL}.Report{what}", {"key": key, **parameters})
 
 
 class _Broken(Exception):

@@ -27,6 +27,7 @@ from random import Random
 
 from nanoclawd import paths
 from nanoclawd.errors import NanoclawError
+from nanoclawd.ids import ChannelName
 from tests.bench import host
 from tests.bench.adapter import control
 from tests.bench.gateway import CTL
@@ -36,6 +37,7 @@ from tests.crash.people import Adapter, Person
 from tests.crash.record import Fault, Record, Shown
 from tests.crash.script import Chat, Message, Pause, Plan, Step
 from tests.crash.table import Table
+from tests.support.product import ANNOUNCEMENT
 
 AGENTS = ("crash_a", "crash_b", "crash_c")
 CHATS, TERMINALS = 8, 3  #: of one round, side by side
@@ -44,6 +46,8 @@ KILL_EVERY_S = 0.4  #: on average
 CONTAINER_KILLS = 1  #: of one chat: its messages have four attempts, of which a shared turn may cost two
 SETTLE_S = 90.0  #: back-offs of 2 and 4 s, restarts; only a round that fails reaches this
 POLL_S = 0.1
+SOCKETS = {"test": paths.channel_socket(ChannelName("test")), "terminal": paths.terminal_socket()}
+FILE = paths.channels() / "test.toml"
 DATABASE = paths.state() / "nanoclaw.db"
 CONTAINERS = "nanoclaw-agents.slice/nanoclaw-crash_*@*.service"
 UNITS = Path(f"/sys/fs/cgroup/user.slice/user-{os.getuid()}.slice/user@{os.getuid()}.service/nanoclaw.slice")
@@ -170,7 +174,7 @@ class Round:
         self.deaths: list[tuple[Victim, str]] = []
         self._random = Random(f"{plan.seed}/{plan.number}/kills")
         self._killer = killer
-        self._adapter = Adapter(self.record, paths.channel_socket())
+        self._adapter = Adapter(self.record, SOCKETS["test"])
         self._terminals = [Terminal(chat, self.record) for chat in plan.chats if chat.channel == "terminal"]
         self._killed: Counter[str] = Counter()  #: units of containers
 
@@ -180,6 +184,7 @@ class Round:
             async with asyncio.timeout(SETTLE_S), asyncio.TaskGroup() as tasks:
                 shows = [tasks.create_task(self._adapter.run(), name="adapter")]
                 shows += [tasks.create_task(terminal.run(), name="terminal") for terminal in self._terminals]
+                await self._wire()  # by hand, so who does it would say it again
                 kills = tasks.create_task(self._kill(), name="kills")
                 await self._talk()
                 kills.cancel()
@@ -206,9 +211,9 @@ class Round:
     async def _wire(self) -> None:
         """Have the agents listen in their chats of the platform, and the person there be the owner."""
         chats = {chat.id: chat.agent for chat in self.record.plan.chats if chat.channel == "test"}
-        line = Line(paths.channel_socket())
+        line = Line(SOCKETS["test"])
         for chat in chats:
-            invitation = {"channel": "test", "chat": chat, "sender": "someone"}
+            invitation = {"chat": chat, "sender": "someone"}
             await line.call(f"{CHANNEL}.Invite", invitation)
         await line.drop()
         for chat in json.loads(await host.run(CTL, "chat", "list", "--json"))["chats"]:
@@ -217,10 +222,9 @@ class Round:
         await host.run(CTL, "person", "link", "owner", "test", "someone")
 
     async def _talk(self) -> None:
-        await self._wire()
         async with asyncio.TaskGroup() as tasks:
             for chat in self.record.plan.chats:
-                person = Person(chat, self.record, paths.channel_socket())
+                person = Person(chat, self.record, SOCKETS[chat.channel])
                 tasks.create_task(person.talk(), name=chat.name)
         await self.record.until(self.record.all_ended)
 
@@ -337,6 +341,16 @@ for line in sys.stdin:
 """
 
 
+async def _add_channel() -> None:
+    """Have the router listen for the channel "test", whose adapter is in this process."""
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text('kind = "none"\n')
+    await control("Reload")
+    line = Line(SOCKETS["test"])
+    await line.call(f"{CHANNEL}.Announce", ANNOUNCEMENT)
+    await line.drop()
+
+
 async def measure(seed: int, points: int, only: int | None) -> int:
     """Run rounds until `points` processes have died; print the table, and return the exit status."""
     table = Table(Victim)
@@ -344,6 +358,7 @@ async def measure(seed: int, points: int, only: int | None) -> int:
     for name in AGENTS:
         await control("AddAgent", name=name, provider="echo", idleSeconds=1)
     killer = await Killer.start()
+    await _add_channel()
     try:
         for number in itertools.count(1) if only is None else (only,):
             a_round = Round(make_plan(seed, number), killer)
@@ -362,6 +377,8 @@ async def measure(seed: int, points: int, only: int | None) -> int:
         await killer.end()
         for name in AGENTS:
             await control("RemoveAgent", name=name)
+        FILE.unlink()
+        await control("Reload")
     print(table.render())
     print(f"seed {seed}, {table.points} points, {table.faults} faults, {time.monotonic() - began:.0f} s")
     return 1 if table.faults else 0

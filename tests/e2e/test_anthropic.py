@@ -91,7 +91,7 @@ def user_text(request: Json) -> str:
 
 def test_the_answer_comes_and_streams(product: Product, machine: Machine, agent: str, api: Api) -> None:
     api.start({"thinking": "hm", "text": "good morning to you all", "pause_s": 0.1})
-    attach = json.dumps({"channel": "terminal", "chat": agent})
+    attach = json.dumps({"chat": agent})
     with machine.popen(
         *("varlinkctl", "call", "--json=short", "--more", CHANNEL, "io.nanoclaw.Channel.Attach", attach),
         stdout=subprocess.PIPE,
@@ -114,7 +114,7 @@ def test_the_answer_comes_and_streams(product: Product, machine: Machine, agent:
     assert "thinking" in [activity["kind"] for activity in activities]
     (request,) = api.requests()
     assert "hello there" in user_text(request)
-    report = {"channel": "terminal", "key": delivery["key"], "receipt": "r"}
+    report = {"key": delivery["key"], "receipt": "r"}
     machine.run("varlinkctl", "call", CHANNEL, "io.nanoclaw.Channel.ReportSent", json.dumps(report))
 
 
@@ -235,7 +235,7 @@ def test_a_person_may_stop_it_in_mid_stream(
     machine.wait_for(lambda: len(api.requests()) == 1)
     product.wait_state(agent, "working")
     runner = product.runner_pid(agent)
-    place = json.dumps({"channel": "terminal", "chat": agent, "thread": ""})
+    place = json.dumps({"chat": agent, "thread": ""})
 
     began = time.monotonic()
     stopped = machine.run("varlinkctl", "call", CHANNEL, "io.nanoclaw.Channel.StopTurn", place)

@@ -179,7 +179,7 @@ def test_who_is_cut_off_in_mid_stream_has_spent_it(
     sending = product.send_later(agent, "tell me a long story")
     machine.wait_for(lambda: len(api.requests()) == 1)
     product.wait_state(agent, "working")
-    place = json.dumps({"channel": "terminal", "chat": agent, "thread": ""})
+    place = json.dumps({"chat": agent, "thread": ""})
 
     machine.run("varlinkctl", "call", CHANNEL, "io.nanoclaw.Channel.StopTurn", place)
     sending.communicate(timeout=30)

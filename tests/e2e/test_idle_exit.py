@@ -30,7 +30,7 @@ for number in range(count):
             data += part
         answered += b'"nanoclaw"' in data
     slowest_s = max(slowest_s, time.monotonic() - began)
-    if chance.random() < 0.06:
+    if chance.random() < 0.05:
         time.sleep(idle_s + chance.uniform(-0.003, 0.02))
 print(json.dumps({"answered": answered, "slowest_s": slowest_s}))
 """
@@ -82,7 +82,7 @@ def test_router_stays_while_there_is_something_to_do(idle: Product, machine: Mac
 
 
 def test_no_call_is_lost_while_the_router_leaves_and_comes(idle: Product, machine: Machine) -> None:
-    count = 800
+    count = 300
     began = len(idle.events("started"))
 
     done = machine.run("python3", "-c", CALLS, str(count), "1", CONTROL, CHANNEL, timeout_s=900)
@@ -91,5 +91,5 @@ def test_no_call_is_lost_while_the_router_leaves_and_comes(idle: Product, machin
     starts = len(idle.events("started")) - began
     print(f"{found['answered']} of {count} calls answered over {starts} starts, {found['slowest_s']:.2f} s")
     assert found["answered"] == count
-    assert starts >= 20
+    assert starts >= 8
     assert machine.sh("systemctl --user --failed --no-legend --plain") == ""

@@ -15,9 +15,11 @@ UNITS = ("nanoclaw.service", "nanoclaw.socket", "nanoclaw-channel.socket")
 DEAD = r"<3> (message|delivery)-dead: "
 
 
-def varlink(machine: Machine, method: str, parameters: Json, *options: str) -> list[Json]:
-    """Call a method with systemd's varlinkctl and return all replies."""
-    socket = CONTROL if method.startswith(CONTROL_INTERFACE) else CHANNEL
+def varlink(
+    machine: Machine, method: str, parameters: Json, *options: str, channel: str = CHANNEL
+) -> list[Json]:
+    """Call a method with systemd's varlinkctl and return all replies; `channel` is a channel's socket."""
+    socket = CONTROL if method.startswith(CONTROL_INTERFACE) else channel
     line = ["varlinkctl", "call", "--json=short", *options, socket, method, json.dumps(parameters)]
     return [json.loads(reply) for reply in machine.run(*line).stdout.replace("\x1e", "").splitlines()]
 
@@ -25,7 +27,6 @@ def varlink(machine: Machine, method: str, parameters: Json, *options: str) -> l
 def deliver(machine: Machine, agent: str, text: str) -> str:
     """Hand over a message of the channel "terminal", and return its id."""
     message = {
-        "channel": "terminal",
         "chat": agent,
         "thread": "",
         "event": text,
@@ -36,11 +37,11 @@ def deliver(machine: Machine, agent: str, text: str) -> str:
     return str(reply["message"])
 
 
-def next_delivery(machine: Machine, chat: str, channel: str = "terminal") -> Json:
-    """Attach as an adapter until a delivery comes, and return that."""
-    parameters = json.dumps({"channel": channel, "chat": chat})
+def next_delivery(machine: Machine, chat: str, channel: str = CHANNEL) -> Json:
+    """Attach as an adapter until a delivery comes, and return that; `channel` is a channel's socket."""
+    parameters = json.dumps({"chat": chat})
     method = "io.nanoclaw.Channel.Attach"
-    line = ("varlinkctl", "call", "--json=short", "--more", CHANNEL, method, parameters)
+    line = ("varlinkctl", "call", "--json=short", "--more", channel, method, parameters)
     with machine.popen(*line, stdout=subprocess.PIPE) as attached:
         assert attached.stdout is not None
         replies = (json.loads(reply.replace("\x1e", "")) for reply in attached.stdout)
@@ -51,7 +52,7 @@ def next_delivery(machine: Machine, chat: str, channel: str = "terminal") -> Jso
 
 def report(machine: Machine, outcome: str, delivery: Json, **parameters: object) -> None:
     method = f"io.nanoclaw.Channel.Report{outcome}"
-    varlink(machine, method, {"channel": "terminal", "key": delivery["key"], **parameters})
+    varlink(machine, method, {"key": delivery["key"], **parameters})
 
 
 def dead_letters(product: Product, agent: str) -> list[str]:

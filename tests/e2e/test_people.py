@@ -6,10 +6,11 @@ import itertools
 
 from tests.e2e.test_operator import next_delivery, varlink
 from tests.support.machine import Machine
-from tests.support.product import SETTLE_S, Json, Product
+from tests.support.product import ANNOUNCEMENT, RUNTIME, SETTLE_S, Json, Product
 
 STRANGER = "@eve:evil.example"
 OWNER = "@ada:example.org"
+MATRIX = f"{RUNTIME}/channels/matrix/io.nanoclaw.Channel"
 
 
 class Room:
@@ -21,16 +22,18 @@ class Room:
         self._events = itertools.count(1)
 
     def say(self, text: str, sender: str, **more: object) -> Json:
-        event = {"channel": "matrix", "chat": self.chat, "thread": "", "event": f"e{next(self._events)}"}
+        event = {"chat": self.chat, "thread": "", "event": f"e{next(self._events)}"}
         rest = {"revision": 0, "sender": sender, "text": text, **more}
-        (reply,) = varlink(self.machine, "io.nanoclaw.Channel.Deliver", {**event, **rest})
+        (reply,) = self.call("Deliver", {**event, **rest})
         return reply
+
+    def call(self, method: str, parameters: Json) -> list[Json]:
+        return varlink(self.machine, f"io.nanoclaw.Channel.{method}", parameters, channel=MATRIX)
 
     def reply(self) -> Json:
         """Return the next delivery to the room, and report it as sent."""
-        delivery = next_delivery(self.machine, self.chat, channel="matrix")
-        sent = {"channel": "matrix", "key": delivery["key"], "receipt": "r"}
-        varlink(self.machine, "io.nanoclaw.Channel.ReportSent", sent)
+        delivery = next_delivery(self.machine, self.chat, channel=MATRIX)
+        self.call("ReportSent", {"key": delivery["key"], "receipt": "r"})
         return delivery
 
     def number(self) -> str:
@@ -40,9 +43,11 @@ class Room:
 
 def test_a_room_from_its_invitation_to_a_conversation(product: Product, machine: Machine) -> None:
     room = Room(product, machine, product.add())
-    invitation = {"channel": "matrix", "chat": room.chat, "sender": OWNER, "title": "Family"}
+    invitation = {"chat": room.chat, "sender": OWNER, "title": "Family"}
+    product.add_channel("matrix")
 
-    (answer,) = varlink(machine, "io.nanoclaw.Channel.Invite", invitation)
+    room.call("Announce", ANNOUNCEMENT)
+    (answer,) = room.call("Invite", invitation)
     held = room.say("hello?", OWNER, mentioned=True)
     chatter = room.say("just talk", STRANGER)
 

@@ -71,7 +71,7 @@ def test_a_held_agent_stays_held_when_the_router_is_new(product: Product, machin
 ADAPTER = r"""
 import json, socket, sys, threading, time
 path, agent, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-place = {"channel": "terminal", "chat": agent}
+place = {"chat": agent}
 deadline = time.monotonic() + 100
 got = []
 
@@ -114,7 +114,7 @@ while len(got) < count and time.monotonic() < deadline:
                     continue
                 if delivery["key"] not in dict(got):
                     got.append((delivery["key"], delivery["text"]))
-                call("ReportSent", {"channel": "terminal", "key": delivery["key"], "receipt": "r"})
+                call("ReportSent", {"key": delivery["key"], "receipt": "r"})
                 if len(got) >= count:
                     break
     except OSError:

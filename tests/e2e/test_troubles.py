@@ -177,18 +177,18 @@ def read(file):
     return json.loads(data[:-1])["parameters"]
 
 answers = []
-attached = connect("Attach", {"channel": "terminal"}, more=True)
+attached = connect("Attach", {}, more=True)
 for turn in range(rounds):
     ending = subprocess.Popen(meanwhile) if meanwhile and turn else None
     for number in range(chats):
         chat, text = f"{agent}/{number}", f"/sleep {turn_s if number % 2 else 0}\n{turn}"
-        message = {"channel": "terminal", "chat": chat, "thread": "", "event": f"e{turn}", "revision": 0}
+        message = {"chat": chat, "thread": "", "event": f"e{turn}", "revision": 0}
         read(connect("Deliver", {**message, "sender": "me", "text": text, "agent": agent}))
         time.sleep(pause_s)
     for number in range(chats):
         while (delivery := read(attached).get("delivery")) is None or delivery["agent"] != agent:
             pass
-        read(connect("ReportSent", {"channel": "terminal", "key": delivery["key"], "receipt": "r"}))
+        read(connect("ReportSent", {"key": delivery["key"], "receipt": "r"}))
         answers.append((delivery["chat"], delivery["text"]))
     assert not ending or ending.wait(60) == 0
     time.sleep(turn * pause_s)

@@ -99,7 +99,6 @@ def test_more_streams_a_reply_an_agent(product: Product, machine: Machine) -> No
 def test_a_person_can_do_without_nanoclawctl(product: Product, machine: Machine) -> None:
     agent = product.add()
     message = {
-        "channel": "terminal",
         "chat": agent,
         "thread": "",
         "event": "e1",
@@ -118,7 +117,7 @@ def test_a_person_can_do_without_nanoclawctl(product: Product, machine: Machine)
         "--more",
         CHANNEL,
         "io.nanoclaw.Channel.Attach",
-        json.dumps({"channel": "terminal", "chat": agent}),
+        json.dumps({"chat": agent}),
         stdout=subprocess.PIPE,
     ) as attached:
         assert attached.stdout is not None
@@ -132,7 +131,7 @@ def test_a_person_can_do_without_nanoclawctl(product: Product, machine: Machine)
     call(
         machine,
         "io.nanoclaw.Channel.ReportSent",
-        {"channel": "terminal", "key": delivery["key"], "receipt": "r1"},
+        {"key": delivery["key"], "receipt": "r1"},
     )
 
 
@@ -165,7 +164,7 @@ def test_what_the_handler_refuses_is_an_error_of_the_interface(product: Product,
             "InvalidParameter",
             {"parameter": "mounts[0].readOnly"},
         ),
-        ("io.nanoclaw.Channel.Attach", {"channel": "terminal"}, "ExpectedMore", {}),
+        ("io.nanoclaw.Channel.Attach", {}, "ExpectedMore", {}),
         ("io.nanoclaw.Gateway.Status", {"more": 1}, "InvalidParameter", {"parameter": "more"}),
     ],
 )

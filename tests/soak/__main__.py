@@ -27,7 +27,7 @@ from nanoclawd.errors import Unavailable
 from nanoclawd.varlink import call
 from nanoclawd.wire import VarlinkError
 from tests.bench import host
-from tests.bench.adapter import CHANNEL, agent, control, deliver, open_channel
+from tests.bench.adapter import agent, control, deliver, open_channel
 
 AGENTS = 3
 CHATS = 4  #: of each agent
@@ -79,8 +79,7 @@ class Person:
     async def _attached(self, stack: AsyncExitStack) -> None:
         stream = await open_channel(stack)
         reports = await open_channel(stack)
-        parameters = {"channel": CHANNEL, "chat": None, "event": None}
-        await stream.write({"method": "io.nanoclaw.Channel.Attach", "parameters": parameters, "more": True})
+        await stream.write({"method": "io.nanoclaw.Channel.Attach", "parameters": {}, "more": True})
         self.cut.clear()
         while not self.cut.is_set():
             message = await stream.read()
@@ -90,7 +89,7 @@ class Person:
                 self._show(delivery)
                 if self.cut.is_set():
                     return  # shown, and not reported: it comes again
-                receipt = {"channel": CHANNEL, "key": delivery["key"], "receipt": "r"}
+                receipt = {"key": delivery["key"], "receipt": "r"}
                 await call(reports, "io.nanoclaw.Channel.ReportSent", receipt)
 
     def _show(self, delivery: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ CRASH = re.compile(
 #: What systemd says when a stopped program's last word to it comes after its unit's end: nobody's fault.
 LATE = re.compile(r"Got notification message from PID \d+, but reception is disabled")
 POLL_S = 0.05
+POLL_MAX_S = 0.4  #: each look takes processes, and other tests need the processor
 
 T = TypeVar("T")
 Entry = dict[str, Any]  # man 7 systemd.journal-fields
@@ -164,14 +165,15 @@ class Machine(ABC):
 
         Raises MachineError after `within_s`, with the last lines of the journal.
         """
-        deadline = time.monotonic() + within_s
+        deadline, pause_s = time.monotonic() + within_s, POLL_S
         while not (answer := predicate()):
             if time.monotonic() >= deadline:
                 tail = "\n".join(describe(entry) for entry in self.journal()[-30:])
                 raise MachineError(
                     f"{what or predicate} did not come true in {within_s} s; journal:\n{tail}"
                 )
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(POLL_MAX_S, pause_s * 1.25)
         return answer
 
     # The journal

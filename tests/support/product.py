@@ -17,6 +17,18 @@ CHANNEL = f"{RUNTIME}/channel/io.nanoclaw.Channel"
 GATEWAY = f"{RUNTIME}/gateway/io.nanoclaw.Gateway"
 
 Json = dict[str, Any]
+#: Parameters of Announce(), of an adapter that can do nothing.
+ANNOUNCEMENT: Json = {
+    "protocol": 1,
+    "adapter": "test",
+    "capabilities": {
+        **dict.fromkeys(("threads", "edits", "reactions", "redactions", "files", "typing"), False),
+        "textBytes": 0,
+        "fileBytes": 0,
+        "markup": "plain",
+    },
+    "accounts": [],
+}
 
 
 class Product:
@@ -57,6 +69,11 @@ class Product:
         self._added.append(name)
         self.ctl("agent", "add", name, "--provider", provider, *options)
         return name
+
+    def add_channel(self, name: str, kind: str = "none") -> None:
+        """Have the router listen for a channel, without an adapter unless there is one of that kind."""
+        self.write(f"{self.home}/.config/nanoclaw/channels/{name}.toml", f'kind = "{kind}"\n')
+        self.machine.systemctl("reload", "nanoclaw")
 
     def forget(self, agent: str) -> None:
         """The test has removed this agent itself."""

@@ -19,7 +19,7 @@ from typing import Any, cast
 import pytest
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import containers, paths, people
+from nanoclawd import channels, containers, paths, people
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.answers import Answers
@@ -28,13 +28,14 @@ from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
+from nanoclawd.channels import Announcement, Channel, Channels
 from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
-from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
@@ -47,6 +48,7 @@ from nanoclawd.routing import add_chat, find_chat
 from nanoclawd.server import Server
 from nanoclawd.sessions import Sessions
 from nanoclawd.settings import parse_settings
+from nanoclawd.sockets import bind_listener
 from nanoclawd.systemd import LoadedUnit, Systemd, UnitChange
 from nanoclawd.usage import Usage
 from nanoclawd.wire import Json, VarlinkError
@@ -353,8 +355,8 @@ class RegistryDouble:
 class Adapter:
     """A channel adapter: one connection streams, the other reports."""
 
-    def __init__(self, stream: Peer, calls: Peer, channel: str) -> None:
-        self.stream, self.calls, self.channel = stream, calls, channel
+    def __init__(self, stream: Peer, calls: Peer) -> None:
+        self.stream, self.calls = stream, calls
         self.activity: list[str] = []
 
     async def delivery(self) -> Json:
@@ -368,14 +370,13 @@ class Adapter:
                 self.activity.append(item["activity"]["kind"])
 
     async def sent(self, delivery: Json) -> None:
-        parameters = {"channel": self.channel, "key": delivery["key"], "receipt": "r"}
+        parameters = {"key": delivery["key"], "receipt": "r"}
         assert await self.calls.call(f"{CHANNEL}.ReportSent", parameters) == {}
 
     async def failed(self, delivery: Json, *, retryable: bool, after_s: float | None = None) -> None:
         await self.calls.call(
             f"{CHANNEL}.ReportFailed",
             {
-                "channel": self.channel,
                 "key": delivery["key"],
                 "reason": "no\nconnection",
                 "retryable": retryable,
@@ -437,7 +438,9 @@ class Router:
         self.usage: Usage
         self.gateway: GatewayLink
         self.pairings: Pairings
+        self._tasks: asyncio.TaskGroup
         self.channels: ChannelService
+        self.channel_list: Channels
         self.approvals: Approvals
         self.guard: Guard
         self.people: PeopleControl
@@ -453,6 +456,7 @@ class Router:
         systemd, registry = cast(Systemd, place.systemd), cast(Registry, place.registry)
         try:
             async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
                 tasks.create_task(db.run(), name="database")
                 for chat, agent, sender in place.wired:
                     access = {"access": "ask", "engagement": "every"} if sender is None else {}
@@ -486,8 +490,9 @@ class Router:
                 }
                 self.sessions.containers.service = AgentService(**parts).service
                 self.pairings = Pairings()
-                self.channels = ChannelService(**parts, pairings=self.pairings)
-                channel = self.channels.service
+                self.channel_list = Channels(db, tasks)
+                self.channels = ChannelService(**parts, pairings=self.pairings, channels=self.channel_list)
+                self.channel_list.service = self.channels.service
                 shared: dict[str, Any] = {"db": db, "registry": registry}
                 self.people = PeopleControl(
                     **shared, outlets=outlets, pairings=self.pairings, channels=self.channels
@@ -505,12 +510,15 @@ class Router:
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
+                kept = {name: listeners.pop(name) for name in [*listeners] if name.startswith("channel.")}
                 await nanoclawd._recover(db, systemd, self.sessions, listeners, attempts=attempts)
+                await self.channel_list.load(kept)
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(self.guard.run(), name="guard")
                 tasks.create_task(Cards(db, outlets).run(), name="cards")
-                self.channel = Server(channel, place.listener)
+                test = Channel(name=ChannelName("test"), announced=Announcement())
+                self.channel = Server(self.channels.service, place.listener, identity=test)
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
@@ -524,15 +532,33 @@ class Router:
         for row in await self.db.read("find_work"):
             self.sessions.wake(session_row(row))
 
-    async def peer(self) -> Peer:
-        peer = await Peer.connect(self.place.channel)
+    async def peer(self, channel: str = "test") -> Peer:
+        """Return a connection to the socket of a channel: of "test", of the terminal, or one with a file."""
+        match channel:
+            case "test":
+                path = self.place.channel
+            case "terminal":
+                path = self._serve_terminal()
+            case _:
+                path = paths.channel_socket(ChannelName(channel))
+        peer = await Peer.connect(path)
         self.peers.append(peer)
         return peer
 
+    def _serve_terminal(self) -> Path:
+        path = paths.terminal_socket()
+        if not path.exists():
+            path.parent.mkdir(parents=True)
+            listener = bind_listener(path, foreign=False)
+            self.place.open.append(listener)
+            server = Server(self.channels.service, listener, identity=self.channel_list.terminal)
+            self._tasks.create_task(server.run(), name="terminal")
+        return path
+
     async def deliver(self, text: str, **more: Any) -> Json:
         """Hand over a message of a person; each call is another event unless `event` says otherwise."""
+        channel = more.pop("channel", "test")
         parameters = {
-            "channel": "test",
             "chat": "chat",
             "thread": "",
             "event": f"e{next(self.place.events)}",
@@ -542,12 +568,12 @@ class Router:
             "agent": "berta",
             **more,
         }
-        place = (parameters["channel"], parameters["chat"], parameters["agent"], parameters["sender"])
+        place = (channel, parameters["chat"], parameters["agent"], parameters["sender"])
         if all(place) and place not in self._wired:
             self._wired.add(place)
             channel, chat, agent, sender = place
             await self.wire(chat, agent, sender, channel=channel)
-        peer = await self.peer()
+        peer = await self.peer(channel)
         try:
             return await peer.call(f"{CHANNEL}.Deliver", parameters)
         finally:
@@ -555,16 +581,14 @@ class Router:
 
     async def stop_turn(self, chat: str = "chat") -> bool:
         peer = await self.peer()
-        reply = await peer.call(f"{CHANNEL}.StopTurn", {"channel": "test", "chat": chat, "thread": ""})
+        reply = await peer.call(f"{CHANNEL}.StopTurn", {"chat": chat, "thread": ""})
         return cast(bool, reply["stopped"])
 
     async def attach(self, chat: str | None = None, event: str | None = None) -> Adapter:
         """Return an adapter that has been handed all that was pending."""
-        adapter = Adapter(await self.peer(), await self.peer(), "test")
+        adapter = Adapter(await self.peer(), await self.peer())
         known = list(self.outlets._outlets)
-        await adapter.stream.send(
-            f"{CHANNEL}.Attach", {"channel": "test", "chat": chat, "event": event}, more=True
-        )
+        await adapter.stream.send(f"{CHANNEL}.Attach", {"chat": chat, "event": event}, more=True)
         await eventually(lambda: [o for o in self.outlets._outlets if o not in known])
         (outlet,) = [o for o in self.outlets._outlets if o not in known]
         await eventually(lambda: outlet.live or outlet.queue.qsize() or outlet.unreported)
@@ -599,7 +623,7 @@ class Place:
         self.budget = NO_LIMITS  #: of all agents
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
-        for module in (containers, nanoclawd):
+        for module in (channels, containers, nanoclawd):
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)

@@ -253,7 +253,7 @@ class RouterDouble:
         self._streams: list[tuple[Call, asyncio.Queue[Json]]] = []
         self._connections: list[Connection] = []
         self._loop = asyncio.new_event_loop()
-        self._listeners = [_listen(paths.control_socket()), _listen(paths.channel_socket())]
+        self._listeners = [_listen(paths.control_socket()), _listen(paths.terminal_socket())]
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
         self._thread.start()

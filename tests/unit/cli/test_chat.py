@@ -39,7 +39,7 @@ def test_question_and_answer(router: RouterDouble, chat: Open) -> None:
     terminal.wait(" echo: hello\r\n")
     terminal.wait("you> ")
     (message,) = router.messages.values()
-    assert (message["channel"], message["chat"], message["text"]) == ("terminal", "berta", "hello")
+    assert (message["chat"], message["text"]) == ("berta", "hello")
     router.wait(lambda: len(router.reports) == 1)
     terminal.type("\x04")
     assert terminal.end() == 0

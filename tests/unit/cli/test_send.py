@@ -19,7 +19,7 @@ def test_without_waiting_the_id_is_printed(router: RouterDouble, run: Run) -> No
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "m0123456789abcdef\n", "")
     (message,) = router.messages.values()
-    assert (message["channel"], message["chat"], message["agent"]) == ("terminal", "berta", "berta")
+    assert (message["chat"], message["agent"]) == ("berta", "berta")
     assert router.reports == []
 
 

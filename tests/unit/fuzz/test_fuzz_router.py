@@ -27,7 +27,6 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "turn": st.just(TURN),
     "protocol": st.just(1),
     "key": st.sampled_from(["a", "b", "m.reply0", "../x"]),
-    "channel": st.sampled_from(["test", "other"]),
     "chat": st.sampled_from(["evil", "another"]),
     "thread": st.sampled_from(["", "thread"]),
     "event": st.sampled_from(["e1", "e2", "x1", "x2"]),

@@ -235,7 +235,7 @@ def test_parts_that_the_platform_has_are_known_after_a_restart(place: Place) -> 
             await router.deliver("long text")
             delivery = await adapter.delivery()
             assert delivery["partsSent"] == 0
-            part = {"channel": "test", "key": delivery["key"], "receipt": "r"}
+            part = {"key": delivery["key"], "receipt": "r"}
             for parts in (1, 3, 2):  # one is late
                 await adapter.calls.call(f"{CHANNEL}.ReportPart", {**part, "parts": parts})
             for wrong in ({"parts": 0}, {"parts": -1}, {"parts": 1, "receipt": "a\nb"}):
@@ -261,7 +261,7 @@ def test_adapter_that_reports_nothing_is_hung_up_on(place: Place, monkeypatch: p
             dead = await router.attach()
             await router.deliver("first")
             delivery = await dead.delivery()
-            part = {"channel": "test", "key": delivery["key"], "receipt": "r"}
+            part = {"key": delivery["key"], "receipt": "r"}
             (outlet,) = router.outlets._outlets
             assert outlet.deadline is not None
             before = outlet.deadline.when()
@@ -281,14 +281,14 @@ def test_report_of_what_does_not_exist_is_refused(place: Place) -> None:
         async with place.router() as router:
             peer = await router.peer()
             for call in (
-                ("ReportSent", {"channel": "test", "key": "nothing", "receipt": ""}),
-                ("ReportFailed", {"channel": "test", "key": "nothing", "reason": "x", "retryable": True}),
-                ("ReportFailed", {"channel": "x", "key": "x" * 5000, "reason": "x", "retryable": False}),
+                ("ReportSent", {"key": "nothing", "receipt": ""}),
+                ("ReportFailed", {"key": "nothing", "reason": "x", "retryable": True}),
+                ("ReportFailed", {"key": "x" * 5000, "reason": "x", "retryable": False}),
             ):
                 with pytest.raises(VarlinkError, match="NotFound"):
                     await peer.call(f"{CHANNEL}.{call[0]}", call[1])
             with pytest.raises(VarlinkError, match="Refused"):
-                await peer.call(f"{CHANNEL}.Attach", {"channel": "a\nb"}, more=True)
+                await peer.call(f"{CHANNEL}.Attach", {"chat": "a\nb"}, more=True)
 
     place.run(run)
 
@@ -299,7 +299,7 @@ def test_adapters_that_come_and_go_at_any_moment_lose_nothing(place: Place) -> N
             for number in range(40):
                 await router.deliver(str(number), chat=f"chat{number % 4}")
                 peer = await router.peer()
-                await peer.send(f"{CHANNEL}.Attach", {"channel": "test"}, more=True)
+                await peer.send(f"{CHANNEL}.Attach", more=True)
                 for _ in range(number):  # hangs up while it attaches, catches up, or waits
                     await asyncio.sleep(0)
                 await peer.close()
@@ -353,12 +353,12 @@ def test_call_whose_client_hangs_up_has_its_whole_effect(place: Place, method: s
             for number in range(20):
                 chat = f"chat{number}"
                 peer = await router.peer()
-                parameters = {"channel": "test", "chat": chat, "thread": ""}
+                parameters = {"chat": chat, "thread": ""}
                 if method == "Deliver":
                     parameters |= {"event": f"e{number}", "sender": "s", "text": "x", "agent": "berta"}
                     parameters["revision"] = 0  # type: ignore[assignment]
                 elif method == "ReportSent":
-                    parameters = {"channel": "test", "key": "none", "receipt": ""}
+                    parameters = {"key": "none", "receipt": ""}
                 await peer.send(f"{CHANNEL}.{method}", parameters, more=True)
                 for _ in range(number):
                     await asyncio.sleep(0)

@@ -21,7 +21,12 @@ class Watched:
 
     def __init__(self, router: Router) -> None:
         self.seconds = 0.05
-        self.exit = IdleExit(db=router.db, sessions=router.sessions, seconds=lambda: self.seconds)  # type: ignore[arg-type, return-value]
+        self.exit = IdleExit(
+            db=router.db,
+            sessions=router.sessions,
+            channels=router.channel_list,
+            seconds=lambda: self.seconds,  # type: ignore[arg-type, return-value]
+        )
         self.exit.servers = (router.channel,)
         router.sessions.on_end = self.exit.touch
         router.channel._on_close = self.exit.touch

@@ -75,6 +75,7 @@ async def operating(place: Place, router: Router) -> AsyncIterator[Operator]:
         registry=cast(Registry, place.registry),
         people=router.people,
         answers=router.answers,
+        channel_list=router.channel_list,
         sessions=router.sessions,
         outlets=router.outlets,
         gateway=router.gateway,

@@ -31,7 +31,6 @@ class Room:
 
     async def say(self, text: str, sender: str = ADA, **more: Any) -> Json:
         event = {
-            "channel": "test",
             "chat": self.chat,
             "thread": "",
             "event": f"e{next(self.place.events)}",
@@ -48,7 +47,7 @@ class Room:
 
     async def call(self, method: str, **parameters: Any) -> Json:
         peer = await self.router.peer()
-        return await peer.call(f"{CHANNEL}.{method}", {"channel": "test", "chat": self.chat, **parameters})
+        return await peer.call(f"{CHANNEL}.{method}", {"chat": self.chat, **parameters})
 
     async def wire(self, agent: str = "berta", **how: Any) -> Json:
         return (await self.operator.call("WireChat", number=await self.number(), agent=agent, **how))["chat"]

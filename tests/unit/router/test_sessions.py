@@ -686,7 +686,7 @@ def test_calls_before_hello_and_of_another_protocol_are_refused(place: Place) ->
         with pytest.raises(
             VarlinkError, match="InterfaceNotFound"
         ):  # a session's socket is for runners only
-            await peer.call(f"{CHANNEL}.StopTurn", {"channel": "test", "chat": "chat", "thread": ""})
+            await peer.call(f"{CHANNEL}.StopTurn", {"chat": "chat", "thread": ""})
         await peer.close()
         await echo(container)
 
@@ -727,7 +727,7 @@ def test_runner_of_another_protocol_is_refused_and_the_chat_is_told(place: Place
         ({"chat": ""}, "Refused"),
         ({"event": "x" * 256}, "Refused"),
         ({"sender": "a\tb"}, "Refused"),
-        ({"channel": "a\x7fb"}, "Refused"),
+        ({"thread": "a\x7fb"}, "Refused"),
         ({"revision": -1}, "Refused"),
     ],
 )

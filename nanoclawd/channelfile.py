@@ -1,0 +1,88 @@
+"""channels/NAME.toml: what a person configured of one channel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoclawd import tomltable
+from nanoclawd.errors import ConfigError, NotFound, Refused
+from nanoclawd.files import read_text
+from nanoclawd.ids import ChannelName, parse_channel_name
+from nanoclawd.tomltable import BadValue, line_of_text
+
+KIND = line_of_text(
+    32,
+    r"(?!kind$)[a-z][a-z0-9_]{0,31}",
+    "is not a kind of channel",
+    'write the name of its adapter, e.g. "matrix"',
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelConfig:
+    """One channel's TOML file."""
+
+    name: ChannelName  #: the file's name without .toml
+    kind: str  #: names the adapter's program
+    settings: Mapping[str, Any]  #: the table named as the kind, for the adapter alone
+
+
+def parse_channel(text: str, path: Path) -> ChannelConfig:
+    """Return what `text` says; `path` gives the channel's name and stands in errors. Raises ConfigError."""
+    table = tomltable.load(text, str(path))
+    if "kind" not in table:
+        raise ConfigError(f"{path}: kind is missing", hint='write e.g. kind = "matrix"')
+    # Which table there may be follows from the kind; is that none, the row of `kind` says so.
+    rows = {str(table["kind"]): _settings, "kind": KIND}
+    values = tomltable.check(table, rows, str(path), text)
+    kind = values["kind"]
+    return ChannelConfig(name=_name_of(path), kind=kind, settings=values.get(kind, {}))
+
+
+def read_channels(
+    directory: Path,
+) -> tuple[dict[ChannelName, ChannelConfig | ConfigError], list[ConfigError]]:
+    """Return all channels in `directory` by name, or why one is broken; a broken one harms no other.
+
+    Also what is wrong with files that have a name that no channel can have. Raises ConfigError if the
+    directory cannot be read.
+    """
+    found: dict[ChannelName, ChannelConfig | ConfigError] = {}
+    misnamed: list[ConfigError] = []
+    try:
+        files = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return {}, []
+    except OSError as exc:
+        hint = f"run: chmod u+rwx {directory}"
+        raise ConfigError(f"{directory}: cannot be read: {exc.strerror}", hint=hint) from None
+    for path in (directory / file for file in files if file.endswith(".toml") and not file.startswith(".")):
+        try:
+            name = _name_of(path)
+        except ConfigError as exc:
+            misnamed.append(exc)
+            continue
+        try:
+            found[name] = parse_channel(read_text(path), path)
+        except NotFound:  # removed meanwhile
+            pass
+        except ConfigError as exc:
+            found[name] = exc
+    return found, misnamed
+
+
+def _name_of(path: Path) -> ChannelName:
+    try:
+        return parse_channel_name(path.stem)
+    except Refused as exc:
+        raise ConfigError(f"{path}: {exc.message}", hint=exc.hint) from None
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadValue("must be a table", "write the kind's name as [KIND], and its settings below")
+    return value

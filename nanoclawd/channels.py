@@ -1,0 +1,256 @@
+"""The channels that there are: a person's file and a listener each, and what their adapters say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+
+from nanoclawd import channelfile, journal, limits, paths
+from nanoclawd.channelfile import ChannelConfig
+from nanoclawd.db import Database, now_ms
+from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused, Unavailable
+from nanoclawd.ids import TERMINAL, ChannelName
+from nanoclawd.server import Server, Service
+from nanoclawd.sockets import bind_listener, forget_listener, store_listener
+from nanoclawd.wire import Json
+
+PROTOCOL = 1
+PREFIX = "channel."  #: of our listeners in systemd's fd store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """What an adapter and its platform can do; of one that has never said so, nothing."""
+
+    threads: bool = False
+    edits: bool = False
+    reactions: bool = False
+    redactions: bool = False
+    files: bool = False
+    typing: bool = False
+    text_bytes: int = 0  #: longest text of one part; 0: no limit
+    file_bytes: int = 0  #: largest file; 0: no limit
+    markup: str = "plain"  #: or markdown
+
+    @classmethod
+    def parse(cls, shown: Mapping[str, object]) -> Capabilities:
+        """Return them from the type Capabilities of io.nanoclaw.Channel."""
+        return cls(**{f.name: shown[_camel(f.name)] for f in fields(cls)})  # type: ignore[arg-type]  # checked
+
+    @property
+    def shown(self) -> Json:
+        return {_camel(f.name): getattr(self, f.name) for f in fields(self)}
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(map(str.capitalize, rest))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Announcement:
+    """What an adapter has said of itself."""
+
+    adapter: str = ""
+    capabilities: Capabilities = Capabilities()
+    accounts: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """What an adapter has said last of its platform."""
+
+    state: str = ""  #: as in ReportHealth(); "": nothing since the router's start
+    text: str = ""
+    at: float = 0.0  #: time.monotonic()
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Channel:
+    """One channel as it is at this moment; all connections to its listener stand for it."""
+
+    name: ChannelName
+    config: ChannelConfig | None = None  #: None: of the terminal, and if its file is broken
+    problem: NanoclawError | None = None
+    announced: Announcement | None = None
+    health: Health = Health()
+    listener: socket.socket | None = None
+    serving: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    @property
+    def unit(self) -> str | None:
+        """The adapter's unit; the terminal's has none."""
+        return None if self.name == TERMINAL else f"nanoclaw-channel@{self.name}.service"
+
+
+class Channels:
+    """All channels by name."""
+
+    def __init__(self, db: Database, tasks: asyncio.TaskGroup) -> None:
+        self._db = db
+        self._tasks = tasks
+        self._channels: dict[ChannelName, Channel] = {}
+        self._changing = asyncio.Lock()
+        self.terminal = Channel(name=TERMINAL)
+        self.service: Service | None = None  #: what adapters are served; set once before load()
+        self.on_close: Callable[[], None] = lambda: None  #: told when a connection has ended
+
+    # --- looking -----------------------------------------------------------------------------------
+
+    def names(self) -> list[ChannelName]:
+        """All but the terminal."""
+        return sorted(self._channels)
+
+    def get(self, name: str) -> Channel:
+        """Return a channel, which is not the terminal. Raises NotFound."""
+        channel = self._channels.get(ChannelName(name))
+        if channel is None:
+            raise NotFound(f"no channel named '{name[:64]}'")
+        return channel
+
+    def capabilities(self, name: str) -> Capabilities:
+        """Return what can be sent to a channel, whether its adapter is there or not."""
+        channel = self.terminal if name == TERMINAL else self._channels.get(ChannelName(name))
+        return channel.announced.capabilities if channel and channel.announced else Capabilities()
+
+    def is_own(self, user: str) -> bool:
+        """Say whether an account of a platform is that of an adapter, of whatever channel."""
+        return any(
+            channel.announced is not None and user in channel.announced.accounts
+            for channel in self._channels.values()
+        )
+
+    def are_any(self) -> bool:
+        """Say whether an adapter may call: nobody but us listens for it, see idle.py."""
+        return any(channel.serving is not None for channel in self._channels.values())
+
+    # --- following the files -----------------------------------------------------------------------
+
+    async def load(self, listeners: Mapping[str, socket.socket]) -> list[str]:
+        """Read all files again and listen for each channel; returns what is wrong, a line a problem.
+
+        `listeners` are those that systemd has kept, by the names that they have there.
+        """
+        async with self._changing:
+            try:
+                found, misnamed = await asyncio.to_thread(channelfile.read_channels, paths.channels())
+            except ConfigError as exc:  # nothing is known, so all stays
+                for name, listener in listeners.items():
+                    self._add(ChannelName(name.removeprefix(PREFIX)), exc, listener)
+                await self._remember()
+                journal.error("channels-unreadable", str(exc))
+                return [str(exc)]
+            for name in self._channels.keys() - found.keys():
+                await self._forget(self._channels.pop(name))
+            for name, config in found.items():
+                self._add(name, config, listeners.get(f"{PREFIX}{name}"))
+            for name, listener in listeners.items():
+                if name.removeprefix(PREFIX) not in self._channels:
+                    forget_listener(name)
+                    listener.close()
+            await self._remember()
+        problems = {name: str(c.problem) for name, c in self._channels.items() if c.problem}
+        for name, problem in problems.items():
+            journal.error("channel-broken", problem, channel=name)
+        for stranger in misnamed:
+            journal.warning("channel-misnamed", f"{stranger}, ignoring it")
+        return [*problems.values(), *map(str, misnamed)]
+
+    def _add(
+        self, name: ChannelName, config: ChannelConfig | ConfigError, listener: socket.socket | None
+    ) -> None:
+        """Have a channel follow what its file says. One that is broken keeps the listener that it has."""
+        channel = self._channels.setdefault(name, Channel(name=name))
+        channel.config = channel.problem = None
+        if isinstance(config, ConfigError):
+            channel.problem = config
+        else:
+            channel.config = config
+        try:
+            if channel.listener is None and listener is None and channel.config is not None:
+                if len(self._channels) > limits.CHANNELS:
+                    raise ConfigError(
+                        f"{paths.channels() / name}.toml: there are {limits.CHANNELS} channels already",
+                        hint="remove one",
+                    )
+                listener = _listen(name)
+        except NanoclawError as exc:
+            channel.problem = exc
+        if listener is not None:
+            assert self.service is not None
+            channel.listener = listener
+            server = Server(self.service, listener, identity=channel, on_close=self.on_close)
+            channel.serving = self._tasks.create_task(server.run(), name=f"channel {name}")
+
+    async def _remember(self) -> None:
+        """Take up what adapters have said in earlier lives."""
+        for row in await self._db.read("list_channels"):
+            channel = self.terminal if row["name"] == TERMINAL else self._channels.get(row["name"])
+            if channel is not None and channel.announced is None:
+                channel.announced = Announcement(
+                    adapter=row["adapter"],
+                    capabilities=Capabilities.parse(json.loads(row["capabilities"])),
+                    accounts=frozenset(json.loads(row["accounts"])),
+                )
+
+    async def _forget(self, channel: Channel) -> None:
+        """Listen no more for a channel that is gone."""
+        if channel.serving is not None:
+            channel.serving.cancel()
+            await asyncio.wait([channel.serving])
+        if channel.listener is not None:
+            forget_listener(f"{PREFIX}{channel.name}")
+            channel.listener.close()
+        shutil.rmtree(paths.channel_socket(channel.name).parent, ignore_errors=True)
+
+    # --- what adapters say -------------------------------------------------------------------------
+
+    async def announce(
+        self, channel: Channel, protocol: int, adapter: str, capabilities: Json, accounts: Collection[str]
+    ) -> None:
+        """Keep what an adapter says of itself. Raises Refused, Unavailable."""
+        if protocol != PROTOCOL:
+            hint = f"this router speaks {PROTOCOL}"
+            raise Refused(f"protocol: {protocol} is not known", hint=hint)
+        if len(accounts) > limits.CHANNEL_ACCOUNTS:
+            raise Refused(f"accounts: more than {limits.CHANNEL_ACCOUNTS}")
+        if min(capabilities["textBytes"], capabilities["fileBytes"]) < 0:
+            raise Refused("capabilities: textBytes and fileBytes must not be negative")
+        said = Announcement(
+            adapter=adapter, capabilities=Capabilities.parse(capabilities), accounts=frozenset(accounts)
+        )
+        if said != channel.announced:
+            row = {
+                "name": channel.name,
+                "adapter": adapter,
+                "capabilities": json.dumps(said.capabilities.shown),
+                "accounts": json.dumps(sorted(said.accounts)),
+            }
+            await self._db.write(lambda tx: tx.all("announce_channel", now=now_ms(), **row))
+            channel.announced = said
+            journal.info("channel-announced", channel=channel.name, adapter=adapter)
+
+    def report_health(self, channel: Channel, state: str, text: str) -> None:
+        before, channel.health = channel.health, Health(state=state, text=text, at=time.monotonic())
+        if (before.state, before.text) != (state, text):
+            well = state in ("connecting", "connected")
+            (journal.info if well else journal.warning)(
+                f"channel-{state}", text, channel=channel.name, unit=channel.unit
+            )
+
+
+def _listen(name: ChannelName) -> socket.socket:
+    """Return a new listener for a channel, which systemd keeps too. Raises ConfigError, Unavailable."""
+    path = paths.channel_socket(name)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise Unavailable(f"cannot make '{path.parent}': {exc.strerror}") from exc
+    listener = bind_listener(path, foreign=False)
+    store_listener(f"{PREFIX}{name}", listener)
+    return listener
