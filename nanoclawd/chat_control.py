@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from nanoclawd import cards, limits, outbox, people, prices
+from nanoclawd import cards, limits, outbox, people, prices, queue
 from nanoclawd.access import Access, Verdict, decide_access
 from nanoclawd.answers import Answers
 from nanoclawd.approvals import REQUEST, Scope
@@ -78,7 +78,7 @@ class ChatControl:
         self._usage = usage
         self._answers = answers
         self._rates: dict[tuple[str, ...], Rate] = {}
-        self._commands: dict[str, Callable[[_Caller, Said], Awaitable[str]]] = {
+        self._commands: dict[str, Callable[[_Caller, Said], Awaitable[str | Taken]]] = {
             "help": self._help,
             "agents": self._agents,
             "status": self._status,
@@ -112,12 +112,14 @@ class ChatControl:
             return await self._db.write(partial(_count, chat=caller.chat))
         try:
             text = await self._run(caller, said)
+            if isinstance(text, Taken):
+                return text
         except NanoclawError as exc:
             text = f"{_sentence(exc.message)} {_sentence(exc.hint)}".strip()
         await self._say(key, event, text)
         return Taken(outcome=Outcome.ANSWERED)
 
-    async def _run(self, caller: _Caller, said: Said) -> str:
+    async def _run(self, caller: _Caller, said: Said) -> str | Taken:
         if caller.event.revision:
             raise Refused("an edited message is no command", hint="say it anew")
         if (command := said.known) is None:
@@ -261,8 +263,17 @@ class ChatControl:
             raise Unavailable("its container does not end", hint="try again later") from None
         return f"'{agent}' begins anew{'; what it knew is in the trash' if trash else ''}."
 
-    async def _compact(self, caller: _Caller, said: Said) -> str:
-        raise Refused("not yet")
+    async def _compact(self, caller: _Caller, said: Said) -> Taken:
+        """Only the agent can: it gets this in its order, and answers."""
+        agent = self._meant(caller, said)
+        place = conversation_of(caller.modes[agent], caller.event)
+
+        def store(tx: Transaction) -> Taken:
+            taken = Taken()
+            taken.add(*queue.enqueue(tx, agent, caller.event, conversation=place, command=said.word))
+            return taken
+
+        return await self._sessions.turns.write(store, lambda taken: next(iter(taken.sessions), None))
 
     async def _cost(self, caller: _Caller, said: Said) -> str:
         agent = self._meant(caller, said)

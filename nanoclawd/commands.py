@@ -1,8 +1,8 @@
 """Commands in chats: what is one, and which there are. Pure.
 
-A message is a command if it begins with "/", letters and then nothing or a blank: a path is none. "//" in
-the place of "/" makes the same an ordinary message. What was edited, quoted, or written by a program or an
-agent never is one.
+A message is a command if it begins with "/" and a word that is one, or is nothing but "/" and a word, which
+is then explained. So a path is none, nor is "/tmp is full". "//" in the place of "/" makes the same an
+ordinary message. What was edited, quoted, or written by a program or an agent never is a command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from enum import IntEnum
 
 WORD_CHARACTERS = 32
 _COMMAND = re.compile(rf"\s*/([A-Za-z]{{1,{WORD_CHARACTERS}}})(?:\s+(.*))?", re.DOTALL | re.ASCII)
-_ESCAPED = re.compile(rf"\s*/(/[A-Za-z]{{1,{WORD_CHARACTERS}}}(?:\s.*)?)", re.DOTALL | re.ASCII)
 
 
 class Level(IntEnum):
@@ -60,11 +59,13 @@ class Said:
 
 def parse(text: str) -> Said | None:
     """Return the command that a text is, known or not; None: it is a message."""
-    found = _COMMAND.fullmatch(text)
-    return None if found is None else Said(found[1].lower(), " ".join((found[2] or "").split()))
+    if (found := _COMMAND.fullmatch(text)) is None:
+        return None
+    said = Said(found[1].lower(), " ".join((found[2] or "").split()))
+    return said if said.known or not said.argument else None
 
 
 def unescape(text: str) -> str:
     """Return what is meant by a text that would be a command but for one more slash."""
-    found = _ESCAPED.fullmatch(text)
-    return text if found is None else found[1]
+    bare = text.lstrip()[1:]
+    return bare if text.lstrip().startswith("//") and parse(bare) is not None else text

@@ -33,8 +33,8 @@ SELECT session.*, count(inbox.seq) FILTER (WHERE inbox.state = 'queued') AS queu
 SELECT count(*) FILTER (WHERE session = :session) AS in_session, count(*) AS total FROM inbox WHERE state = 'queued';
 
 -- enqueue --
-INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at, context)
-VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now, :context);
+INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at, context, command)
+VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now, :context, :command);
 
 -- close_session --
 UPDATE session SET closed_at = :now WHERE id = :id;

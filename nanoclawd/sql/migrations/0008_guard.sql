@@ -40,5 +40,8 @@ CREATE TABLE card (
 ) STRICT;
 CREATE INDEX card_approval ON card (approval);
 
+-- What an agent is to do, in place of answering: "compact", or ''.
+ALTER TABLE inbox ADD COLUMN command TEXT NOT NULL DEFAULT '';
+
 -- In a chat of two: the account of the other one, by its last message.
 ALTER TABLE chat ADD COLUMN peer TEXT;
