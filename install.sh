@@ -126,7 +126,7 @@ uninstall() {
   systemctl --user clean --what=fdstore nanoclaw.service 2> /dev/null || true
   [ ! -e "$LIB/podman.socket" ] || systemctl --user disable --quiet --now podman.socket
   rm -rf "$LIB" "$CONFIG/containers/systemd/nanoclaw" "${XDG_RUNTIME_DIR:?}/nanoclaw"
-  rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclawctl} "$UNITS"/nanoclaw{,-gateway,-podman}.service \
+  rm -f "$BIN"/{nanoclawd,nanoclaw-gateway,nanoclaw-adapter,nanoclawctl} "$UNITS"/nanoclaw{,-channel@,-gateway,-podman}.service \
     "$UNITS"/nanoclaw{,-channel,-gateway}.socket "$UNITS"/nanoclaw{,-agents}.slice
   rm -rf "$UNITS/nanoclaw-.service.d"
   local files=("$(completions bash)" "$(completions zsh)" "$(completions fish)") directory
@@ -218,10 +218,11 @@ if [ -e "$LIB/podman.socket" ] || ! systemctl --user is-enabled --quiet podman.s
 rm -rf "$LIB" && mv "$LIB.new" "$LIB"
 launcher nanoclawd nanoclawd
 launcher nanoclaw-gateway nanoclawd.gateway
+launcher nanoclaw-adapter nanoclawd.adapter
 launcher nanoclawctl nanoclawd.cli
 (cd "$HERE/units" && find . -type f -print) | while read -r unit; do
   mkdir -p "$UNITS/${unit%/*}"
-  sed -e "s|@bindir@|$BIN|g" -e "s|@libdir@|$LIB|g" "$HERE/units/$unit" > "$UNITS/$unit"
+  sed -e "s|@bindir@|$BIN|g" -e "s|@libdir@|$LIB|g" -e "s|@datadir@|$DATA|g" "$HERE/units/$unit" > "$UNITS/$unit"
 done
 for shell in bash zsh fish; do
   mkdir -p "$(dirname "$(completions $shell)")"
@@ -238,6 +239,7 @@ systemctl --user enable --quiet "${ENABLED[@]}"
 systemctl --user start nanoclaw.socket nanoclaw-channel.socket nanoclaw-gateway.socket
 # A router or gateway of an earlier version makes room; agents go on and do not notice.
 systemctl --user try-restart nanoclaw-gateway.service
+systemctl --user try-restart 'nanoclaw-channel@*.service'
 systemctl --user restart nanoclaw.service || die "nanoclaw.service does not start" "see 'journalctl --user -u nanoclaw'"
 say "nanoclaw.service is $(systemctl --user is-active nanoclaw.service)"
 

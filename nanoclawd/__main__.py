@@ -186,7 +186,7 @@ async def _route(
             guard = Guard(db=db, registry=registry, outlets=outlets, wake=sessions.wake)
             agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
             sessions.containers.service = agent_service.service
-            pairings, channels = Pairings(), Channels(db, tasks)
+            pairings, channels = Pairings(), Channels(db, systemd, tasks)
             channel_service = ChannelService(
                 db=db,
                 registry=registry,

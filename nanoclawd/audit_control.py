@@ -31,6 +31,7 @@ NOTED = {
     *("RetryDeadLetter", "DropDeadLetter", "BuildImage", "Backup", "StopAll", "StartAll"),
     *("WireChat", "UnwireChat", "BlockChat", "LinkPerson", "SetRole", "SetRoleOf", "Pair"),
     *("ResetSession", "CloseSession"),
+    *("AddChannel", "RestartChannel", "RemoveChannel"),
 }
 STOPS = {"StopAgent", "StopAll"}  #: done at once, whatever becomes of the row
 

@@ -20,6 +20,7 @@ from nanoclawd.pairing import Pairings
 from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.routing import Arrival, Taken, add_chat, find_chat, reconsider, take, take_back
+from nanoclawd.sandbox import Check, require
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
 from nanoclawd.states import ChatState, DeliveryState
@@ -57,6 +58,7 @@ class ChannelService:
             methods={
                 "Announce": Method(handler=self._announce),
                 "ReportHealth": Method(handler=self._report_health),
+                "ReportSandbox": Method(handler=self._report_sandbox),
                 "Deliver": Method(handler=self._deliver),
                 "Invite": Method(handler=self._invite),
                 "React": Method(handler=self._react),
@@ -79,6 +81,13 @@ class ChannelService:
     async def _report_health(self, call: Call) -> Json:
         text = _line(call.parameters["text"])[: limits.HEALTH_CHARACTERS]
         self._channels.report_health(_channel(call), call.parameters["state"], text)
+        return {}
+
+    async def _report_sandbox(self, call: Call) -> Json:
+        channel = _channel(call)
+        channel.sandbox = [Check(**check) for check in call.parameters["checks"]]
+        if self._registry.settings.require_sandbox:
+            require(channel.sandbox)
         return {}
 
     async def _deliver(self, call: Call) -> Json:
@@ -220,6 +229,7 @@ class ChannelService:
         parameters = call.parameters
         channel, key = _channel(call).name, parameters["key"]
         reason = " ".join(parameters["reason"].split())[:500]
+        _channel(call).last_error = reason
 
         def release(tx: Transaction) -> int | None:
             """Put it back, if it is worth another attempt; returns when that is due."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import tomltable
+import tomli_w
+
+from nanoclawd import paths, tomltable
 from nanoclawd.errors import ConfigError, NotFound, Refused
-from nanoclawd.files import read_text
-from nanoclawd.ids import ChannelName, parse_channel_name
+from nanoclawd.files import read_text, write_text
+from nanoclawd.ids import ChannelName, CredentialName, parse_channel_name
 from nanoclawd.tomltable import BadValue, line_of_text
 
 KIND = line_of_text(
@@ -41,6 +43,41 @@ def parse_channel(text: str, path: Path) -> ChannelConfig:
     values = tomltable.check(table, rows, str(path), text)
     kind = values["kind"]
     return ChannelConfig(name=_name_of(path), kind=kind, settings=values.get(kind, {}))
+
+
+def write_channel(path: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    """Write a new channels/NAME.toml. Raises ConfigError, Failed."""
+    try:
+        text = tomli_w.dumps({"kind": kind, **({kind: settings} if settings else {})})
+    except TypeError:  # null, which TOML has not
+        raise ConfigError(f"{path}: a setting has no value", hint='write it as KEY=""') from None
+    parse_channel(text, path)
+    write_text(path, text)
+
+
+def find_program(kind: str) -> Path:
+    """Return the adapter's program: the person's own if there is one, else ours. Raises ConfigError."""
+    for home in _homes():
+        program = home / kind / "adapter"
+        if os.access(program, os.X_OK):
+            return program
+    known = kinds()
+    hint = f"there are {', '.join(known)}" if known else f"put it at '{_homes()[0] / kind / 'adapter'}'"
+    raise ConfigError(f"there is no adapter of the kind '{kind}'", hint=hint)
+
+
+def kinds() -> list[str]:
+    """Return which kinds of channels there can be."""
+    return sorted({path.parent.name for home in _homes() for path in home.glob("*/adapter")})
+
+
+def _homes() -> tuple[Path, Path]:
+    return paths.data() / "channels", paths.SHARE / "channels"
+
+
+def credential_of(name: ChannelName) -> CredentialName:
+    """Return the name of the credential with which a channel's adapter logs in."""
+    return CredentialName(f"channel-{name}")
 
 
 def read_channels(

@@ -7,16 +7,21 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from nanoclawd import channelfile, journal, limits, paths
-from nanoclawd.channelfile import ChannelConfig
+from nanoclawd.channelfile import ChannelConfig, find_program
 from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused, Unavailable
+from nanoclawd.files import remove_file
 from nanoclawd.ids import TERMINAL, ChannelName
+from nanoclawd.sandbox import Check
 from nanoclawd.server import Server, Service
 from nanoclawd.sockets import bind_listener, forget_listener, store_listener
+from nanoclawd.systemd import Systemd
+from nanoclawd.trash import move_to_trash
 from nanoclawd.wire import Json
 
 PROTOCOL = 1
@@ -79,23 +84,31 @@ class Channel:
     problem: NanoclawError | None = None
     announced: Announcement | None = None
     health: Health = Health()
+    last_error: str = ""  #: why a delivery failed
+    sandbox: Sequence[Check] = ()  #: of the adapter's unit
     listener: socket.socket | None = None
     serving: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
-    def unit(self) -> str | None:
-        """The adapter's unit; the terminal's has none."""
-        return None if self.name == TERMINAL else f"nanoclaw-channel@{self.name}.service"
+    def unit(self) -> str:
+        """The adapter's unit."""
+        return f"nanoclaw-channel@{self.name}.service"
+
+    @property
+    def file(self) -> Path:
+        return paths.channels() / f"{self.name}.toml"
 
 
 class Channels:
     """All channels by name."""
 
-    def __init__(self, db: Database, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, db: Database, systemd: Systemd, tasks: asyncio.TaskGroup) -> None:
         self._db = db
+        self._systemd = systemd
         self._tasks = tasks
         self._channels: dict[ChannelName, Channel] = {}
         self._changing = asyncio.Lock()
+        self._earlier: dict[str, Announcement] = {}  #: what adapters said in earlier lives, by channel
         self.terminal = Channel(name=TERMINAL)
         self.service: Service | None = None  #: what adapters are served; set once before load()
         self.on_close: Callable[[], None] = lambda: None  #: told when a connection has ended
@@ -137,23 +150,25 @@ class Channels:
         `listeners` are those that systemd has kept, by the names that they have there.
         """
         async with self._changing:
+            await self._remember()
             try:
                 found, misnamed = await asyncio.to_thread(channelfile.read_channels, paths.channels())
             except ConfigError as exc:  # nothing is known, so all stays
                 for name, listener in listeners.items():
                     self._add(ChannelName(name.removeprefix(PREFIX)), exc, listener)
-                await self._remember()
                 journal.error("channels-unreadable", str(exc))
                 return [str(exc)]
             for name in self._channels.keys() - found.keys():
                 await self._forget(self._channels.pop(name))
+            before = {name: channel.config for name, channel in self._channels.items()}
             for name, config in found.items():
                 self._add(name, config, listeners.get(f"{PREFIX}{name}"))
+                if isinstance(config, ChannelConfig) and config != before.get(name):
+                    self._start(self._channels[name], anew=name in before)
             for name, listener in listeners.items():
                 if name.removeprefix(PREFIX) not in self._channels:
                     forget_listener(name)
                     listener.close()
-            await self._remember()
         problems = {name: str(c.problem) for name, c in self._channels.items() if c.problem}
         for name, problem in problems.items():
             journal.error("channel-broken", problem, channel=name)
@@ -165,17 +180,24 @@ class Channels:
         self, name: ChannelName, config: ChannelConfig | ConfigError, listener: socket.socket | None
     ) -> None:
         """Have a channel follow what its file says. One that is broken keeps the listener that it has."""
-        channel = self._channels.setdefault(name, Channel(name=name))
+        channel = self._channels.setdefault(
+            name, Channel(name=name, announced=self._earlier.pop(name, None))
+        )
         channel.config = channel.problem = None
         if isinstance(config, ConfigError):
             channel.problem = config
         else:
             channel.config = config
         try:
+            if channel.config is not None:
+                find_program(channel.config.kind)
+        except ConfigError as exc:  # it listens nevertheless: somebody may run an adapter by hand
+            channel.problem = ConfigError(f"{channel.file}: {exc.message}", hint=exc.hint)
+        try:
             if channel.listener is None and listener is None and channel.config is not None:
                 if len(self._channels) > limits.CHANNELS:
                     raise ConfigError(
-                        f"{paths.channels() / name}.toml: there are {limits.CHANNELS} channels already",
+                        f"{channel.file}: there are {limits.CHANNELS} channels already",
                         hint="remove one",
                     )
                 listener = _listen(name)
@@ -188,18 +210,50 @@ class Channels:
             channel.serving = self._tasks.create_task(server.run(), name=f"channel {name}")
 
     async def _remember(self) -> None:
-        """Take up what adapters have said in earlier lives."""
-        for row in await self._db.read("list_channels"):
-            channel = self.terminal if row["name"] == TERMINAL else self._channels.get(row["name"])
-            if channel is not None and channel.announced is None:
-                channel.announced = Announcement(
-                    adapter=row["adapter"],
-                    capabilities=Capabilities.parse(json.loads(row["capabilities"])),
-                    accounts=frozenset(json.loads(row["accounts"])),
-                )
+        """Take up what adapters have said in earlier lives: before one is listened to that need not say it
+        again.
+        """
+        self._earlier = {
+            row["name"]: Announcement(
+                adapter=row["adapter"],
+                capabilities=Capabilities.parse(json.loads(row["capabilities"])),
+                accounts=frozenset(json.loads(row["accounts"])),
+            )
+            for row in await self._db.read("list_channels")
+        }
+        if self.terminal.announced is None:
+            self.terminal.announced = self._earlier.get(TERMINAL)
+
+    # --- adapters' units ---------------------------------------------------------------------------
+
+    def _start(self, channel: Channel, *, anew: bool) -> None:
+        """Have systemd start an adapter; nobody waits. One that runs is left alone, or begins `anew`."""
+        if channel.problem is None:
+            start = self.restart(channel) if anew else self._systemd.start_unit(channel.unit)
+            self._tasks.create_task(_logging(start, channel), name=f"start of {channel.unit}")
+
+    async def restart(self, channel: Channel) -> None:
+        """Start an adapter anew. Raises Failed, Unavailable, NotFound: it is masked."""
+        channel.health = Health()
+        await self._systemd.reset_failed(channel.unit)
+        await self._systemd.restart_unit(channel.unit)
+
+    async def remove(self, channel: Channel) -> Path | None:
+        """Stop an adapter and remove all that is its; returns where went what it had to remember."""
+        async with self._changing:
+            await self._systemd.stop_unit(channel.unit)  # before what it uses goes
+            remove_file(channel.file)
+            del self._channels[channel.name]
+            await self._forget(channel)
+            state = paths.channel_state(channel.name)
+            trash = await asyncio.to_thread(move_to_trash, state, f"channel-{channel.name}")
+        journal.info("channel-removed", channel=channel.name)
+        return trash
 
     async def _forget(self, channel: Channel) -> None:
-        """Listen no more for a channel that is gone."""
+        """Listen no more for a channel that is gone, and let its adapter end."""
+        stop = self._systemd.stop_unit(channel.unit)
+        self._tasks.create_task(_logging(stop, channel), name=f"stop of {channel.unit}")
         if channel.serving is not None:
             channel.serving.cancel()
             await asyncio.wait([channel.serving])
@@ -242,6 +296,14 @@ class Channels:
             (journal.info if well else journal.warning)(
                 f"channel-{state}", text, channel=channel.name, unit=channel.unit
             )
+
+
+async def _logging(action: Awaitable[None], channel: Channel) -> None:
+    """What systemd cannot do with an adapter is shown by its unit, and harms nobody else."""
+    try:
+        await action
+    except NanoclawError as exc:
+        journal.error("adapter-failed", str(exc), channel=channel.name, unit=channel.unit)
 
 
 def _listen(name: ChannelName) -> socket.socket:

@@ -18,6 +18,7 @@ from nanoclawd.approval_control import ApprovalControl
 from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.audit_control import AuditControl
+from nanoclawd.channel_control import ChannelControl
 from nanoclawd.channels import Channels
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
@@ -78,6 +79,13 @@ class ControlService:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self._audit_control = AuditControl(self.db, self.audit)
+        self._channel_control = ChannelControl(
+            db=self.db,
+            systemd=self.systemd,
+            channels=self.channel_list,
+            sessions=self.sessions,
+            outlets=self.outlets,
+        )
         self._usage_control = UsageControl(self.usage, self.registry, self.gateway)
         methods = {
             "Status": Method(handler=self._status),
@@ -105,6 +113,7 @@ class ControlService:
             ).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
             **self.people.methods,
+            **self._channel_control.methods,
             **self._audit_control.methods,
             **self._usage_control.methods,
             **GuardControl(self.registry).methods,
@@ -145,6 +154,7 @@ class ControlService:
             "queue": {name: counts[name] for name in _COUNTS},
             "budgetStops": [stop async for stop in self._usage_control.stops()],
             "approvalsPending": approvals["total"],
+            "channels": [channel async for channel in self._channel_control.list()],
             "sandbox": [
                 {"name": check.name, "active": check.active, "detail": check.detail}
                 for check in self.sandbox

@@ -77,6 +77,10 @@ class Outlets:
             self._returned.update(keys)
             self._wake(channel)
 
+    def is_attached(self, channel: str) -> bool:
+        """Say whether somebody takes what is sent to any chat of a channel."""
+        return any(o.channel == channel and o.chat is None for o in self._outlets)
+
     async def run(self) -> None:
         """Hand what came back to the queue to whoever is attached, until cancelled."""
         while True:

@@ -53,12 +53,22 @@ def credentials() -> Path:
     return config_home() / "credstore.encrypted"
 
 
+def data() -> Path:
+    """What is installed for this user alone, beside us."""
+    return _xdg("XDG_DATA_HOME", ".local/share") / "nanoclaw"
+
+
 def state() -> Path:
     return _xdg("XDG_STATE_HOME", ".local/state") / "nanoclaw"
 
 
 def agent_state(agent: AgentName) -> Path:
     return state() / "agents" / agent
+
+
+def channel_state(channel: ChannelName) -> Path:
+    """The directory that the channel's adapter alone writes."""
+    return state() / "channels" / channel
 
 
 def workspace(agent: AgentName) -> Path:

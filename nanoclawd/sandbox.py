@@ -82,6 +82,20 @@ def _is_hidden(what: Callable[[], Path]) -> Try:
     return check
 
 
+def _shows_one(what: Callable[[], Path]) -> Try:
+    """At most one file of a directory is bound into the unit."""
+
+    def check() -> tuple[bool, str]:
+        path = what()
+        try:
+            shown = len(os.listdir(path))
+        except FileNotFoundError:
+            shown = 0
+        return shown <= 1, f"{path}: shows {shown}"
+
+    return check
+
+
 def _home_hidden() -> tuple[bool, str]:
     # ProtectHome=tmpfs: an empty read-only file system, on which only what the unit binds is seen.
     shown = [name for name in (".bashrc", ".profile", ".ssh", ".gnupg") if (Path.home() / name).exists()]
@@ -170,5 +184,21 @@ GATEWAY: dict[str, Try] = _COMMON | {
     "bus-hidden": _is_hidden(lambda: paths.runtime_home() / "bus"),
     "configuration-read-only": _is_read_only(paths.config),
     "credentials-read-only": _is_read_only(paths.credentials),
+    "runtime-read-only": _is_read_only(paths.runtime_home),
+}
+#: Of an adapter, as its unit begins: the adapter itself may be written in whatever language.
+ADAPTER: dict[str, Try] = _COMMON | {
+    "not-dumpable": _not_dumpable,
+    "home-hidden": _home_hidden,
+    "database-hidden": _is_hidden(lambda: paths.state() / "nanoclaw.db"),
+    "agents-hidden": _is_hidden(paths.agents),
+    "settings-hidden": _is_hidden(lambda: paths.config() / "nanoclaw.toml"),
+    "other-channels-hidden": _shows_one(paths.channels),
+    "other-credentials-hidden": _shows_one(paths.credentials),
+    "control-hidden": _is_hidden(lambda: paths.control_socket().parent),
+    "terminal-hidden": _is_hidden(lambda: paths.terminal_socket().parent),
+    "podman-hidden": _is_hidden(paths.podman_socket),
+    "bus-hidden": _is_hidden(lambda: paths.runtime_home() / "bus"),
+    "configuration-read-only": _is_read_only(paths.channels),
     "runtime-read-only": _is_read_only(paths.runtime_home),
 }

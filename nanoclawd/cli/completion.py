@@ -73,6 +73,12 @@ def _values(option: Option) -> list[tuple[str, str]]:
     if option.complete == "chats":
         chats = control.listed("ListChats", "chat")
         return [(str(chat["number"]), chat["title"] or chat["chat"]) for chat in chats]
+    if option.complete == "channels":
+        return [(channel["name"], channel["kind"]) for channel in control.listed("ListChannels", "channel")]
+    if option.complete == "adapters":
+        from nanoclawd.channelfile import kinds  # slow to import
+
+        return [(kind, "") for kind in kinds()]
     if option.complete == "people":
         return [(person["name"], "") for person in control.listed("ListPeople", "person")]
     if option.complete == "approvals":

@@ -212,6 +212,7 @@ def check_router() -> Iterator[Check]:
         return
     yield Check("router", OK, f"version {status['version']} answers")
     yield check_sandbox("router", status["sandbox"])
+    yield from check_channels(status["channels"])
     gateway = status["gateway"]
     if gateway is None:
         todo = "see 'journalctl --user -u nanoclaw-gateway'"
@@ -232,6 +233,26 @@ def check_sandbox(program: str, sandbox: list[Json]) -> Check:
     if not sandbox:
         return Check(name, WARNING, "not tested", "restart the unit: it tests itself when it starts")
     return Check(name, OK, f"{len(sandbox)} lines tested")
+
+
+def check_channels(channels: list[Json]) -> Iterator[Check]:
+    """Check that each adapter runs, is in its sandbox, and has its platform."""
+    for channel in channels:
+        name, todo = f"channel {channel['name']}", f"see 'nanoclawctl channel status {channel['name']}'"
+        found = f"{channel['unit']} is {channel['activeState']}"
+        if channel["problem"]:
+            yield Check(name, MISSING, channel["problem"], "correct it, then 'nanoclawctl reload'")
+        elif channel["activeState"] != "active":
+            yield Check(name, MISSING, found, todo)
+        elif channel["health"] == "login":
+            todo = f"nanoclawctl channel login {channel['name']}"
+            yield Check(name, MISSING, channel["healthText"] or "is not logged in", todo)
+        elif channel["health"] != "connected":
+            yield Check(name, WARNING, f"{channel['health'] or 'silent'}: {channel['healthText']}", todo)
+        else:
+            yield Check(name, OK, f"connected, {found}")
+        if channel["sandbox"]:
+            yield check_sandbox(name, channel["sandbox"])
 
 
 def check_credentials(routes: list[Json], agents: list[Json]) -> Iterator[Check]:

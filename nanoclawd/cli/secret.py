@@ -25,15 +25,18 @@ _COLUMNS: output.Fields = {
 
 def secret_set(options: Namespace) -> None:
     credentials.never_dump_core()
+    set_secret(options.NAME, read_value(f"Value of '{options.NAME}' (not shown): "))
+    note(options.NAME, "secret_set")
+    output.done(options, {"name": options.NAME}, f"Stored '{options.NAME}'.")
+
+
+def read_value(prompt: str) -> bytes:
+    """Return what is typed without echo, or comes from a pipe."""
     if sys.stdin.isatty():
         from getpass import getpass
 
-        value = getpass(f"Value of '{options.NAME}' (not shown): ").encode()
-    else:
-        value = sys.stdin.buffer.read(VALUE_BYTES)
-    set_secret(options.NAME, value)
-    _note(options.NAME, "secret_set")
-    output.done(options, {"name": options.NAME}, f"Stored '{options.NAME}'.")
+        return getpass(prompt).encode()
+    return sys.stdin.buffer.read(VALUE_BYTES)
 
 
 def set_secret(name: str, value: bytes) -> None:
@@ -84,11 +87,11 @@ def secret_remove(options: Namespace) -> None:
     if not options.yes:
         output.confirm(f"Remove the secret '{options.NAME}'?")
     credentials.remove(parse_credential_name(options.NAME))
-    _note(options.NAME, "secret_removed")
+    note(options.NAME, "secret_removed")
     output.done(options, {"removed": options.NAME}, f"Removed '{options.NAME}'.")
 
 
-def _note(name: str, event: str) -> None:
+def note(name: str, event: str) -> None:
     """Have the audit trail know; a router that is away is no reason to fail."""
     try:
         control.call("NoteSecret", {"secret": name, "event": event})

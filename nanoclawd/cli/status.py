@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nanoclawd.cli import control, output
 from nanoclawd.cli.agent import purge
+from nanoclawd.cli.channel import say_channel
 from nanoclawd.cli.output import GREEN, RED, YELLOW, say_field
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.errors import ConfigError
@@ -50,6 +51,8 @@ def status(options: Namespace) -> None:
             say_field("Route", f"{route['name']} to {route['endpoint']}, {credential}")
             if route["credentialState"] != "ok":
                 say_field("", route["credentialState"], "credential:", YELLOW)
+    for channel in found["channels"]:
+        say_channel(channel)
     _say_counts(found)
     for stop in found["budgetStops"]:
         who = f"{stop['agent']}@{stop['session']}" if stop["session"] else stop["agent"]

@@ -56,6 +56,19 @@ def mount(value: str) -> dict[str, object]:
     return {"source": abspath(expanduser(source)), "target": target, "readOnly": mode != "rw"}
 
 
+def setting(value: str) -> tuple[str, object]:
+    """KEY=VALUE; a value that is none of TOML, such as a number or true, is a text."""
+    import tomllib
+
+    key, equals, rest = text(value).partition("=")
+    if not equals or not key.replace("-", "").replace("_", "").isalnum() or not key.isascii():
+        raise ArgumentTypeError(f"'{key[:64]}' is not KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {rest}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return key, rest
+
+
 def size(value: str) -> int:
     number, unit = (value[:-1], value[-1:]) if value[-1:] in "KMGT" else (value, "")
     return count(number) << 10 * " KMGT".index(unit or " ")
@@ -98,6 +111,7 @@ class Option:
     default: object = None
     choices: tuple[str, ...] = ()
     complete: str = ""  #: agents, letters, files or directories
+    key: str = ""  #: in OPTIONS, where commands have different options of one name
 
     @property
     def positional(self) -> bool:
@@ -182,6 +196,7 @@ _OPTIONS = (
     ),
     Option("--by", "one line for each of these", "WHAT", choices=USAGE_BY, default="agent"),
     Option("--agent", "only of this agent", "AGENT", complete="agents"),
+    Option("--kind", "the adapter's program", "KIND", complete="adapters", key="--kind_of_adapter"),
     Option("--kind", "only rows of one kind", "KIND", choices=AUDIT_KINDS),
     Option("--yes", "do not ask", short="-y"),
     Option("--floor", "only what must be there before the installation"),
@@ -221,7 +236,8 @@ _OPTIONS = (
     Option("NUMBER", "number of a chat, as 'chat list' shows it", read=count, complete="chats"),
     Option("PERSON", "name of somebody, as you call them", complete="people"),
     Option("WHO", "name of a person, or an account of the chat's channel", complete="people"),
-    Option("CHANNEL", "name of a channel, e.g. matrix"),
+    Option("CHANNEL", "name of a channel, e.g. matrix", complete="channels"),
+    Option("SETTING", "KEY=VALUE, for the adapter; may be repeated", read=setting, repeat=True),
     Option("USER", "the platform's id of an account, e.g. @ada:example.org"),
     Option("ROLE", "owner, admin, or none", choices=("owner", "admin", "none")),
     Option("CONVERSATION", "name of a session, as 'session list' shows it"),
@@ -259,7 +275,7 @@ _OPTIONS = (
         complete="directories",
     ),
 )
-OPTIONS = {option.name: option for option in _OPTIONS}
+OPTIONS = {option.key or option.name: option for option in _OPTIONS}
 
 NOUNS = {
     "agent": "configure, start and stop agents",
@@ -267,6 +283,7 @@ NOUNS = {
     "chat": "say which agents listen in which chats of platforms; or talk to an agent here",
     "person": "say who is who, and who may all",
     "member": "say who may talk to agents",
+    "channel": "connect platforms on which people talk to agents",
     "message": "look at messages: what became of each",
     "deadletter": "see to messages and deliveries that were given up",
     "policy": "say what an agent may reach through the gateway",
@@ -331,6 +348,26 @@ COMMANDS = (
         "CHANNEL [PERSON] --json",
         "make a code by which somebody, by default you, proves that an account is theirs",
         more="It is sent as a message by that account, once, within 10 minutes.",
+    ),
+    Command(
+        "channel add",
+        "CHANNEL --kind_of_adapter [SETTING] --json",
+        "connect a platform: write a channel's file, and start its adapter",
+        more="What settings there are, the adapter's documentation says.",
+    ),
+    Command("channel list", "--json", "list channels, and how each is"),
+    Command(
+        "channel login",
+        "CHANNEL --json",
+        "give an adapter its password or token; it is asked for, or read from stdin",
+        more="It is stored like a secret, the adapter starts anew, and what it says is printed.",
+    ),
+    Command("channel status", "CHANNEL --json", "show all that is known of a channel"),
+    Command(
+        "channel remove",
+        "CHANNEL --purge --yes --json",
+        "remove a channel with its login; what its adapter had to remember goes to the trash",
+        more="Its chats are blocked, and whose its accounts are is forgotten.",
     ),
     Command(
         "chat",

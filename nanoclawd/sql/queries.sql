@@ -771,3 +771,20 @@ SELECT card.* FROM outbox JOIN card USING (key)
 SELECT DISTINCT session.*, inbox.thread AS at FROM session JOIN inbox ON session = session.id
  WHERE agent = :agent AND inbox.channel = :channel AND inbox.chat = :chat AND (:thread = '' OR inbox.thread = :thread)
    AND state IN ('queued', 'leased');
+
+-- unlink_channel --
+DELETE FROM identity WHERE channel = :channel;
+
+-- chats_of_channel --
+SELECT id FROM chat WHERE channel = :channel AND state != 'blocked';
+
+-- open_places --
+SELECT DISTINCT chat, thread FROM inbox WHERE channel = :channel AND state IN ('queued', 'leased');
+
+-- bury_deliveries --
+-- Of a channel that is removed. Those of an adapter that still has some are not taken back.
+UPDATE outbox SET state = 'dead', ended_at = :now, reason = :reason
+ WHERE channel = :channel AND state IN ('pending', 'leased') RETURNING key;
+
+-- count_waiting --
+SELECT count(*) AS waiting FROM outbox WHERE channel = :channel AND state IN ('pending', 'leased');

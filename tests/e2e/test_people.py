@@ -20,6 +20,8 @@ class Room:
         self.product, self.machine, self.agent = product, machine, agent
         self.chat = f"!{agent}:example.org"
         self._events = itertools.count(1)
+        product.add_channel("matrix")
+        self.call("Announce", ANNOUNCEMENT)
 
     def say(self, text: str, sender: str, **more: object) -> Json:
         event = {"chat": self.chat, "thread": "", "event": f"e{next(self._events)}"}
@@ -44,9 +46,7 @@ class Room:
 def test_a_room_from_its_invitation_to_a_conversation(product: Product, machine: Machine) -> None:
     room = Room(product, machine, product.add())
     invitation = {"chat": room.chat, "sender": OWNER, "title": "Family"}
-    product.add_channel("matrix")
 
-    room.call("Announce", ANNOUNCEMENT)
     (answer,) = room.call("Invite", invitation)
     held = room.say("hello?", OWNER, mentioned=True)
     chatter = room.say("just talk", STRANGER)

@@ -97,7 +97,8 @@ class Person:
             self.again += 1
             return
         self.shown.add(delivery["key"])
-        chat = self.chats[delivery["chat"]]
+        if (chat := self.chats.get(delivery["chat"])) is None:
+            return  # of a chat that was there before, and that nobody has looked at since
         if delivery["kind"] == "message":
             chat.notes[delivery["text"]] += 1
         elif ".delay" not in delivery["key"]:

@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,6 +164,7 @@ class SystemdDouble:
         self.slice_job = False
         self.slice_looks = 0  #: how often its state was asked for while it was inactive
         self._running: dict[str, asyncio.Task[None]] = {}
+        self.adapters: set[str] = set()  #: units of channels that are up
 
     async def start_unit(self, unit: str, *, mode: str = "replace") -> None:
         if unit == SLICE:
@@ -170,6 +172,10 @@ class SystemdDouble:
             return
         if mode == "fail" and self.slice_job:
             raise Failed("systemd: Transaction is destructive.")
+        if unit.startswith("nanoclaw-channel@"):
+            self.starts.append(unit)
+            self.adapters.add(unit)
+            return
         self.start_slice()  # as its Slice= implies
         self.starts.append(unit)
         if unit in self._running:
@@ -223,7 +229,12 @@ class SystemdDouble:
             await self.stop_slice()
             return
         self.stops.append(unit)
+        self.adapters.discard(unit)
         await self.end(unit)
+
+    async def restart_unit(self, unit: str) -> None:
+        await self.stop_unit(unit)
+        await self.start_unit(unit)
 
     def start_slice(self) -> None:
         """What `systemctl start` does, whoever asks for it."""
@@ -280,7 +291,8 @@ class SystemdDouble:
     async def list_units(self, patterns: list[str]) -> list[LoadedUnit]:
         return [
             LoadedUnit(name=unit, load_state="loaded", active_state="active", sub_state="running", path="/")
-            for unit in self._running
+            for unit in (*self._running, *self.adapters)
+            if any(fnmatch(unit, pattern) for pattern in patterns)
         ]
 
 
@@ -490,7 +502,7 @@ class Router:
                 }
                 self.sessions.containers.service = AgentService(**parts).service
                 self.pairings = Pairings()
-                self.channel_list = Channels(db, tasks)
+                self.channel_list = Channels(db, systemd, tasks)
                 self.channels = ChannelService(**parts, pairings=self.pairings, channels=self.channel_list)
                 self.channel_list.service = self.channels.service
                 shared: dict[str, Any] = {"db": db, "registry": registry}
@@ -614,7 +626,7 @@ class Place:
     """What outlives a router: directories, the channel's listener, systemd with its fd store, agents."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
-        for variable in ("RUNTIME_DIR", "STATE_HOME", "CONFIG_HOME"):
+        for variable in ("RUNTIME_DIR", "STATE_HOME", "CONFIG_HOME", "DATA_HOME"):
             (root / variable).mkdir()
             patch.setenv(f"XDG_{variable}", str(root / variable))
         patch.delenv("NOTIFY_SOCKET", raising=False)

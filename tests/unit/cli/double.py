@@ -203,6 +203,7 @@ STATUS: Json = {
         "deliveriesDead": 8,
     },
     "approvalsPending": 2,
+    "channels": [],
     "sandbox": [CHECK],
     "gateway": {
         "version": "0.1.0",

@@ -14,14 +14,18 @@ from nanoclawd.ids import ChannelName
 from nanoclawd.wire import VarlinkError
 from tests.support.product import ANNOUNCEMENT
 from tests.support.router import CHANNEL, Place
-from tests.support.varlink_peer import Peer
+from tests.support.varlink_peer import Peer, eventually
 
 MESSAGE = {"chat": "room", "thread": "", "event": "e1", "revision": 0, "sender": "@ada", "text": "hello"}
 
 
-def write(name: str, text: str = 'kind = "none"\n') -> None:
+def write(name: str, text: str = 'kind = "some"\n') -> None:
+    """Write a channel's file; there is an adapter of the kind "some"."""
     paths.channels().mkdir(parents=True, exist_ok=True)
     (paths.channels() / f"{name}.toml").write_text(text)
+    program = paths.data() / "channels/some/adapter"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.touch(mode=0o755)
 
 
 async def announce(peer: Peer, **changes: Any) -> None:
@@ -173,6 +177,7 @@ def test_broken_file_harms_only_its_own_channel(place: Place) -> None:
     [
         ("", "here.toml: kind is missing"),
         ("kind = 3\n", "here.toml:1: kind must be a string"),
+        ('kind = "none"\n', "here.toml: there is no adapter of the kind 'none'"),
         ('kind = "matrix"\n\n[other]\n', "here.toml:3: there is no key 'other'"),
         ('kind = "matrix"\nmatrix = 3\n', "here.toml:2: matrix must be a table"),
         ('kind = "kind"\n', "here.toml:1: kind is not a kind of channel"),
@@ -256,5 +261,31 @@ def test_what_an_account_of_ours_says_is_a_programs(place: Place) -> None:
             await router.wire("room", "berta", "@ada", channel="here", engagement="every")
             assert (await peer.call(f"{CHANNEL}.Deliver", MESSAGE))["outcome"] == "queued"
             await router.settled()
+
+    place.run(run)
+
+
+def test_systemd_keeps_an_adapter_up_that_is_as_its_file_says(place: Place) -> None:
+    for name in ("here", "same"):
+        write(name)
+    write("none", 'kind = "none"\n')
+    unit = "nanoclaw-channel@here.service"
+
+    async def run() -> None:
+        async with place.router() as router:
+            systemd, channels = place.systemd, router.channel_list
+            await eventually(lambda: len(systemd.starts) == 2)
+            assert systemd.adapters == {unit, "nanoclaw-channel@same.service"}
+            write("here", 'kind = "some"\n[some]\nuser = "ada"\n')
+            await channels.load({})
+            await eventually(lambda: (systemd.starts[2:], systemd.stops) == ([unit], [unit]))
+            await channels.load({})
+            write("here", "kind = ")
+            await channels.load({})
+            assert unit in systemd.adapters, "what runs goes on"
+            (paths.channels() / "here.toml").unlink()
+            await channels.load({})
+            await eventually(lambda: unit not in systemd.adapters)
+            assert len(systemd.starts) == 3
 
     place.run(run)

@@ -78,7 +78,7 @@ def test_valid_parameters_pass_and_mutated_ones_do_not(method: str, data: st.Dat
         except WireError as exc:
             assert exc.path.startswith(field)
         else:  # only where its type allows it
-            kinds = {bool: "bool", int: "int float", float: "float", type(None): "maybe"}
+            kinds = {bool: "bool", int: "int float", float: "float", type(None): "maybe", dict: "object"}
             kind = idl._inner(inner).kind if inner.kind == "maybe" and broken is not None else inner.kind
             assert kind in kinds[type(broken)].split()
 
