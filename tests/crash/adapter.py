@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,10 @@ class Lives:
         while (line := await self._line()) != "end":
             self.last_words = line
 
-    async def kill(self) -> None:
-        os.kill(self._pid, 9)
-        await self.wait()
+    def kill(self) -> None:
+        """End this life, unless it has ended; wait() is to follow."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, 9)
 
     async def _line(self) -> str:
         assert self._process.stdout is not None
@@ -110,17 +112,16 @@ class Trial:
             async with asyncio.timeout(SETTLE_S):
                 while not dying.done() and not await self._is_settled(chat, events):  # noqa: ASYNC110
                     await asyncio.sleep(POLL_S)
-                words = ""
-                if dying.done():
-                    words = self._lives.last_words
+                self._lives.kill()
+                await dying
+                words = self._lives.last_words
+                if not await self._is_settled(chat, events):
                     await self._lives.begin(0)
                     while not await self._is_settled(chat, events):  # noqa: ASYNC110
                         await asyncio.sleep(POLL_S)
-                    await self._lives.kill()
-                else:
-                    dying.cancel()
-                    await asyncio.wait([dying])
-                    await self._lives.kill()
+                    self._lives.kill()
+                    await self._lives.wait()
+                    words = words or "ended by itself"
         except TimeoutError:
             return "never ended", [(Fault.LOST, f"chat {chat}, point {kill_at}: {await self._shown(chat)}")]
         return words, await self._faults(chat, events, kill_at)
