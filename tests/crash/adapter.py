@@ -70,8 +70,10 @@ class Lives:
     async def begin(self, kill_at: int) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{kill_at}\n".encode())
-        self._pid = int(await self._line())
         self.last_words = ""
+        while not (line := await self._line()).startswith("pid "):
+            self.last_words = line  # it did not live long
+        self._pid = int(line.removeprefix("pid "))
 
     async def wait(self) -> None:
         """Return when this life has ended; what it was about is in `last_words`."""

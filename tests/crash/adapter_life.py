@@ -76,7 +76,7 @@ def main() -> None:
             inject(adapter, Points(int(line)))
             asyncio.run(adapter.main())
             os._exit(1)
-        print(pid, flush=True)
+        print("pid", pid, flush=True)
         os.waitpid(pid, 0)
         print("end", flush=True)
 
