@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "nanoclawd.cli"]
 AGENT = "berta"
 LOOK_S = 0.02  #: for terminals that are to be opened
-SENT_S = 3.0  #: whoever is not heard by then gives up
+SENT_S = 2.0  #: whoever is not heard by then gives up
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -133,8 +133,9 @@ class Driver:
 
     def messages(self, chat: str) -> Json:
         shown = self._directory / f"shown-{chat.partition('/')[2]}"
-        text = shown.read_text(errors="replace").replace("\r", "") if shown.exists() else ""
-        found = re.findall(rf"^(?:you> *)?{AGENT}> (.*)$", text, re.MULTILINE)
+        text = shown.read_text(errors="replace") if shown.exists() else ""
+        text = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]|\r", "", text)
+        found = re.findall(rf"^(?:you> )*{AGENT}> (.*)$", text, re.MULTILINE)
         return {
             "messages": [{"id": None, "sender": "nanoclawctl", "text": line, "thread": ""} for line in found]
         }
