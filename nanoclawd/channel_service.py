@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nanoclawd import journal, limits, outbox, paths, queue
 from nanoclawd.channels import Channel, Channels
+from nanoclawd.commands import unescape
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Refused
 from nanoclawd.idl import read_interface
@@ -23,6 +25,9 @@ from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
 from nanoclawd.states import ChatState, DeliveryState
 from nanoclawd.wire import Json
+
+if TYPE_CHECKING:  # it needs, by way of answers about people, us
+    from nanoclawd.chat_control import ChatControl
 
 INTERFACE = "io.nanoclaw.Channel"
 T = TypeVar("T")
@@ -45,6 +50,8 @@ class ChannelService:
         self._turns = sessions.turns
         self._outlets = outlets
         self._pairings = pairings
+        #: Who sees to what is said to the router itself; set before a call comes.
+        self.chat_control: ChatControl
         self._channels = channels
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
@@ -54,6 +61,7 @@ class ChannelService:
                 "ReportSandbox": Method(handler=self._report_sandbox),
                 "Deliver": Method(handler=self._deliver),
                 "Invite": Method(handler=self._invite),
+                "React": Method(handler=self._react),
                 "Retract": Method(handler=self._retract),
                 "Attach": Method(handler=self._attach, more=True),
                 "ReportPart": Method(handler=self._report_part),
@@ -100,7 +108,9 @@ class ChannelService:
         if parameters["revision"] < 0:
             raise Refused("revision: must not be negative")
         event = Event(**{name: parameters[name] for name in Event.__dataclass_fields__})
-        taken = await self._take(event, parameters)
+        taken = await self.chat_control.take(self._arrival(event, parameters))
+        if taken is None:
+            taken = await self._take(replace(event, text=unescape(event.text)), parameters)
         for session in taken.sessions:
             self._sessions.wake(session)
             if hint := self._sessions.explain_hold(session.agent):
@@ -125,15 +135,7 @@ class ChannelService:
         if self._pairings.is_code(event.channel, event.text):
             self._outlets.publish(await self.decide(partial(self._pair, event=event)))
             return Taken()
-        arrival = Arrival(
-            event=event,
-            agent=parameters["agent"] or "",
-            mentioned=bool(parameters["mentioned"]),
-            program=parameters["writer"] == "program" or self._channels.is_own(event.sender),
-            sender_name=_shown(parameters["senderName"]),
-            direct=parameters["kind"] == "direct",
-            title=_shown(parameters["title"]),
-        )
+        arrival = self._arrival(event, parameters)
         return await self._turns.write(lambda tx: take(tx, arrival), first)
 
     def _pair(self, tx: Transaction, event: Event) -> list[Delivery]:
@@ -161,6 +163,28 @@ class ChannelService:
             return ChatState.BLOCKED if row is None else ChatState(row["state"])
 
         return {"state": await self._db.write(invite)}
+
+    def _arrival(self, event: Event, parameters: Json) -> Arrival:
+        return Arrival(
+            event=event,
+            agent=parameters["agent"] or "",
+            mentioned=bool(parameters["mentioned"]),
+            program=parameters["writer"] == "program" or self._channels.is_own(event.sender),
+            sender_name=_shown(parameters["senderName"]),
+            direct=parameters["kind"] == "direct",
+            title=_shown(parameters["title"]),
+        )
+
+    async def _react(self, call: Call) -> Json:
+        parameters = call.parameters
+        for name in ("chat", "event", "target", "sender", "reaction"):
+            _check_name(name, parameters[name], empty=False)
+        _check_name("thread", parameters["thread"])
+        names = ("chat", "thread", "event", "sender")
+        said = {name: parameters[name] for name in names}
+        event = Event(channel=_announced(call).name, revision=0, text=parameters["reaction"], **said)
+        outcome = await self.chat_control.react(event, parameters["target"], removed=parameters["removed"])
+        return {"outcome": outcome, "duplicate": False}
 
     async def _retract(self, call: Call) -> Json:
         place = [call.parameters[name] for name in ("chat", "thread", "event")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nanoclawd import journal
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
+from nanoclawd.queue import DeliveryKind, Place
 from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json
 
@@ -99,3 +100,23 @@ def tell(tx: Transaction, level: Callable[..., None], event: str, row: Row, text
     tx.tell(
         level, event, text, message=sorted(messages), **{name: row[name] for name in names}, size_bytes=size
     )
+
+
+def notify(tx: Transaction, key: str, place: Place, text: str, *, in_reply_to: str | None = None) -> None:
+    """Have the router say something in a chat; once, by `key`."""
+    channel, chat, thread = place
+    tx.all(
+        "publish",
+        key=key,
+        message=None,
+        turn=None,
+        agent="",
+        channel=channel,
+        chat=chat,
+        thread=thread,
+        kind=DeliveryKind.NOTICE,
+        body=text,
+        in_reply_to=in_reply_to,
+        now=now_ms(),
+    )
+    tx.places.append(place)

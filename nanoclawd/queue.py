@@ -99,6 +99,7 @@ class Message:
     text: str
     received_at: int  #: ms
     context: str  #: what was said before it, as JSON, or ""
+    command: str  #: "compact": the agent is to do that; "": it is a message
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,7 +171,13 @@ def backoff_ms(attempt: int) -> int:
 
 
 def enqueue(
-    tx: Transaction, agent: AgentName, event: Event, *, conversation: Place | None = None, context: str = ""
+    tx: Transaction,
+    agent: AgentName,
+    event: Event,
+    *,
+    conversation: Place | None = None,
+    context: str = "",
+    command: str = "",
 ) -> tuple[MessageId, SessionRow | None]:
     """Store a message for an agent and return its id and session; the session is None if it was stored
     before.
@@ -194,7 +201,13 @@ def enqueue(
             _tell(tx, "message-superseded", session, old["id"], None)
     _require_room(tx, session.id)
     message = new_message_id()
-    stored = {"session": session.id, "sender": event.sender, "body": event.text, "context": context}
+    stored = {
+        "session": session.id,
+        "sender": event.sender,
+        "body": event.text,
+        "context": context,
+        "command": command,
+    }
     tx.all("enqueue", id=message, now=now_ms(), **stored, **event.key)
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
@@ -268,6 +281,8 @@ def _join(tx: Transaction, session: SessionRow, turn: Turn, first_turn: str | No
         space -= _wire_bytes(row["body"] + row["context"])
         if row["first_turn"] != first_turn or place_of(row) != turn.place or space < 0:
             break
+        if row["command"] or turn.messages[0].command:  # it has a turn of its own
+            break
         tx.all("join_turn", seq=row["seq"], turn=turn.id, expires=_lease_end())
         joining.append(_message(row))
     return joining
@@ -307,6 +322,7 @@ def _message(row: Row) -> Message:
         text=row["body"],
         received_at=row["received_at"],
         context=row["context"],
+        command=row["command"],
     )
 
 

@@ -36,6 +36,7 @@ class Said(TypedDict):
 class Message(Said):
     id: str
     context: list[Said]
+    command: str | None  #: "compact": sum up the conversation; alone in its turn
 
 
 class Turn(TypedDict):

@@ -23,11 +23,14 @@ from nanoclawd import __main__ as nanoclawd
 from nanoclawd import channels, containers, paths, people
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
+from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
+from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.channels import Announcement, Channel, Channels
+from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
@@ -37,6 +40,7 @@ from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
+from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Policy, Rule, with_rule
 from nanoclawd.privileges import Privileges
 from nanoclawd.queue import session_row
@@ -451,6 +455,8 @@ class Router:
         self.channel_list: Channels
         self.approvals: Approvals
         self.guard: Guard
+        self.people: PeopleControl
+        self.answers: Answers
         self.holds: HoldLink
         self._slots = slots
         self._wired: set[tuple[str, ...]] = set()
@@ -470,7 +476,7 @@ class Router:
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
                 self.usage = Usage(db, lambda agent: place.budget)
-                self.approvals = Approvals(db=db, registry=registry, outlets=outlets)
+                self.approvals = Approvals(db=db, registry=registry)
                 await self.approvals.load()
                 self.holds = HoldLink(self.approvals)
                 self.gateway = GatewayLink(
@@ -499,6 +505,20 @@ class Router:
                 self.channel_list = Channels(db, systemd, tasks)
                 self.channels = ChannelService(**parts, pairings=self.pairings, channels=self.channel_list)
                 self.channel_list.service = self.channels.service
+                shared: dict[str, Any] = {"db": db, "registry": registry}
+                self.people = PeopleControl(
+                    **shared, outlets=outlets, pairings=self.pairings, channels=self.channels
+                )
+                self.answers = Answers(
+                    **shared,
+                    approvals=self.approvals,
+                    guard=self.guard,
+                    holds=self.holds,
+                    gateway=self.gateway,
+                    audit=self.audit,
+                    people=self.people,
+                )
+                self.channels.chat_control = ChatControl(**parts, usage=self.usage, answers=self.answers)
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
@@ -508,6 +528,7 @@ class Router:
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(self.guard.run(), name="guard")
+                tasks.create_task(Cards(db, outlets).run(), name="cards")
                 test = Channel(name=ChannelName("test"), announced=Announcement())
                 self.channel = Server(self.channels.service, place.listener, identity=test)
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")

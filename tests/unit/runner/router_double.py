@@ -64,6 +64,7 @@ class RouterDouble:
         attempt: int = 1,
         sent: dict[str, str] | None = None,
         context: Sequence[dict[str, object]] = (),
+        command: str | None = None,
     ) -> None:
         """Hand out a turn of one message, now or at the next Work()."""
         turn = {
@@ -76,6 +77,7 @@ class RouterDouble:
                     "receivedAt": 1_800_000_000.5,
                     "text": text,
                     "context": [*context],
+                    "command": command,
                 }
             ],
             "alreadySent": [{"key": key, "text": text} for key, text in (sent or {}).items()],
