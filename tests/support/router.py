@@ -699,6 +699,10 @@ class Place:
         try:
             asyncio.run(main())
         finally:
-            self.listener.close()
-            for sock in self.fd_store.values():
-                sock.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close what systemd would have kept."""
+        self.listener.close()
+        for sock in self.fd_store.values():
+            sock.close()

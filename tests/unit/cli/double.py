@@ -371,6 +371,9 @@ class RouterDouble:
     async def _Status(self, _call: Call) -> Json:
         return self.status
 
+    async def _Announce(self, call: Call) -> Json:
+        return {"channel": "terminal"}
+
     async def _AddChannel(self, call: Call) -> Json:
         return {"channel": self.channel}
 
