@@ -13,26 +13,23 @@ from typing import Any
 
 from nanoclawd import budget, images, journal, limits, paths, quadlet, queue
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
+from nanoclawd.answers import Answers
 from nanoclawd.approval_control import ApprovalControl
 from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.audit_control import AuditControl
 from nanoclawd.channel_control import ChannelControl
-from nanoclawd.channel_service import ChannelService
 from nanoclawd.channels import Channels
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.destination_control import DestinationControl
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.guard import Guard
 from nanoclawd.guard_control import GuardControl
-from nanoclawd.hold_link import HoldLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.pairing import Pairings
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy_control import PolicyControl
 from nanoclawd.queue import SessionRow, session_row
@@ -72,26 +69,17 @@ class ControlService:
     outlets: Outlets
     gateway: GatewayLink
     audit: Audit
-    channels: ChannelService
+    people: PeopleControl
     channel_list: Channels
-    pairings: Pairings
     usage: Usage
     approvals: Approvals
-    guard: Guard
-    holds: HoldLink
+    answers: Answers
     sandbox: list[Check]
 
     def __post_init__(self) -> None:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self._audit_control = AuditControl(self.db, self.audit)
-        people = PeopleControl(
-            db=self.db,
-            registry=self.registry,
-            outlets=self.outlets,
-            pairings=self.pairings,
-            channels=self.channels,
-        )
         self._channel_control = ChannelControl(
             db=self.db,
             systemd=self.systemd,
@@ -122,17 +110,10 @@ class ControlService:
                 registry=self.registry, policy_of=self.approvals.policy, changed=self._change_policies
             ).methods,
             **ApprovalControl(
-                db=self.db,
-                people=people,
-                registry=self.registry,
-                approvals=self.approvals,
-                guard=self.guard,
-                holds=self.holds,
-                gateway=self.gateway,
-                audit=self.audit,
+                db=self.db, registry=self.registry, approvals=self.approvals, answers=self.answers
             ).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
-            **people.methods,
+            **self.people.methods,
             **DestinationControl(db=self.db, registry=self.registry).methods,
             **self._channel_control.methods,
             **self._audit_control.methods,

@@ -10,7 +10,7 @@ from nanoclawd import journal, limits, paths
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
 from nanoclawd.ids import TERMINAL
-from nanoclawd.queue import DeliveryKind, is_event, place_of
+from nanoclawd.queue import DeliveryKind, Place, is_event, place_of
 from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json
 
@@ -164,3 +164,23 @@ def tell(tx: Transaction, level: Callable[..., None], event: str, row: Row, text
     tx.tell(
         level, event, text, message=sorted(messages), **{name: row[name] for name in names}, size_bytes=size
     )
+
+
+def notify(tx: Transaction, key: str, place: Place, text: str, *, in_reply_to: str | None = None) -> None:
+    """Have the router say something in a chat; once, by `key`."""
+    channel, chat, thread = place
+    tx.all(
+        "publish",
+        key=key,
+        message=None,
+        turn=None,
+        agent="",
+        channel=channel,
+        chat=chat,
+        thread=thread,
+        kind=DeliveryKind.NOTICE,
+        body=text,
+        in_reply_to=in_reply_to,
+        now=now_ms(),
+    )
+    tx.places.append(place)

@@ -71,6 +71,7 @@ class RouterDouble:
         sent: dict[str, str] | None = None,
         context: Sequence[dict[str, object]] = (),
         files: Sequence[dict[str, object]] = (),
+        command: str | None = None,
     ) -> None:
         """Hand out a turn of one message, now or at the next Work()."""
         turn = {
@@ -84,6 +85,7 @@ class RouterDouble:
                     "text": text,
                     "context": [*context],
                     "files": [*files],
+                    "command": command,
                 }
             ],
             "alreadySent": [{"key": key, "text": text} for key, text in (sent or {}).items()],
