@@ -62,6 +62,7 @@ def _claim(tx: Transaction, row: Row) -> Delivery:
             for message in tx.all("messages_of_turn", turn=row["turn"])
             if is_event(message) and place_of(message) == place_of(row)
         }
+        events |= {answer["event"] for answer in tx.all("answers_in_turn", turn=row["turn"])}
     shown = {
         **{name: row[name] for name in ("key", "chat", "thread", "agent")},
         "agentName": row["agent"],

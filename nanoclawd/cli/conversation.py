@@ -37,6 +37,7 @@ class Delivery:
     kind: str  #: reply, message or notice
     text: str
     events: Sequence[str]  #: what it answers
+    asks: bool = False  #: the agent waits for an answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +256,7 @@ def parse_item(reply: Json) -> Item:
     """Return what one reply of Attach() holds; None if it has neither field."""
     if found := reply.get("delivery"):
         words = {key: str(found[key]) for key in ("key", "agent", "kind", "text")}
-        return Delivery(**words, events=found["events"])
+        return Delivery(**words, events=found["events"], asks=bool(found.get("choices")))
     if found := reply.get("activity"):
         return Activity(kind=str(found["kind"]), text=str(found["text"]), events=found["events"])
     return None

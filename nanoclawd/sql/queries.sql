@@ -881,6 +881,11 @@ SELECT ask.*, agent, choices FROM ask JOIN outbox USING (key) JOIN inbox ON inbo
 SELECT ask.message FROM ask JOIN outbox USING (key)
  WHERE ask.event = :event AND channel = :channel AND chat = :chat AND thread = :thread;
 
+-- answers_in_turn --
+-- Events that answered what was asked in a turn, which is known by its first attempt, too.
+SELECT ask.event FROM ask JOIN inbox ON inbox.id = ask.message
+ WHERE ask.event IS NOT NULL AND :turn IN (turn, first_turn);
+
 -- answer_ask --
 UPDATE ask SET answer = :answer, answered_by = :by, event = :event WHERE key = :key;
 

@@ -325,7 +325,9 @@ def test_answer_goes_to_who_asked_and_is_no_message(place: Place, said: Json, me
 
             assert (first["outcome"], first["duplicate"], again["duplicate"]) == ("queued", False, True)
             assert first["message"] == again["message"]
-            answer = json.loads(await adapter.reply())
+            reply = await adapter.delivery()
+            assert set(reply["events"]) == {"e1", "$answer"}
+            answer = json.loads(reply["text"])
             assert answer == {"state": "answered", "answer": meant, "sender": "someone"}
             assert len(await router.inbox()) == 1
 
@@ -442,7 +444,9 @@ def test_question_expires_and_the_answer_is_then_a_message(place: Place) -> None
     async def ask_shortly(container: Container, turn: Json) -> Json:
         if turn["messages"][0]["text"] == "tea":
             return {"state": "a message"}
-        return await act(container, turn, "AskPerson", question="Which?", options=["tea"], timeoutSeconds=1)
+        return await act(
+            container, turn, "AskPerson", question="Which?", options=["tea", "coffee"], timeoutSeconds=1
+        )
 
     async def run() -> None:
         place.systemd.program = working(ask_shortly)
