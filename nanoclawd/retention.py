@@ -15,6 +15,7 @@ from nanoclawd import journal, limits
 from nanoclawd.audit import Audit
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
+from nanoclawd.filestore import FileStore
 from nanoclawd.questions import end_answered
 from nanoclawd.settings import Settings
 from nanoclawd.usage import Usage
@@ -22,7 +23,9 @@ from nanoclawd.usage import Usage
 DAY_S = 86_400
 
 
-async def run(db: Database, audit: Audit, usage: Usage, settings: Callable[[], Settings]) -> None:
+async def run(
+    db: Database, audit: Audit, usage: Usage, files: FileStore, settings: Callable[[], Settings]
+) -> None:
     """Prune once a day until cancelled, as the settings at that moment say."""
     while True:
         try:
@@ -31,6 +34,7 @@ async def run(db: Database, audit: Audit, usage: Usage, settings: Callable[[], S
             if days := settings().audit_days:
                 await audit.prune(before=now_ms() - days * DAY_S * 1000)
             await db.write(_drop_held)
+            await files.prune()
             if days := settings().usage_days:
                 await usage.prune(days)
             await audit.tell_head()

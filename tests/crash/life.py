@@ -125,6 +125,7 @@ async def _route(
             self.fd_store = stored
             self.open: list[socket.socket] = []
             self.wired = orders.chats
+            self.agents_talk = False
             self.listener = channel
 
     for module in (sessions, nanoclawd):
