@@ -73,9 +73,11 @@ class World:
             "kind": "group" if chat else "direct",
             **more,
         }
-        peer = await self.router.peer(more.pop("channel", "test"))
-        event.pop("channel", None)
-        return await peer.call(f"{CHANNEL}.Deliver", event)
+        peer = await self.router.peer(event.pop("channel", "test"))
+        try:
+            return await peer.call(f"{CHANNEL}.Deliver", event)
+        finally:
+            await peer.close()
 
     async def told(self, text: str, sender: str = ADA, chat: str = "", **more: Any) -> str:
         """Say something, and return what the router answers; "" if that is nothing."""
@@ -90,19 +92,20 @@ class World:
     async def react(
         self, reaction: str, card: Row, sender: str = ADA, *, removed: bool = False, target: str = ""
     ) -> str:
+        event = {
+            "chat": card["chat"],
+            "thread": "",
+            "event": f"e{next(self.place.events)}",
+            "target": target or f"receipt of {card['key']}",
+            "sender": sender,
+            "reaction": reaction,
+            "removed": removed,
+        }
         peer = await self.router.peer()
-        reply = await peer.call(
-            f"{CHANNEL}.React",
-            {
-                "chat": card["chat"],
-                "thread": "",
-                "event": f"e{next(self.place.events)}",
-                "target": target or f"receipt of {card['key']}",
-                "sender": sender,
-                "reaction": reaction,
-                "removed": removed,
-            },
-        )
+        try:
+            reply = await peer.call(f"{CHANNEL}.React", event)
+        finally:
+            await peer.close()
         return str(reply["outcome"])
 
     async def ask(
