@@ -80,7 +80,7 @@ class ChannelService:
 
     async def _report_health(self, call: Call) -> Json:
         text = _line(call.parameters["text"])[: limits.HEALTH_CHARACTERS]
-        self._channels.report_health(_channel(call), call.parameters["state"], text)
+        await self._channels.report_health(_channel(call), call.parameters["state"], text)
         return {}
 
     async def _report_sandbox(self, call: Call) -> Json:

@@ -289,8 +289,11 @@ class Channels:
             channel.announced = said
             journal.info("channel-announced", channel=channel.name, adapter=adapter)
 
-    def report_health(self, channel: Channel, state: str, text: str) -> None:
+    async def report_health(self, channel: Channel, state: str, text: str) -> None:
         before, channel.health = channel.health, Health(state=state, text=text, at=time.monotonic())
+        if state == "connected" != before.state:
+            # systemd never forgets by itself how often it had to start an adapter, and waits ever longer.
+            await _logging(self._systemd.reset_failed(channel.unit), channel)
         if (before.state, before.text) != (state, text):
             well = state in ("connecting", "connected")
             (journal.info if well else journal.warning)(

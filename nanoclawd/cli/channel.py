@@ -98,18 +98,13 @@ def channel_status(options: Namespace) -> None:
     say_field("Unit", f"{channel['unit']}, {channel['activeState']} ({channel['subState']})")
     say_field("Adapter", channel["adapter"] or "has not announced itself yet")
     say_field("Accounts", ", ".join(channel["accounts"]) or "-")
-    can = [f"{key} {value}" if key not in (value, True) else key for key, value in _can(channel).items()]
+    capabilities = (channel["capabilities"] or {}).items()
+    can = [
+        key if value is True else f"{key} {value}" for key, value in capabilities if value not in (False, 0)
+    ]
     say_field("Can", ", ".join(can) or "-")
     for name in ("file", "directory", "socket", "credential"):
         say_field(name.capitalize(), reply[name])
-
-
-def _can(channel: Json) -> Json:
-    return {
-        key: True if value is True else value
-        for key, value in (channel["capabilities"] or {}).items()
-        if value not in (False, 0)
-    }
 
 
 def say_channel(channel: Json) -> None:

@@ -83,3 +83,33 @@ def test_with_require_sandbox_nothing_works_without(machine: Machine, broken: Pr
     assert "parts of the sandbox are not active" in refused.stderr and "no-internet" in refused.stderr
     # The router is in order now. The gateway is not, and so it carries out no request.
     assert (before, broken.python_inside(agent, ASK)) == (401, 503)  # no key, and no word about one
+
+
+ADAPTER = "#!/usr/bin/python3\nimport time\ntime.sleep(600)\n"
+
+
+def test_an_adapter_without_its_sandbox_is_told_of_and_may_be_refused(
+    machine: Machine, product: Product
+) -> None:
+    machine.expect_journal("nanoclaw-channel@.*<[34]>|nanoclaw.service <3> adapter-failed")
+    data, settings = f"{machine.home}/.local/share/nanoclaw/channels", f"{machine.home}/.config/nanoclaw"
+    product.write(f"{data}/still/adapter", ADAPTER, mode="755")
+    drop_in(machine, product, "nanoclaw-channel@", "[Service]\nMemoryDenyWriteExecute=no\nProtectHome=no\n")
+    try:
+        product.ctl("channel", "add", "bare", "--kind", "still")
+        machine.wait_for(lambda: product.ask("channel", "status", "bare")["channel"]["sandbox"])
+        shown = product.ask("channel", "status", "bare")["channel"]
+        doctor = {check["name"]: check for check in product.ask("doctor", check=False)["checks"]}
+        product.write(f"{settings}/nanoclaw.toml", "require_sandbox = true\n")
+        machine.systemctl("reload", "nanoclaw.service")
+        product.ctl("secret", "set", "channel-bare", input="x")
+        machine.systemctl("restart", "nanoclaw-channel@bare.service", check=False)
+        machine.wait_for(lambda: product.state("nanoclaw-channel@bare.service") == "failed", within_s=30)
+        status = machine.unit("nanoclaw-channel@bare.service", "ExecMainStatus")["ExecMainStatus"]
+    finally:
+        product.ctl("channel", "remove", "bare", "--yes", "--purge", check=False)
+
+    gone = inactive(shown["sandbox"])
+    assert {"no-writable-code", "home-hidden", "control-hidden", "bus-hidden", "agents-hidden"} <= gone, gone
+    assert doctor["channel bare sandbox"]["state"] == "missing"
+    assert status == "78"

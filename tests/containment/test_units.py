@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.machine import ROOT, Machine
 
-UNITS = ("nanoclaw.service", "nanoclaw-gateway.service")
+UNITS = ("nanoclaw.service", "nanoclaw-gateway.service", "nanoclaw-channel@.service")
 PROBE = (ROOT / "tests/support/unit_probe.py").read_text()
 #: Of no effect that a process could see in a user's manager, or only with a privilege that no user has.
 SILENT = {
@@ -21,7 +21,7 @@ _outcomes: dict[str, dict[str, str]] = {}
 
 
 def sandbox_lines() -> list[str]:
-    """Return the lines of both units that take something away."""
+    """Return the lines of these units that take something away."""
     names = r"Protect\w+|Private\w+|Restrict\w+|SystemCall\w+|NoNewPrivileges|LockPersonality|MemoryDeny\w+"
     names += "|CapabilityBoundingSet|DevicePolicy|IPAddressDeny|KeyringMode|ProcSubset|RemoveIPC|UMask"
     found = {

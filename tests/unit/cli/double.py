@@ -179,6 +179,24 @@ HELD: Json = {
     "receivedAt": 1.0,
 }
 CHECK: Json = {"name": "network", "active": True, "detail": "connect: EPERM"}
+CHANNEL: Json = {
+    "name": "home",
+    "kind": "matrix",
+    "problem": "",
+    "unit": "nanoclaw-channel@home.service",
+    "activeState": "active",
+    "subState": "running",
+    "attached": True,
+    "adapter": "nanoclaw-matrix 1",
+    "accounts": ["@bot:example.org"],
+    "capabilities": {"threads": True, "edits": False, "textBytes": 4000, "markup": "markdown"},
+    "health": "connected",
+    "healthText": "",
+    "healthAge": 3.0,
+    "waiting": 2,
+    "lastError": "",
+    "sandbox": [],
+}
 STATUS: Json = {
     "version": "0.1.0",
     "pid": 4711,
@@ -245,6 +263,8 @@ class RouterDouble:
         self.trail: list[Json] = list(AUDIT)
         self.verdict: Json = {"rows": 2, "head": "f" * 64, "broken": None, "problem": ""}
         self.usage: Json | None = USAGE
+        self.channel: Json = dict(CHANNEL)
+        self.channel_turns: list[Json] = []  #: what ShowChannel() shows of it each time
         self.messages: dict[str, Json] = {}  #: by event
         self.pending: list[Json] = []  #: deliveries that are not reported
         self.reports: list[str] = []  #: keys
@@ -337,6 +357,7 @@ class RouterDouble:
                     raise self.fail[name]
                 if (
                     "name" in call.parameters
+                    and "Channel" not in name
                     and name != "AddAgent"
                     and call.parameters["name"] not in self.agents
                 ):
@@ -351,6 +372,20 @@ class RouterDouble:
 
     async def _Status(self, _call: Call) -> Json:
         return self.status
+
+    async def _AddChannel(self, call: Call) -> Json:
+        return {"channel": self.channel}
+
+    async def _ListChannels(self, call: Call) -> Json:
+        return {"channel": self.channel}
+
+    async def _ShowChannel(self, call: Call) -> Json:
+        self.channel |= self.channel_turns.pop(0) if self.channel_turns else {}
+        places = {"file": "/f", "directory": "/d", "socket": "/s", "credential": "channel-home"}
+        return {"channel": self.channel, **places}
+
+    async def _RemoveChannel(self, call: Call) -> Json:
+        return {"trash": None}
 
     async def _ListChats(self, call: Call) -> Json:
         return {"chat": self.chat}

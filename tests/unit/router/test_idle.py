@@ -6,6 +6,7 @@ import asyncio
 import socket
 from pathlib import Path
 
+from nanoclawd import paths
 from nanoclawd.idl import parse_interface
 from nanoclawd.idle import IdleExit
 from nanoclawd.server import Call, Method, Server, Service
@@ -60,6 +61,24 @@ def test_router_leaves_when_nothing_is_to_be_done(place: Place) -> None:
             await place.systemd.end_all()
             await watched.left
             await eventually(lambda: router.channel_task.done())
+
+    place.run(run)
+
+
+def test_router_stays_for_a_channel_whose_adapter_is_away(place: Place) -> None:
+    """Nobody but the router listens there: a call to it would start no other one."""
+    paths.channels().mkdir(parents=True)
+    file = paths.channels() / "here.toml"
+    file.write_text('kind = "none"\n')
+
+    async def run() -> None:
+        async with place.router() as router:
+            watched = Watched(router)
+            assert await watched.stays()
+            file.unlink()
+            await router.channel_list.load({})
+            watched.exit.touch()
+            await watched.left
 
     place.run(run)
 
