@@ -34,7 +34,7 @@ from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.guard import Guard
+from nanoclawd.guard import Guard, Handler
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
@@ -42,7 +42,7 @@ from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Policy, Rule, with_rule
-from nanoclawd.privileges import Privileges
+from nanoclawd.privileges import Action, Privileges
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
@@ -494,6 +494,7 @@ class Router:
                 )
                 wake = self.sessions.wake
                 self.guard = Guard(db=db, registry=registry, outlets=outlets, wake=wake)
+                self.guard.handlers |= place.handlers
                 parts: dict[str, Any] = {
                     "db": db,
                     "registry": registry,
@@ -633,6 +634,7 @@ class Place:
         self.systemd = SystemdDouble()
         self.registry = RegistryDouble()
         self.budget = NO_LIMITS  #: of all agents
+        self.handlers: dict[Action, Handler] = {}  #: of actions that were held, in place of the real ones
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
         for module in (channels, containers, nanoclawd):

@@ -35,11 +35,6 @@ class World:
     def __init__(self, router: Router, operator: Operator, place: Place) -> None:
         self.router, self.operator, self.place = router, operator, place
         self.done: list[Json] = []
-        router.guard.handlers = dict.fromkeys(Action, Handler(carry_out=self._carry_out))
-
-    def _carry_out(self, tx: Transaction, held: Held) -> str:
-        self.done.append(held.payload)
-        return "it is on its way"
 
     async def prepare(self) -> None:
         def prepare(tx: Transaction) -> None:
@@ -149,6 +144,11 @@ class World:
         rows = await self.router.outbox()
         return {row["chat"]: row for row in rows if row["key"].startswith(f"{ruling.approval}.card")}
 
+    async def ended(self, ruling: Ruling) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while await self.state(ruling) in ("pending", "allowed"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
     async def state(self, ruling: Ruling) -> str:
         (row,) = await self.router.db.read("find_approval", id=ruling.approval)
         return str(row["state"])
@@ -162,8 +162,16 @@ class World:
 async def living(place: Place) -> AsyncIterator[World]:
     if "emil" not in place.registry.agents:
         place.registry.add("emil")
+    done: list[Json] = []
+
+    def carry_out(tx: Transaction, held: Held) -> str:
+        done.append(held.payload)
+        return "it is on its way"
+
+    place.handlers = place.handlers or dict.fromkeys(Action, Handler(carry_out=carry_out))
     async with place.router() as router, operating(place, router) as operator:
         world = World(router, operator, place)
+        world.done = done
         await world.prepare()
         yield world
 
