@@ -206,7 +206,14 @@ class Channels:
         if listener is not None:
             assert self.service is not None
             channel.listener = listener
-            server = Server(self.service, listener, identity=channel, on_close=self.on_close)
+            server = Server(
+                self.service,
+                listener,
+                identity=channel,
+                on_close=self.on_close,
+                max_fds=limits.FILES_PER_MESSAGE,
+                trusted=False,
+            )
             channel.serving = self._tasks.create_task(server.run(), name=f"channel {name}")
 
     async def _remember(self) -> None:

@@ -21,6 +21,7 @@ from nanoclawd.audit_control import AuditControl
 from nanoclawd.channel_control import ChannelControl
 from nanoclawd.channels import Channels
 from nanoclawd.db import Database, Transaction, now_ms
+from nanoclawd.destination_control import DestinationControl
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.guard_control import GuardControl
@@ -113,6 +114,7 @@ class ControlService:
             ).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
             **self.people.methods,
+            **DestinationControl(db=self.db, registry=self.registry).methods,
             **self._channel_control.methods,
             **self._audit_control.methods,
             **self._usage_control.methods,

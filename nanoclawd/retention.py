@@ -16,6 +16,7 @@ from nanoclawd import journal, limits
 from nanoclawd.audit import Audit
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Failed, Unavailable
+from nanoclawd.filestore import FileStore
 from nanoclawd.questions import end_answered
 from nanoclawd.settings import Settings
 from nanoclawd.usage import Usage
@@ -27,6 +28,7 @@ async def run(
     db: Database,
     audit: Audit,
     usage: Usage,
+    files: FileStore,
     settings: Callable[[], Settings],
     close_sessions: Callable[[int], Awaitable[None]],
 ) -> None:
@@ -42,6 +44,7 @@ async def run(
             if days := settings().audit_days:
                 await audit.prune(before=now_ms() - days * DAY_S * 1000)
             await db.write(_drop_held)
+            await files.prune()
             if days := settings().usage_days:
                 await usage.prune(days)
             await audit.tell_head()

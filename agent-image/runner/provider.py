@@ -33,10 +33,18 @@ class Said(TypedDict):
     text: str
 
 
+class File(TypedDict):
+    id: str
+    name: str
+    mediaType: str
+    bytes: int
+
+
 class Message(Said):
     id: str
     context: list[Said]
     command: str | None  #: "compact": sum up the conversation; alone in its turn
+    files: list[File]
 
 
 class Turn(TypedDict):

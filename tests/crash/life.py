@@ -128,6 +128,7 @@ async def _route(
             self.open: list[socket.socket] = []
             self.wired = orders.chats
             self.handlers: dict[Action, Handler] = {}
+            self.agents_talk = False
             self.listener = channel
 
     for module in (sessions, nanoclawd):

@@ -20,11 +20,13 @@ from typing import Any, cast
 import pytest
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import channels, containers, paths, people
+from nanoclawd import channels, containers, limits, paths, people
+from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals
+from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.cards import Cards
@@ -33,6 +35,7 @@ from nanoclawd.channels import Announcement, Channel, Channels
 from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
+from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.guard import Guard, Handler
 from nanoclawd.hold_link import HoldLink
@@ -450,6 +453,7 @@ class Router:
         self.usage: Usage
         self.gateway: GatewayLink
         self.pairings: Pairings
+        self.files: FileStore
         self._tasks: asyncio.TaskGroup
         self.channels: ChannelService
         self.channel_list: Channels
@@ -494,15 +498,19 @@ class Router:
                 )
                 wake = self.sessions.wake
                 self.guard = Guard(db=db, registry=registry, outlets=outlets, wake=wake)
-                self.guard.handlers |= place.handlers
                 parts: dict[str, Any] = {
                     "db": db,
                     "registry": registry,
                     "sessions": self.sessions,
                     "outlets": outlets,
                 }
-                self.sessions.containers.service = AgentService(**parts).service
                 self.pairings = Pairings()
+                self.files = parts["files"] = FileStore(db)
+                await self.files.prepare()
+                parts["asks"] = Asks(db)
+                agents = AgentService(**parts, guard=self.guard, approvals=self.approvals)
+                self.guard.handlers |= place.handlers
+                self.sessions.containers.service = agents.service
                 self.channel_list = Channels(db, systemd, tasks)
                 self.channels = ChannelService(**parts, pairings=self.pairings, channels=self.channel_list)
                 self.channel_list.service = self.channels.service
@@ -519,7 +527,13 @@ class Router:
                     audit=self.audit,
                     people=self.people,
                 )
-                self.channels.chat_control = ChatControl(**parts, usage=self.usage, answers=self.answers)
+                self.channels.chat_control = ChatControl(
+                    **shared,
+                    sessions=self.sessions,
+                    outlets=outlets,
+                    usage=self.usage,
+                    answers=self.answers,
+                )
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
@@ -530,8 +544,18 @@ class Router:
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(self.guard.run(), name="guard")
                 tasks.create_task(Cards(db, outlets).run(), name="cards")
+                known = place.registry.names
+                post = AgentPost(db=db, outlets=outlets, wake=wake, known=lambda name: name in known())
+                if place.agents_talk:
+                    tasks.create_task(post.run(), name="agent post")
                 test = Channel(name=ChannelName("test"), announced=Announcement())
-                self.channel = Server(self.channels.service, place.listener, identity=test)
+                self.channel = Server(
+                    self.channels.service,
+                    place.listener,
+                    identity=test,
+                    max_fds=limits.FILES_PER_MESSAGE,
+                    trusted=False,
+                )
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
@@ -641,6 +665,7 @@ class Place:
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)
+        self.agents_talk = False  #: the channel "agent" has its adapter
         #: Chats of the channel "test", who listens there from the first, and whose account is the owner's.
         self.wired: list[tuple[str, str, str | None]] = []
         self.channel = root / "channel" / "socket"

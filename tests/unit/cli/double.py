@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -101,6 +102,13 @@ DELIVERY: Json = {
     "receipt": None,
     "reason": "no such chat",
     "dropped": False,
+}
+DESTINATION: Json = {
+    "agent": "berta",
+    "name": "family",
+    "channel": "matrix",
+    "chat": "!x:example.org",
+    "title": "Family",
 }
 AUDIT: list[Json] = [
     {"seq": 6, "at": 1.001, "kind": "control", "event": "StopAgent", "agent": "berta"}
@@ -265,6 +273,7 @@ class RouterDouble:
         self.usage: Json | None = USAGE
         self.channel: Json = dict(CHANNEL)
         self.channel_turns: list[Json] = []  #: what ShowChannel() shows of it each time
+        self.received: list[bytes] = []  #: what files that came with the last message hold
         self.messages: dict[str, Json] = {}  #: by event
         self.pending: list[Json] = []  #: deliveries that are not reported
         self.reports: list[str] = []  #: keys
@@ -319,7 +328,7 @@ class RouterDouble:
         )
         servers = [
             Server(self._service(control), self._listeners[0]),
-            Server(self._service(channel), self._listeners[1]),
+            Server(self._service(channel), self._listeners[1], max_fds=10),
         ]
         tasks = [asyncio.create_task(server.run()) for server in servers]
         stopped = asyncio.create_task(self._stop.wait())
@@ -398,6 +407,14 @@ class RouterDouble:
         return {"chat": self.chat}
 
     _UnwireChat = _BlockChat = _WireChat
+
+    async def _ListDestinations(self, call: Call) -> Json:
+        return {"destination": DESTINATION}
+
+    async def _AddDestination(self, call: Call) -> Json:
+        return {}
+
+    _RemoveDestination = _AddDestination
 
     async def _ListPeople(self, call: Call) -> Json:
         return {"person": PERSON}
@@ -539,6 +556,7 @@ class RouterDouble:
             await asyncio.sleep(0)
         duplicate = event in self.messages
         self.messages[event] = call.parameters
+        self.received = [os.pread(fd, 100, 0) for fd in call.connection.fds]
         if not duplicate:
             self._push(self.answer(call.parameters))
         if self.hang_up_after_storing:

@@ -133,11 +133,11 @@ class World:
         async with asyncio.timeout(WAIT_S):
             while await self.router.db.read("unshown_approvals") or await self.router.db.read("stale_cards"):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
-        await self.router.db.write(
-            lambda tx: tx._connection.execute(
-                "UPDATE outbox SET receipt = 'receipt of ' || key WHERE receipt IS NULL"
-            )
+        received = (
+            "INSERT INTO receipt SELECT key, 1, channel, 'receipt of ' || key FROM outbox WHERE true "
+            "ON CONFLICT DO NOTHING"
         )
+        await self.router.db.write(lambda tx: tx._connection.execute(received))
 
     async def cards(self, ruling: Ruling) -> dict[str, Row]:
         """Return where an approval is shown, by chat."""

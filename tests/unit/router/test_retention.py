@@ -16,6 +16,7 @@ from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import Unavailable
+from nanoclawd.filestore import FileStore
 from nanoclawd.ids import AgentName
 from nanoclawd.settings import parse_settings
 from nanoclawd.usage import Usage
@@ -252,7 +253,12 @@ def test_it_is_done_at_start_and_once_a_day_unless_all_is_kept(
         monkeypatch.setattr(retention.asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
             await retention.run(
-                store.database, Audit(store.database), usage(store), lambda: settings, _close_none
+                store.database,
+                Audit(store.database),
+                usage(store),
+                FileStore(store.database),
+                lambda: settings,
+                _close_none,
             )
 
         assert slept == [86_400] * 3
@@ -276,7 +282,12 @@ def test_a_full_disk_is_met_again_the_next_day(store: Store, monkeypatch: pytest
         monkeypatch.setattr(retention.asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
             await retention.run(
-                store.database, Audit(store.database), usage(store), lambda: parse_settings(""), _close_none
+                store.database,
+                Audit(store.database),
+                usage(store),
+                FileStore(store.database),
+                lambda: parse_settings(""),
+                _close_none,
             )
 
         assert store.ids() == {"m"}
