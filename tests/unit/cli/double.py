@@ -55,6 +55,8 @@ SESSION: Json = {
     "detail": "",
     "queued": 0,
     "message": None,
+    "usedAt": 1_800_000_000.0,
+    "closesAt": None,
 }
 MESSAGE: Json = {
     "id": "m0123456789abcdef",
