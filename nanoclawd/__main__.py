@@ -27,11 +27,14 @@ from systemd import daemon
 from nanoclawd import journal, limits, paths, recovery, retention, sandbox
 from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
+from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals
 from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
+from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.channels import PREFIX, Channels
+from nanoclawd.chat_control import ChatControl
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
@@ -43,6 +46,7 @@ from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
+from nanoclawd.people_control import PeopleControl
 from nanoclawd.queue import Treatment, fail_turn, leased_turn, put_back, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server
@@ -170,7 +174,7 @@ async def _route(
             audit, outlets, files = Audit(db), Outlets(db), FileStore(db)
             await files.prepare()
             usage = Usage(db, registry.budget)
-            approvals = Approvals(db=db, registry=registry, outlets=outlets)
+            approvals, cards = Approvals(db=db, registry=registry), Cards(db, outlets)
             holds = HoldLink(approvals)
             gateway = GatewayLink(approvals.policy, audit.take_over, usage, [holds.run])
             approvals.on_expiry = gateway.change
@@ -207,6 +211,22 @@ async def _route(
                 asks=asks,
                 channels=channels,
             )
+            people = PeopleControl(
+                db=db, registry=registry, outlets=outlets, pairings=pairings, channels=channel_service
+            )
+            answers = Answers(
+                db=db,
+                registry=registry,
+                approvals=approvals,
+                guard=guard,
+                holds=holds,
+                gateway=gateway,
+                audit=audit,
+                people=people,
+            )
+            channel_service.chat_control = ChatControl(
+                db=db, registry=registry, sessions=sessions, outlets=outlets, usage=usage, answers=answers
+            )
             channels.service = channel_service.service
             control_service = ControlService(
                 db=db,
@@ -216,13 +236,11 @@ async def _route(
                 outlets=outlets,
                 gateway=gateway,
                 audit=audit,
-                channels=channel_service,
+                people=people,
                 channel_list=channels,
-                pairings=pairings,
                 usage=usage,
                 approvals=approvals,
-                guard=guard,
-                holds=holds,
+                answers=answers,
                 sandbox=checks,
             )
             await registry.load()
@@ -236,6 +254,7 @@ async def _route(
                 db=db, outlets=outlets, wake=sessions.wake, known=lambda name: name in registry.names()
             )
             tasks.create_task(post.run(), name="agent post")
+            tasks.create_task(cards.run(), name="cards")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
             idle = IdleExit(
@@ -256,7 +275,8 @@ async def _route(
                 tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
             tasks.create_task(
-                retention.run(db, audit, usage, files, lambda: registry.settings), name="retention"
+                retention.run(db, audit, usage, files, lambda: registry.settings, sessions.close_unused),
+                name="retention",
             )
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")

@@ -11,21 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 
 from nanoclawd import asking, limits, people, policy
+from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals, Scope, request_of
 from nanoclawd.asking import Request
-from nanoclawd.audit import Audit
-from nanoclawd.db import Database, Row, now_ms
-from nanoclawd.errors import NanoclawError, Refused, Unavailable
-from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.guard import KIND, Guard, held_of
-from nanoclawd.hold_link import HoldLink
-from nanoclawd.people_control import PeopleControl
-from nanoclawd.policy import Rule, Way
+from nanoclawd.db import Database, Row
+from nanoclawd.guard import held_of
+from nanoclawd.policy import Way
 from nanoclawd.privileges import TABLE
 from nanoclawd.questions import About, Question, question_of
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method
-from nanoclawd.states import ApprovalState
 from nanoclawd.wire import Json
 
 _WHY = {
@@ -40,11 +35,7 @@ class ApprovalControl:
     db: Database
     registry: Registry
     approvals: Approvals
-    guard: Guard
-    holds: HoldLink
-    gateway: GatewayLink
-    audit: Audit
-    people: PeopleControl
+    answers: Answers
 
     def __post_init__(self) -> None:
         self.methods = {
@@ -82,29 +73,14 @@ class ApprovalControl:
         parameters = call.parameters
         row = await self.approvals.find(parameters["id"])
         allow, scope = parameters["answer"] == "allow", Scope(parameters["scope"])
-        if row["kind"] in set(About):
-            if scope is not Scope.ALWAYS:
-                raise Refused("an answer about a sender or a chat is for always", hint="say --always")
-            await self.people.answer(row, parameters["sha256"], allow=allow, by=_person(call))
-            (row,) = await self.db.read("find_approval", id=row["id"])
-            return {"approval": await self._describe(row), "sent": allow, "rule": None}
-        if row["kind"] == KIND:
-            if scope is not Scope.ONCE:
-                raise Refused("an answer about an action is for this once", hint="say --once, or nothing")
-            by = partial(people.answerer_here, by=_person(call))
-            row = await self.guard.answer(row["id"], parameters["sha256"], allow=allow, by=by)
-            sent = row["state"] == ApprovalState.USED
-            return {"approval": await self._describe(row), "sent": sent, "rule": None}
-        request = self.approvals.check(row, parameters["sha256"], allow=allow)
-        rule = None
-        if scope is Scope.ALWAYS:
-            rule = await self._add_rule(request, deny=not allow)
-        until = _until(allow, scope, parameters["seconds"])
-        row = await self.approvals.answer(
-            row["id"], row["sha256"], allow=allow, scope=scope, until=until, by=_person(call)
+        row, sent, rule = await self.answers.answer(
+            row,
+            parameters["sha256"],
+            allow=allow,
+            scope=scope,
+            seconds=parameters["seconds"],
+            by=partial(people.answerer_here, by=_person(call)),
         )
-        sent = await self._carry_out(request, allow=allow, scope=scope)
-        (row,) = await self.db.read("find_approval", id=row["id"])
         return {"approval": await self._describe(row), "sent": sent, "rule": rule and str(rule)}
 
     async def _describe(self, row: Row) -> Json:
@@ -120,46 +96,6 @@ class ApprovalControl:
                 "outcome": row["outcome"],
             }
         return shown
-
-    async def _add_rule(self, request: Request, *, deny: bool) -> Rule:
-        """Write the answer into the agent's file, after all rules that are there: it overrides none."""
-        rule = request.rule(deny=deny)
-        detail: Json = {"rule": policy.to_json(rule)}
-        await self.audit.note("AddRule", detail, agent=request.agent)
-        try:
-            await self.registry.add_rule(request.agent, rule, last=True)
-        except NanoclawError as exc:  # e.g. the path is one that no file can have
-            await self.audit.note("AddRule", {**detail, "failed": exc.code}, agent=request.agent)
-            raise
-        return rule
-
-    async def _carry_out(self, request: Request, *, allow: bool, scope: Scope) -> bool:
-        """Have the gateway do what was answered; return whether it has let the request go."""
-        if scope is Scope.ONCE:
-            if allow:
-                return await self.holds.ask(request.sha256)
-            await self.holds.deny(request.sha256, "A person denied this.")
-            return False
-        waits = self.holds.waits(request.sha256)
-        try:
-            await self.gateway.refresh()
-        except Unavailable as exc:
-            hint = "the answer is stored, and the gateway gets it as soon as it can"
-            raise Unavailable(exc.message, hint=hint) from None
-        return allow and waits
-
-
-def _until(allow: bool, scope: Scope, seconds: int | None) -> int:
-    """Return until when an answer counts (ms). Raises Refused."""
-    if (scope is Scope.FOR) != (seconds is not None):
-        raise Refused("seconds: must be there for the scope 'for', and for no other", hint="e.g. 3600")
-    if seconds is not None and not 1 <= seconds <= limits.APPROVAL_MAX_S:
-        raise Refused(
-            f"seconds: must be from 1 to {limits.APPROVAL_MAX_S}", hint="or make it a rule: --always"
-        )
-    if scope is Scope.ONCE:
-        seconds = int(limits.APPROVAL_ONCE_S) if allow else 0
-    return now_ms() + (seconds or 0) * 1000
 
 
 def _person(call: Call) -> str:

@@ -21,16 +21,14 @@ from nanoclawd.audit import Kind, append
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName
-from nanoclawd.outbox import Delivery
-from nanoclawd.outlets import Outlets
+from nanoclawd.people import Answerer
 from nanoclawd.policy import RULES, Decision, Policy, Rule, authority, decide
-from nanoclawd.queue import DeliveryKind, place_of, session_row
-from nanoclawd.rates import Rate
+from nanoclawd.queue import place_of, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.states import ApprovalState
 from nanoclawd.wire import Json
 
-REQUEST = "request"  #: the one kind that there is
+REQUEST = "request"  #: the kind of approvals that is about these
 _CANDIDATES = 4  #: ids shown of those that begin alike
 _PATH_CHARACTERS = 256  #: in the audit trail
 
@@ -44,12 +42,10 @@ class Scope(StrEnum):
 class Approvals:
     """All of them, in the router's database. load() first; run() must run as a task."""
 
-    def __init__(self, *, db: Database, registry: Registry, outlets: Outlets) -> None:
+    def __init__(self, *, db: Database, registry: Registry) -> None:
         self._db = db
         self._registry = registry
-        self._outlets = outlets
         self._rules: dict[str, list[Rule]] = {}  #: answers for a while, the newest first
-        self._notices: dict[str, Rate] = {}
         self._changed = asyncio.Event()
         self.on_expiry: Callable[[], None] = lambda: None  #: policies are others now
 
@@ -89,18 +85,16 @@ class Approvals:
         """
         if self.decide(request).reason != "ask":
             return "", ""
-        (answer, message), deliveries = await self._db.write(partial(self._ask, request=request))
-        self._outlets.publish(deliveries)
+        answer = await self._db.write(partial(self._ask, request=request))
         self._changed.set()
-        return answer, message
+        return answer
 
-    def _ask(self, tx: Transaction, request: Request) -> tuple[tuple[str, str], list[Delivery]]:
+    def _ask(self, tx: Transaction, request: Request) -> tuple[str, str]:
         now, what = now_ms(), {"agent": request.agent, "sha256": request.sha256}
         _expire(tx, now)
         if row := tx.one("use_approval", now=now, **what):
             _note(tx, Kind.REQUEST, "used", row)
-            return (("allowed", f"A person allowed this once (approval {row['id']})."), [])
-        deliveries: list[Delivery] = []
+            return "allowed", f"A person allowed this once (approval {row['id']})."
         if (row := tx.one("pending_approval", **what)) is None:
             counts = tx.all("count_approvals", agent=request.agent)[0]
             if counts["of_agent"] >= limits.APPROVALS_PER_AGENT or counts["total"] >= limits.APPROVALS:
@@ -108,62 +102,40 @@ class Approvals:
                     f"{counts['of_agent']} requests of this agent, {counts['total']} of all, wait for an"
                     " answer already: no person is asked about more."
                 )
-                return (("denied", message), [])
-            row, deliveries = self._add(tx, request, now)
+                return "denied", message
+            row = self._add(tx, request, now)
         until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(row["expires_at"] / 1000))
         message = (
             f"No person has answered yet. The request stays open as approval {row['id']} until {until}: "
             f"'nanoclawctl approval show {row['id']}' shows it. Once it is allowed, ask for the same again."
         )
-        return (("pending", message), deliveries)
+        return "pending", message
 
-    def _add(self, tx: Transaction, request: Request, now: int) -> tuple[Row, list[Delivery]]:
-        """Make the row, and a line in the chat of the session that asks."""
+    def _add(self, tx: Transaction, request: Request, now: int) -> Row:
         session = tx.one("session_of", agent=request.agent, name=request.session)
         if session is None:
             raise Refused(f"agent '{request.agent}' has no session '{request.session}'")
         # A session may be of several chats: it asks for the one that it works for.
         working = tx.all("leased_messages", session=session["id"])
-        place = place_of(working[0]) if working else session_row(session).place
+        channel, chat, thread = place_of(working[0]) if working else session_row(session).place
         id = "a" + secrets.token_hex(6)
-        (channel, chat, thread), expires = place, now + int(limits.APPROVAL_OPEN_S * 1000)
-        origin = {"agent": request.agent, "channel": channel, "chat": chat, "thread": thread}
         tx.all(
             "add_approval",
             id=id,
             kind=REQUEST,
+            agent=request.agent,
             session=request.session,
+            channel=channel,
+            chat=chat,
+            thread=thread,
             payload=request.canonical,
             sha256=request.sha256,
             now=now,
-            expires=expires,
-            **origin,
+            expires=now + int(limits.APPROVAL_OPEN_S * 1000),
         )
         (row,) = tx.all("find_approval", id=id)
         _note(tx, Kind.REQUEST, "asked", row)
-        if not self._may_notify(request.agent):
-            return row, []
-        what = f"{request.method} {authority(request.host, request.port)}"
-        tx.all(
-            "publish",
-            key=f"{id}.ask",
-            message=None,
-            turn=None,
-            kind=DeliveryKind.NOTICE,
-            body=f"A request waits for your answer: {what}. See 'nanoclawctl approval show {id}'.",
-            in_reply_to=None,
-            now=now,
-            **origin,
-        )
-        return row, self._outlets.claim(tx, place)
-
-    def _may_notify(self, agent: str) -> bool:
-        """Say whether the agent's chats may have one more such line: it decides how often it asks."""
-        rate = self._notices.setdefault(agent, Rate(limits.ASK_NOTICES_PER_S, limits.ASK_NOTICES_BURST))
-        if rate.take():
-            rate.take(-1)
-            return False
-        return True
+        return row
 
     # --- answering ---------------------------------------------------------------------------------
 
@@ -198,26 +170,34 @@ class Approvals:
             )
         return request
 
-    async def answer(self, id: str, sha256: str, *, allow: bool, scope: Scope, until: int, by: str) -> Row:
+    async def answer(
+        self,
+        id: str,
+        sha256: str,
+        *,
+        allow: bool,
+        scope: Scope,
+        until: int,
+        by: Callable[[Transaction], Answerer],
+    ) -> None:
         """Store an answer that counts until `until` (ms). Raises Refused as check() does, Unavailable."""
 
-        def operation(tx: Transaction) -> tuple[Row, list[Row]]:
-            now = now_ms()
+        def operation(tx: Transaction) -> list[Row]:
+            now, who = now_ms(), by(tx)
             # The rule of "always" is there already.
             rules_matter = allow and scope is not Scope.ALWAYS
-            self.check(tx.all("find_approval", id=id)[0], sha256, allow=rules_matter)
+            request = self.check(tx.all("find_approval", id=id)[0], sha256, allow=rules_matter)
+            who.require(id, request.agent)
             state = ApprovalState.ALLOWED if allow else ApprovalState.DENIED
             (row,) = tx.all(
-                "decide_approval", id=id, state=state, scope=scope, now=now, by=by, expires=until
+                "decide_approval", id=id, state=state, scope=scope, now=now, by=who.by, expires=until
             )
-            _note(tx, Kind.CONTROL, state, row, scope=scope, by=by, until=until / 1000)
-            return row, tx.all("live_approvals", now=now)
+            _note(tx, Kind.CONTROL, state, row, scope=scope, by=who.by, until=until / 1000)
+            return tx.all("live_approvals", now=now)
 
-        row, live = await self._db.write(operation)
-        self._take_over(live)
+        self._take_over(await self._db.write(operation))
         if scope is not Scope.ONCE:
             await self.end_decided()
-        return row
 
     async def end_decided(self) -> None:
         """Policies have changed: end the questions that rules answer by now. Raises Unavailable."""

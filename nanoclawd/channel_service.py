@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nanoclawd import journal, limits, outbox, paths, queue
 from nanoclawd.asks import Asks, Entitled, Said
 from nanoclawd.channels import Channel, Channels
+from nanoclawd.commands import unescape
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.filestore import FileStore, Stored, add_rows, choose_files
@@ -37,6 +38,9 @@ from nanoclawd.sessions import Sessions
 from nanoclawd.states import ChatState, DeliveryState
 from nanoclawd.wire import Json
 
+if TYPE_CHECKING:  # it needs, by way of answers about people, us
+    from nanoclawd.chat_control import ChatControl
+
 INTERFACE = "io.nanoclaw.Channel"
 T = TypeVar("T")
 
@@ -62,6 +66,8 @@ class ChannelService:
         self._pairings = pairings
         self._files = files
         self._asks = asks
+        #: Who sees to what is said to the router itself; set before a call comes.
+        self.chat_control: ChatControl
         self._channels = channels
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
@@ -71,6 +77,7 @@ class ChannelService:
                 "ReportSandbox": Method(handler=self._report_sandbox),
                 "Deliver": Method(handler=self._deliver),
                 "Invite": Method(handler=self._invite),
+                "React": Method(handler=self._react),
                 "Retract": Method(handler=self._retract),
                 "Attach": Method(handler=self._attach, more=True),
                 "OpenFile": Method(handler=self._open_file),
@@ -130,10 +137,13 @@ class ChannelService:
         if parameters["revision"] < 0:
             raise Refused("revision: must not be negative")
         event = Event(**{name: parameters[name] for name in Event.__dataclass_fields__})
-        if files and not self._pairings.is_code(event.channel, event.text):
-            taken = await self._take_with_files(call, event, fds)
-        else:
-            taken = await self._take(event, parameters)
+        taken = None if files else await self.chat_control.take(self._arrival(event, parameters))
+        if taken is None:
+            event = replace(event, text=unescape(event.text))
+            if files and not self._pairings.is_code(event.channel, event.text):
+                taken = await self._take_with_files(call, event, fds)
+            else:
+                taken = await self._take(event, parameters)
         for session in taken.sessions:
             self._sessions.wake(session)
             if hint := self._sessions.explain_hold(session.agent):
@@ -220,15 +230,7 @@ class ChannelService:
                 return taken
 
             return store
-        arrival = Arrival(
-            event=event,
-            agent=parameters["agent"] or "",
-            mentioned=bool(parameters["mentioned"]),
-            program=parameters["writer"] == "program" or self._channels.is_own(event.sender),
-            sender_name=_shown(parameters["senderName"]),
-            direct=parameters["kind"] == "direct",
-            title=_shown(parameters["title"]),
-        )
+        arrival = self._arrival(event, parameters)
 
         def route(tx: Transaction) -> Taken:
             entitled = partial(may_talk, tx, event.channel, event.chat, event.sender)
@@ -261,6 +263,51 @@ class ChannelService:
             return ChatState.BLOCKED if row is None else ChatState(row["state"])
 
         return {"state": await self._db.write(invite)}
+
+    def _arrival(self, event: Event, parameters: Json) -> Arrival:
+        return Arrival(
+            event=event,
+            agent=parameters["agent"] or "",
+            mentioned=bool(parameters["mentioned"]),
+            program=parameters["writer"] == "program" or self._channels.is_own(event.sender),
+            sender_name=_shown(parameters["senderName"]),
+            direct=parameters["kind"] == "direct",
+            title=_shown(parameters["title"]),
+        )
+
+    async def _react(self, call: Call) -> Json:
+        parameters = call.parameters
+        for name in ("chat", "event", "target", "sender", "reaction"):
+            _check_name(name, parameters[name], empty=False)
+        _check_name("thread", parameters["thread"])
+        names = ("chat", "thread", "event", "sender")
+        said = {name: parameters[name] for name in names}
+        event = Event(channel=_announced(call).name, revision=0, text=parameters["reaction"], **said)
+        if not parameters["removed"] and (answered := await self._answer_by_reaction(event, parameters)):
+            return {"outcome": Outcome.ANSWERED, "duplicate": answered[1]}
+        outcome = await self.chat_control.react(event, parameters["target"], removed=parameters["removed"])
+        return {"outcome": outcome, "duplicate": False}
+
+    async def _answer_by_reaction(self, event: Event, parameters: Json) -> tuple[str, bool] | None:
+        """Take a reaction as the answer to an agent's question, if it is one."""
+        target = {"chat": event.chat, "receipt": parameters["target"]}
+        if not await self._db.read("find_receipt", channel=event.channel, **target):
+            return None  # nothing of ours
+        said = Said(
+            place=event.place,
+            event=event.event,
+            sender=event.sender,
+            reaction=event.text,
+            target=parameters["target"],
+        )
+        if event.channel == TERMINAL or self._channels.is_own(event.sender):
+            return None
+
+        def take_answer(tx: Transaction) -> tuple[str, bool] | None:
+            entitled = partial(may_talk, tx, event.channel, event.chat, event.sender)
+            return self._asks.take(tx, said, entitled)
+
+        return await self._db.write(take_answer)
 
     async def _retract(self, call: Call) -> Json:
         place = [call.parameters[name] for name in ("chat", "thread", "event")]

@@ -11,27 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import budget, images, journal, limits, paths, quadlet, queue
+from nanoclawd import budget, images, journal, limits, paths, quadlet, queue, retention
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
+from nanoclawd.answers import Answers
 from nanoclawd.approval_control import ApprovalControl
 from nanoclawd.approvals import Approvals
 from nanoclawd.audit import Audit
 from nanoclawd.audit_control import AuditControl
 from nanoclawd.channel_control import ChannelControl
-from nanoclawd.channel_service import ChannelService
 from nanoclawd.channels import Channels
 from nanoclawd.db import Database, Transaction, now_ms
+from nanoclawd.destination_control import DestinationControl
 from nanoclawd.errors import Failed, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.guard import Guard
 from nanoclawd.guard_control import GuardControl
-from nanoclawd.hold_link import HoldLink
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.pairing import Pairings
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy_control import PolicyControl
 from nanoclawd.queue import SessionRow, session_row
@@ -71,26 +69,17 @@ class ControlService:
     outlets: Outlets
     gateway: GatewayLink
     audit: Audit
-    channels: ChannelService
+    people: PeopleControl
     channel_list: Channels
-    pairings: Pairings
     usage: Usage
     approvals: Approvals
-    guard: Guard
-    holds: HoldLink
+    answers: Answers
     sandbox: list[Check]
 
     def __post_init__(self) -> None:
         self.on_reload: Callable[[], None] = lambda: None  #: the settings may have changed
         self._started_at = time.time()
         self._audit_control = AuditControl(self.db, self.audit)
-        people = PeopleControl(
-            db=self.db,
-            registry=self.registry,
-            outlets=self.outlets,
-            pairings=self.pairings,
-            channels=self.channels,
-        )
         self._channel_control = ChannelControl(
             db=self.db,
             systemd=self.systemd,
@@ -121,17 +110,11 @@ class ControlService:
                 registry=self.registry, policy_of=self.approvals.policy, changed=self._change_policies
             ).methods,
             **ApprovalControl(
-                db=self.db,
-                people=people,
-                registry=self.registry,
-                approvals=self.approvals,
-                guard=self.guard,
-                holds=self.holds,
-                gateway=self.gateway,
-                audit=self.audit,
+                db=self.db, registry=self.registry, approvals=self.approvals, answers=self.answers
             ).methods,
             **MessageControl(self.db, self.registry, self.sessions, self.outlets).methods,
-            **people.methods,
+            **self.people.methods,
+            **DestinationControl(db=self.db, registry=self.registry).methods,
             **self._channel_control.methods,
             **self._audit_control.methods,
             **self._usage_control.methods,
@@ -384,6 +367,7 @@ class ControlService:
 
     async def _describe_sessions(self, agent: str | None) -> AsyncIterator[Json]:
         heads = {row["id"]: row for row in await self.db.read("find_work")}
+        days = self.registry.settings.session_days
         for row in await self.db.read("list_sessions", agent=agent):
             session = session_row(row)
             live = self.sessions.find(session)
@@ -401,6 +385,8 @@ class ControlService:
                 "detail": self.sessions.explain(head) if head else "",
                 "queued": row["queued"],
                 "message": row["message"],
+                "usedAt": row["used_at"] / 1000,
+                "closesAt": row["used_at"] / 1000 + days * retention.DAY_S if days else None,
             }
 
     async def _build_image(self, call: Call) -> Json:

@@ -92,6 +92,13 @@ class Transaction:
 
 
 Operation = Callable[[Transaction], T]
+#: Whoever writes one, those who show them to people hear of it.
+_TELL_OF_APPROVALS = "".join(
+    f"""
+    CREATE TEMP TRIGGER approval_{number} AFTER {what} ON main.approval BEGIN SELECT approval_changed(); END;
+    """
+    for number, what in enumerate(("INSERT", "UPDATE OF state"))
+)
 
 
 @dataclass(slots=True)
@@ -137,6 +144,10 @@ class Database:
         self._damaged = False
         self._clock_ms = _clock_ms()
         self.commits = 0  #: for benchmarks
+        self._transaction = Transaction(writer, queries)  #: the newest
+        writer.create_function("approval_changed", 0, lambda: self._transaction.then(self.on_approval))
+        writer.executescript(_TELL_OF_APPROVALS)
+        self.on_approval: Callable[[], None] = lambda: None  #: after a commit in which there is another one
 
     @classmethod
     async def open(cls, path: Path, *, create: bool = False) -> Database:
@@ -279,7 +290,7 @@ class Database:
 
     async def _commit(self, batch: list[_Write]) -> None:
         outcomes: list[tuple[_Write, Any, BaseException | None]] = []
-        transaction = Transaction(self._writer, self._queries)
+        transaction = self._transaction = Transaction(self._writer, self._queries)
         told: list[Callable[[], object]] = []
         try:
             await self._begin()

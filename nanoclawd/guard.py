@@ -95,8 +95,6 @@ class Guard:
         self._carrying = asyncio.Lock()  #: nothing is begun twice
         self._changed = asyncio.Event()
         self.handlers: dict[Action, Handler] = {}
-        #: A step of the write in which somebody has to be asked, or need not be any more.
-        self.on_change: Callable[[Transaction, Row], None] = lambda tx, row: None
 
     # --- asking ------------------------------------------------------------------------------------
 
@@ -160,7 +158,7 @@ class Guard:
             **what,
         )
         _note(tx, Kind.REQUEST, "asked", row)
-        self._tell_people(tx, row)
+        tx.then(self._changed.set)
         return _ruling(row)
 
     def _note_denial(self, tx: Transaction, held: Held) -> None:
@@ -198,8 +196,7 @@ class Guard:
         held = held_of(row)
         if held is None or row["sha256"] != sha256:
             raise Refused(f"approval {id} is not about what you were shown: its hash differs", hint=hint)
-        if not by.may_answer(held.answered_by_admins_of):
-            raise Refused(f"you may not answer approval {id}", hint="its agent's admins and the owners may")
+        by.require(id, held.answered_by_admins_of)
         if not allow:
             return self._decide(tx, row, ApprovalState.DENIED, by.by, now + int(limits.DENIAL_S * 1000))
         if not tx.all("vote", approval=id, person=by.person, here=int(by.here), now=now):
@@ -207,7 +204,7 @@ class Guard:
         voters = self._voters(tx, row, held)
         if len(voters) < row["needed"]:
             _note(tx, Kind.CONTROL, "voted", row, by=by.by)
-            self._tell_people(tx, row)
+            tx.then(self._changed.set)
             return row
         until = now + int(limits.APPROVAL_ONCE_S * 1000)
         return self._decide(tx, row, ApprovalState.ALLOWED, by.by, until)
@@ -224,7 +221,7 @@ class Guard:
         _note(tx, Kind.CONTROL, state, row, by=by)
         if state is ApprovalState.DENIED:
             self._tell_agent(tx, row, f"was denied by {by}: do not try again")
-        self._tell_people(tx, row)
+        tx.then(self._changed.set)
         return row
 
     def _voters(self, tx: Transaction, row: Row, held: Held) -> list[str]:
@@ -310,7 +307,6 @@ class Guard:
         (row,) = tx.all("end_action", id=id, state=ApprovalState.USED, outcome=done)
         _note(tx, Kind.REQUEST, "used", row)
         self._tell_agent(tx, row, f"was allowed and done: {done}")
-        self._tell_people(tx, row)
         return self._outlets.claim(tx)
 
     async def _end(self, id: str, reason: str) -> None:
@@ -324,16 +320,11 @@ class Guard:
             (row,) = tx.all("end_action", id=id, state=ApprovalState.EXPIRED, outcome=reason)
             _note(tx, Kind.REQUEST, "expired", row, reason=reason)
             self._tell_agent(tx, row, f"{said}: {reason}")
-            self._tell_people(tx, row)
             return self._outlets.claim(tx)
 
         self._outlets.publish(await self._db.write(end))
 
     # --- telling -----------------------------------------------------------------------------------
-
-    def _tell_people(self, tx: Transaction, row: Row) -> None:
-        self.on_change(tx, row)
-        tx.then(self._changed.set)
 
     def _tell_agent(self, tx: Transaction, row: Row, text: str) -> None:
         """Tell the agent what became of what it asked for."""

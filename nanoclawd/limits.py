@@ -73,6 +73,12 @@ HOLDS = 1000  #: that a gateway may tell of; ours has fewer at a time
 ASK_NOTICES_PER_S = 1 / 60  #: lines in the chats of one agent, in the long run
 ASK_NOTICES_BURST = 5
 
+# --- commands -------------------------------------------------------------------------------------
+COMMANDS_PER_S = 0.5  #: of one account in the long run; of all strangers in a chat together
+COMMANDS_BURST = 10
+CLICKS_TOLD_PER_S = 1 / 60  #: how often a chat is told of reactions by who may not answer
+CLICKS_TOLD_BURST = 3
+
 # --- queue ----------------------------------------------------------------------------------------
 LEASE_S = 45.0  #: a lease without renewal
 HEARTBEAT_S = 15.0  #: what we ask of a runner

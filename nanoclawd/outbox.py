@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanoclawd import journal, limits
+from nanoclawd import journal, limits, paths
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
-from nanoclawd.queue import DeliveryKind, is_event, place_of
+from nanoclawd.ids import TERMINAL
+from nanoclawd.queue import DeliveryKind, Place, is_event, place_of
 from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json
 
@@ -61,6 +62,7 @@ def _claim(tx: Transaction, row: Row) -> Delivery:
             for message in tx.all("messages_of_turn", turn=row["turn"])
             if is_event(message) and place_of(message) == place_of(row)
         }
+        events |= {answer["event"] for answer in tx.all("answers_in_turn", turn=row["turn"])}
     shown = {
         **{name: row[name] for name in ("key", "chat", "thread", "agent")},
         "agentName": row["agent"],
@@ -81,15 +83,11 @@ def _as_shown(tx: Transaction, row: Row) -> Json:
     if (said := tx.one("capabilities", channel=row["channel"])) is not None:
         can = json.loads(said["capabilities"])
     kind, text = row["kind"], row["body"]
-    files = [
-        {"name": file["name"], "mediaType": file["media_type"], "bytes": file["bytes"]}
-        for file in tx.all("files_of_delivery", key=row["key"])
-    ]
+    files = tx.all("files_of_delivery", key=row["key"])
     most = (can.get("fileBytes") or limits.FILE_BYTES) if can.get("files") else -1
-    if left_out := [file for file in files if file["bytes"] > most]:
-        # The numbers of the others stay those of OpenFile(): a message of an agent has one file.
-        files = []
-        text = "\n".join([*filter(None, (text,)), *(f"[file: {describe_file(file)}]" for file in left_out)])
+    if any(file["bytes"] > most for file in files):  # there is one: each that an agent sends goes alone
+        left_out, files = files, []
+        text = "\n".join([*filter(None, (text,)), *(f"[file: {_describe(file, row)}]" for file in left_out)])
     target = row["target_event"]
     if row["target_key"] is not None:
         receipt = tx.one("first_receipt", key=row["target_key"])
@@ -102,7 +100,10 @@ def _as_shown(tx: Transaction, row: Row) -> Json:
             DeliveryKind.REDACTION: f"(taken back) {about}",
         }[DeliveryKind(kind)]
         kind, target = DeliveryKind.MESSAGE, None
-    return {"kind": kind, "text": text, "target": target, "files": files}
+    shown = [
+        {"name": file["name"], "mediaType": file["media_type"], "bytes": file["bytes"]} for file in files
+    ]
+    return {"kind": kind, "text": text, "target": target, "files": shown}
 
 
 def _excerpt(tx: Transaction, row: Row) -> str:
@@ -116,10 +117,11 @@ def _excerpt(tx: Transaction, row: Row) -> str:
     return f"'{line}'" if len(line) <= _EXCERPT else f"'{line[: _EXCERPT - 1]}…'"
 
 
-def describe_file(file: Json) -> str:
-    """Return e.g. "report.pdf, 12 kB"."""
-    size = file["bytes"]
-    return f"{file['name']}, {size} bytes" if size < 1000 else f"{file['name']}, {size // 1000} kB"
+def _describe(file: Row, row: Row) -> str:
+    """Return e.g. "report.pdf, 12 kB"; and where it is, to somebody on this host."""
+    size = f"{file['bytes']} bytes" if file["bytes"] < 1000 else f"{file['bytes'] // 1000} kB"
+    where = f": {paths.files() / file['id']}" if row["channel"] == TERMINAL else ""
+    return f"{file['name']}, {size}{where}"
 
 
 def end(
@@ -163,3 +165,23 @@ def tell(tx: Transaction, level: Callable[..., None], event: str, row: Row, text
     tx.tell(
         level, event, text, message=sorted(messages), **{name: row[name] for name in names}, size_bytes=size
     )
+
+
+def notify(tx: Transaction, key: str, place: Place, text: str, *, in_reply_to: str | None = None) -> None:
+    """Have the router say something in a chat; once, by `key`."""
+    channel, chat, thread = place
+    tx.all(
+        "publish",
+        key=key,
+        message=None,
+        turn=None,
+        agent="",
+        channel=channel,
+        chat=chat,
+        thread=thread,
+        kind=DeliveryKind.NOTICE,
+        body=text,
+        in_reply_to=in_reply_to,
+        now=now_ms(),
+    )
+    tx.places.append(place)

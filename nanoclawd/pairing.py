@@ -11,11 +11,11 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from nanoclawd import journal, limits, people
+from nanoclawd import journal, limits, outbox, people
 from nanoclawd.audit import Kind, append
-from nanoclawd.db import Transaction, now_ms
+from nanoclawd.db import Transaction
 from nanoclawd.errors import Refused
-from nanoclawd.queue import DeliveryKind, Event
+from nanoclawd.queue import Event
 
 #: Without those that people take for one another.
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
@@ -78,21 +78,8 @@ class Pairings:
         account = {"channel": event.channel, "user": event.sender}
         append(tx, Kind.CONTROL, "paired", {"person": match.person, **account})
         tx.tell(journal.info, "paired", channel=event.channel, person=match.person)
-        tx.all(
-            "publish",
-            key=f"pair.{secrets.token_hex(8)}",
-            message=None,
-            turn=None,
-            agent="",
-            channel=event.channel,
-            chat=event.chat,
-            thread=event.thread,
-            kind=DeliveryKind.NOTICE,
-            body=f"This account is {match.person}'s from now on.",
-            in_reply_to=event.event,
-            now=now_ms(),
-        )
-        tx.places.append(event.place)
+        text = f"This account is {match.person}'s from now on."
+        outbox.notify(tx, f"pair.{secrets.token_hex(8)}", event.place, text, in_reply_to=event.event)
 
     def _forget(self) -> None:
         """Have those be over whose time is, or that were guessed at too often."""

@@ -109,7 +109,14 @@ class Answerer:
     standings: frozenset[Standing] = frozenset()
 
     def may_answer(self, agent: str) -> bool:
+        """Whether they may say what `agent` may do; "": what is of more than one."""
         return self.here or may_answer(self.standings, agent)
+
+    def require(self, approval: str, agent: str) -> None:
+        """Raise Refused unless they may answer what is about that."""
+        if not self.may_answer(agent):
+            whose = f"admins of '{agent}', admins of all" if agent else "Admins of all"
+            raise Refused(f"you may not answer approval {approval}", hint=f"{whose} and owners may")
 
 
 def standings_of_person(tx: Transaction, person: int) -> frozenset[Standing]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from nanoclawd.ids import TERMINAL
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.patterns import check_pattern
+from nanoclawd.people import Answerer
 from nanoclawd.questions import About
 from nanoclawd.registry import Registry
 from nanoclawd.routing import block_chat, remove_wirings
@@ -131,14 +132,16 @@ class PeopleControl:
         journal.info("chat-blocked", channel=row["channel"], number=number)
         return await self._answer(row, ChatState.BLOCKED)
 
-    async def answer(self, approval: Row, sha256: str, *, allow: bool, by: str) -> None:
+    async def answer(
+        self, approval: Row, sha256: str, *, allow: bool, by: Callable[[Transaction], Answerer]
+    ) -> None:
         """Do what an answer to a question about a sender or a chat says. Raises Refused, Unavailable."""
         agents = self.registry.names()
         number = questions.check(approval, sha256).number
         row = await self._find(number)
 
         def operation(tx: Transaction) -> ChatState:
-            question = questions.answer(tx, approval, sha256, allow=allow, by=by)
+            question = questions.answer(tx, approval, sha256, allow=allow, by=by(tx))
             if question.about is About.SENDER:
                 person = people.person_of(tx, question.channel, question.user)
                 role = Role.MEMBER if allow else Role.DENIED

@@ -17,6 +17,7 @@ from nanoclawd.asking import hash_of
 from nanoclawd.audit import Kind, append
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import Refused
+from nanoclawd.people import Answerer
 from nanoclawd.states import ApprovalState
 from nanoclawd.wire import Json
 
@@ -96,22 +97,33 @@ def check(row: Row, sha256: str) -> Question:
     return question
 
 
-def answer(tx: Transaction, row: Row, sha256: str, *, allow: bool, by: str) -> Question:
-    """Note the answer to a question, in the write that does what it says. Raises Refused as check() does."""
+def answer(tx: Transaction, row: Row, sha256: str, *, allow: bool, by: Answerer) -> Question:
+    """Note the answer to a question, in the write that does what it says. Raises Refused as check() does, or
+    if it is not for them to say.
+    """
     question = check(tx.all("find_approval", id=row["id"])[0], sha256)
+    for agent in concerned(tx, question):
+        by.require(row["id"], agent)
     state = ApprovalState.ALLOWED if allow else ApprovalState.DENIED
     now = now_ms()
-    tx.all("decide_approval", id=row["id"], state=state, scope="always", now=now, by=by, expires=now)
+    tx.all("decide_approval", id=row["id"], state=state, scope="always", now=now, by=by.by, expires=now)
     detail = {
         "approval": row["id"],
         "sha256": sha256,
-        "by": by,
+        "by": by.by,
         "chat": question.number,
         "user": question.user,
     }
     append(tx, Kind.CONTROL, f"approval_{state}", detail, agent=question.agent)
     tx.tell(journal.info, f"approval-{state}", approval=row["id"], number=question.number)
     return question
+
+
+def concerned(tx: Transaction, question: Question) -> list[str]:
+    """Return the agents to whose admins an answer matters; "": only owners and admins of all may give it."""
+    if question.about is About.CHAT:
+        return [""]
+    return [wiring["agent"] for wiring in tx.all("list_wirings", chat=question.number)] or [""]
 
 
 def end_answered(tx: Transaction) -> None:

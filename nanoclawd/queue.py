@@ -104,6 +104,7 @@ class Message:
     text: str
     received_at: int  #: ms
     context: str  #: what was said before it, as JSON, or ""
+    command: str  #: "compact": the agent is to do that; "": it is a message
     hops: int = 0  #: agents that it has come through since a person said something
     files: Sequence[Row] = ()  #: that came with it
 
@@ -204,6 +205,7 @@ def enqueue(
     conversation: Place | None = None,
     context: str = "",
     hops: int = 0,
+    command: str = "",
 ) -> tuple[MessageId, SessionRow | None]:
     """Store a message for an agent and return its id and session; the session is None if it was stored
     before.
@@ -220,15 +222,21 @@ def enqueue(
         row = tx.one("add_session", prefix=prefix or "all", now=now_ms(), agent=agent, **about)
     assert row is not None
     session = session_row(row)
-    if row["closed_at"] is not None:
-        tx.all("open_session", session=session.id)
+    tx.all("use_session", session=session.id, now=now_ms())
     if event.revision:
         for old in tx.all("supersede", session=session.id, now=now_ms(), **event.key):
             _tell(tx, "message-superseded", session, old["id"], None)
     _require_room(tx, session.id)
     message = new_message_id()
-    stored = {"session": session.id, "sender": event.sender, "body": event.text, "context": context}
-    tx.all("enqueue", id=message, now=now_ms(), hops=hops, **stored, **event.key)
+    stored = {
+        "session": session.id,
+        "sender": event.sender,
+        "body": event.text,
+        "context": context,
+        "command": command,
+        "hops": hops,
+    }
+    tx.all("enqueue", id=message, now=now_ms(), **stored, **event.key)
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session
@@ -301,6 +309,8 @@ def _join(tx: Transaction, session: SessionRow, turn: Turn, first_turn: str | No
         space -= _wire_bytes(row["body"] + row["context"])
         if row["first_turn"] != first_turn or place_of(row) != turn.place or space < 0:
             break
+        if row["command"] or turn.messages[0].command:  # it has a turn of its own
+            break
         tx.all("join_turn", seq=row["seq"], turn=turn.id, expires=_lease_end())
         joining.append(_message(tx, row))
     return joining
@@ -337,6 +347,7 @@ def _message(tx: Transaction, row: Row) -> Message:
         text=row["body"],
         received_at=row["received_at"],
         context=row["context"],
+        command=row["command"],
         hops=row["hops"],
         files=tx.all("files_of_event", **{name: row[name] for name in _EVENT_KEY}),
     )

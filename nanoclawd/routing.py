@@ -30,6 +30,7 @@ class Outcome(StrEnum):
     HELD = "held"  #: it waits until somebody has answered
     KEPT = "kept"  #: it is for no agent, but one hears of it with the next message that is
     DROPPED = "dropped"  #: nothing of it is stored
+    ANSWERED = "answered"  #: it was for the router, which has seen to it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,8 @@ def take(tx: Transaction, arrival: Arrival) -> Taken:
         chat = add_chat(tx, event.channel, event.chat, direct=arrival.direct, title=arrival.title)
     if chat is None:
         return Taken()
+    if not arrival.program:
+        tx.all("set_peer", id=chat["id"], user=event.sender)
     key = {"chat": chat["id"], "thread": event.thread, "event": event.event, "revision": event.revision}
     if tx.one("find_held", **key) is not None:
         return Taken(outcome=Outcome.HELD, duplicate=True)
@@ -137,7 +140,7 @@ def _route(tx: Transaction, chat: Row, arrival: Arrival, again: Taken | None = N
     for wiring, mentioned in given:
         row = rows[wiring.id]
         context, heard_of = _context(tx, row, event)
-        conversation = _conversation(SessionMode(row["session_mode"]), event)
+        conversation = conversation_of(SessionMode(row["session_mode"]), event)
         agent = AgentName(wiring.agent)
         message, session = queue.enqueue(tx, agent, event, conversation=conversation, context=context)
         taken.add(message, session)
@@ -182,7 +185,8 @@ def _wiring(row: Row) -> Wiring:
     )
 
 
-def _conversation(mode: SessionMode, event: Event) -> Place:
+def conversation_of(mode: SessionMode, event: Event) -> Place:
+    """Return what the session is about that gets an event."""
     match mode:
         case SessionMode.CHAT:
             return event.channel, event.chat, ""

@@ -184,6 +184,7 @@ def describe_messages(messages: Iterable[Message]) -> list[Json]:
             "receivedAt": message.received_at / 1000,
             "text": message.text,
             "context": json.loads(message.context or "[]"),
+            "command": message.command or None,
             "files": [
                 {
                     "id": file["id"],

@@ -339,8 +339,8 @@ class Tools:
         key, question = _key(call, turn), call.parameters["question"]
         options, wait_s = call.parameters["options"], call.parameters["timeoutSeconds"]
         self.check_text("question", question)
-        if len(options) > limits.ASK_OPTIONS:
-            raise Refused(f"options: are more than {limits.ASK_OPTIONS}")
+        if not 2 <= len(options) <= limits.ASK_OPTIONS:
+            raise Refused(f"options: must be 2 to {limits.ASK_OPTIONS}")
         for option in options:
             if (
                 not option.strip()

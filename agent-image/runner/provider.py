@@ -44,6 +44,7 @@ class Message(Said):
     id: str
     context: list[Said]
     files: list[File]
+    command: str | None  #: "compact": sum up the conversation; alone in its turn
 
 
 class Turn(TypedDict):

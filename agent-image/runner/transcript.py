@@ -5,6 +5,7 @@ Each line is a message as the Messages API takes it, or says that a turn ended:
     {"input": ["m1"], "message": {"role": "user", …}}    a turn begins, with the ids of its input
     {"message": {"role": "assistant", …}}
     {"joined": ["m2"], "message": {"role": "user", …}}    further input, with the results of tools
+    {"compacted": "…"}    all before this is summed up so
     {"end": "answered", "replies": ["…"]}    or "stopped", "failed", "forgotten"
 """
 
@@ -56,6 +57,10 @@ class Transcript:
         """Add a message of the turn; `joined` are the ids of further input in it."""
         self._append({"joined": list(joined), "message": message} if joined else {"message": message})
 
+    def compact(self, summary: str) -> None:
+        """Go on from a summary in place of all that there is."""
+        self._append({"compacted": summary})
+
     def end(self, outcome: str, replies: Sequence[str] = ()) -> None:
         """Record how the turn ended. "forgotten": the API would refuse later turns with it too."""
         self._append({"end": outcome, "replies": list(replies)})
@@ -78,6 +83,13 @@ class Transcript:
             self.last_end, self._replies = line["end"], line.get("replies", [])
             if self.last_end == "forgotten":
                 del self._messages[self._turn_at :]
+            return
+        if "compacted" in line:
+            text = f"(What was said before, summed up by you:)\n\n{line['compacted']}"
+            self._messages, self._turn_at = (
+                [{"role": "user", "content": [{"type": "text", "text": text}]}],
+                1,
+            )
             return
         message = line["message"]
         if "input" in line:

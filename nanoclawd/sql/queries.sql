@@ -22,8 +22,8 @@ SELECT * FROM session WHERE agent = :agent AND channel = :channel AND chat = :ch
 
 -- add_session --
 -- Sessions are named after their channel, and numbered.
-INSERT INTO session (agent, name, channel, chat, thread, created_at)
-SELECT :agent, :prefix || '_' || (1 + coalesce(max(id), 0)), :channel, :chat, :thread, :now FROM session
+INSERT INTO session (agent, name, channel, chat, thread, created_at, used_at)
+SELECT :agent, :prefix || '_' || (1 + coalesce(max(id), 0)), :channel, :chat, :thread, :now, :now FROM session
 RETURNING *;
 
 -- list_sessions --
@@ -38,14 +38,25 @@ SELECT session.*, count(inbox.seq) FILTER (WHERE inbox.state = 'queued') AS queu
 SELECT count(*) FILTER (WHERE session = :session) AS in_session, count(*) AS total FROM inbox WHERE state = 'queued';
 
 -- enqueue --
-INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at, context, hops)
-VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now, :context, :hops);
+INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at, context, command,
+                   hops)
+VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now, :context, :command, :hops);
 
 -- close_session --
 UPDATE session SET closed_at = :now WHERE id = :id;
 
--- open_session --
-UPDATE session SET closed_at = NULL WHERE id = :session;
+-- use_session --
+-- A closed one is open again.
+UPDATE session SET closed_at = NULL, used_at = :now WHERE id = :session;
+
+-- unused_sessions --
+-- Open ones whose last message came before some time, and of which nothing waits.
+SELECT * FROM session WHERE closed_at IS NULL AND used_at < :before
+   AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = session.id AND state IN ('queued', 'leased')) LIMIT :limit;
+
+-- close_unused --
+UPDATE session SET closed_at = :now WHERE id = :id AND closed_at IS NULL AND used_at < :before
+   AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = session.id AND state IN ('queued', 'leased')) RETURNING id;
 
 -- supersede --
 -- What its sender has written anew before an agent had it.
@@ -819,6 +830,49 @@ ON CONFLICT DO NOTHING RETURNING person;
 -- votes --
 SELECT person.name, vote.* FROM vote JOIN person ON person.id = person WHERE approval = :approval ORDER BY said_at;
 
+-- unshown_approvals --
+SELECT * FROM approval WHERE NOT shown AND state = 'pending' ORDER BY asked_at;
+
+-- set_shown --
+UPDATE approval SET shown = 1 WHERE id = :id;
+
+-- set_peer --
+UPDATE chat SET peer = :user WHERE id = :id AND kind = 'direct' AND peer IS NOT :user;
+
+-- direct_chats --
+-- Open chats of two with people who may answer something.
+SELECT DISTINCT chat.*, identity.person FROM chat JOIN identity ON identity.channel = chat.channel AND user = peer
+  JOIN member USING (person)
+ WHERE kind = 'direct' AND state = 'open' AND role IN ('owner', 'admin') ORDER BY chat.id;
+
+-- add_card --
+INSERT INTO card VALUES (:key, :approval, :channel, :chat, :thread, :sha256, :whole, 'pending')
+ON CONFLICT DO NOTHING;
+
+-- find_cards --
+SELECT * FROM card WHERE approval = :approval;
+
+-- stale_cards --
+-- Of approvals of which their chats were told another state.
+SELECT card.*, state FROM card JOIN approval ON approval.id = approval WHERE told != state;
+
+-- set_told --
+UPDATE card SET told = :state WHERE key = :key;
+
+-- find_card --
+SELECT card.* FROM card JOIN approval ON approval.id = approval
+ WHERE card.channel = :channel AND card.chat = :chat AND approval = :approval ORDER BY card.rowid DESC LIMIT 1;
+
+-- card_of_receipt --
+SELECT card.* FROM receipt JOIN card USING (key)
+ WHERE receipt.channel = :channel AND card.chat = :chat AND receipt.receipt = :receipt ORDER BY card.rowid DESC LIMIT 1;
+
+-- busy_places --
+-- Sessions of an agent with something to do in a chat, or in one thread of it, and in which.
+SELECT DISTINCT session.*, inbox.thread AS at FROM session JOIN inbox ON session = session.id
+ WHERE agent = :agent AND inbox.channel = :channel AND inbox.chat = :chat AND (:thread = '' OR inbox.thread = :thread)
+   AND state IN ('queued', 'leased');
+
 -- find_ask --
 SELECT * FROM ask WHERE key = :key;
 
@@ -836,6 +890,11 @@ SELECT ask.*, agent, choices FROM ask JOIN outbox USING (key) JOIN inbox ON inbo
 -- What an event has answered already.
 SELECT ask.message FROM ask JOIN outbox USING (key)
  WHERE ask.event = :event AND channel = :channel AND chat = :chat AND thread = :thread;
+
+-- answers_in_turn --
+-- Events that answered what was asked in a turn, which is known by its first attempt, too.
+SELECT ask.event FROM ask JOIN inbox ON inbox.id = ask.message
+ WHERE ask.event IS NOT NULL AND :turn IN (turn, first_turn);
 
 -- answer_ask --
 UPDATE ask SET answer = :answer, answered_by = :by, event = :event WHERE key = :key;

@@ -24,24 +24,28 @@ from nanoclawd import channels, containers, limits, paths, people
 from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
+from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals
 from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
+from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
 from nanoclawd.channels import Announcement, Channel, Channels
+from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.guard import Guard
+from nanoclawd.guard import Guard, Handler
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
+from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Policy, Rule, with_rule
-from nanoclawd.privileges import Privileges
+from nanoclawd.privileges import Action, Privileges
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
@@ -455,6 +459,8 @@ class Router:
         self.channel_list: Channels
         self.approvals: Approvals
         self.guard: Guard
+        self.people: PeopleControl
+        self.answers: Answers
         self.holds: HoldLink
         self._slots = slots
         self._wired: set[tuple[str, ...]] = set()
@@ -474,7 +480,7 @@ class Router:
                 self.outlets = outlets = Outlets(db)
                 self.audit = Audit(db)
                 self.usage = Usage(db, lambda agent: place.budget)
-                self.approvals = Approvals(db=db, registry=registry, outlets=outlets)
+                self.approvals = Approvals(db=db, registry=registry)
                 await self.approvals.load()
                 self.holds = HoldLink(self.approvals)
                 self.gateway = GatewayLink(
@@ -499,14 +505,36 @@ class Router:
                     "outlets": outlets,
                 }
                 self.pairings = Pairings()
-                self.files = parts["files"] = FileStore(db)
+                self.files = FileStore(db)
                 await self.files.prepare()
-                parts["asks"] = Asks(db)
-                agents = AgentService(**parts, guard=self.guard, approvals=self.approvals)
+                more: dict[str, Any] = {"files": self.files, "asks": Asks(db)}
+                agents = AgentService(**parts, **more, guard=self.guard, approvals=self.approvals)
+                self.guard.handlers |= place.handlers
                 self.sessions.containers.service = agents.service
                 self.channel_list = Channels(db, systemd, tasks)
-                self.channels = ChannelService(**parts, pairings=self.pairings, channels=self.channel_list)
+                more |= {"pairings": self.pairings, "channels": self.channel_list}
+                self.channels = ChannelService(**parts, **more)
                 self.channel_list.service = self.channels.service
+                shared: dict[str, Any] = {"db": db, "registry": registry}
+                self.people = PeopleControl(
+                    **shared, outlets=outlets, pairings=self.pairings, channels=self.channels
+                )
+                self.answers = Answers(
+                    **shared,
+                    approvals=self.approvals,
+                    guard=self.guard,
+                    holds=self.holds,
+                    gateway=self.gateway,
+                    audit=self.audit,
+                    people=self.people,
+                )
+                self.channels.chat_control = ChatControl(
+                    **shared,
+                    sessions=self.sessions,
+                    outlets=outlets,
+                    usage=self.usage,
+                    answers=self.answers,
+                )
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
@@ -520,6 +548,7 @@ class Router:
                 post = AgentPost(db=db, outlets=outlets, wake=wake, known=lambda name: name in known())
                 if place.agents_talk:
                     tasks.create_task(post.run(), name="agent post")
+                tasks.create_task(Cards(db, outlets).run(), name="cards")
                 test = Channel(name=ChannelName("test"), announced=Announcement())
                 self.channel = Server(
                     self.channels.service,
@@ -630,6 +659,7 @@ class Place:
         self.systemd = SystemdDouble()
         self.registry = RegistryDouble()
         self.budget = NO_LIMITS  #: of all agents
+        self.handlers: dict[Action, Handler] = {}  #: of actions that were held, in place of the real ones
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
         for module in (channels, containers, nanoclawd):
@@ -697,6 +727,10 @@ class Place:
         try:
             asyncio.run(main())
         finally:
-            self.listener.close()
-            for sock in self.fd_store.values():
-                sock.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close what systemd would have kept."""
+        self.listener.close()
+        for sock in self.fd_store.values():
+            sock.close()

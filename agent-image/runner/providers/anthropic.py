@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,12 @@ _COMPACTION_BETA = "compact-2026-01-12"
 _COMPACTION: BetaContextManagementConfigParam = {"edits": [{"type": "compact_20260112"}]}
 _WITHOUT_COMPACTION = ("-4-5",)  # models of the list that are older than it
 
+_SUM_UP = """\
+Sum up this conversation so that you can go on from the summary alone: what people want and have said of \
+themselves, what was decided, done and found, with names, numbers and paths, and what is still to be done. \
+Write nothing else."""
+_Answer = Callable[[AsyncAnthropic, Chat], Awaitable[list[str]]]
+
 # It complains when a shell is gone before its watcher looked, which is how the SDK ends one.
 logging.getLogger("asyncio").setLevel(logging.ERROR)
 
@@ -53,8 +59,12 @@ class Conversation:
             # Only the word of it was lost: nobody has to think, or to pay, again.
             return [Reply(reply) for reply in replies]
         try:
-            self._begin(turn, ids, chat)
-            replies = asyncio.run(self._run(chat))
+            command = turn["messages"][0].get("command")
+            if command:
+                self._transcript.begin(ids, {"role": "user", "content": [{"type": "text", "text": _SUM_UP}]})
+            else:
+                self._begin(turn, ids, chat)
+            replies = asyncio.run(self._run(chat, self._sum_up if command else self._talk))
             self._transcript.end("answered", replies)
         except (asyncio.CancelledError, Stopped):
             if not chat.abandoned:  # else it broke off, and another attempt goes on with it
@@ -62,7 +72,7 @@ class Conversation:
             raise Stopped from None
         except Exception as exc:
             failure = failure_of(exc)
-            lasts = failure.code in ("invalid_request", "overflow", "refused")
+            lasts = bool(command) or failure.code in ("invalid_request", "overflow", "refused")
             with contextlib.suppress(OSError):  # perhaps what failed
                 self._transcript.end("forgotten" if lasts else "failed")
             raise failure from exc
@@ -100,7 +110,7 @@ class Conversation:
                 said[message["id"]] = [f"{names}: could not be stored: {exc}"]
         return said
 
-    async def _run(self, chat: Chat) -> list[str]:
+    async def _run(self, chat: Chat, answer: _Answer) -> list[str]:
         task = asyncio.current_task()
         assert task is not None
         self._running = asyncio.get_running_loop(), task
@@ -108,7 +118,7 @@ class Conversation:
             if chat.stopping.is_set():
                 raise Stopped
             async with self._make_client() as client:
-                return await self._talk(client, chat)
+                return await answer(client, chat)
         finally:
             # asyncio.run() then ends the shell, which lives in a tool's generator; nobody may cancel that.
             self._running = None
@@ -158,6 +168,25 @@ class Conversation:
         if message.stop_reason == "max_tokens":
             text = f"{text}\n\n[The answer reached its greatest length and was cut off.]"
         return [text or "[The model ended its turn without a reply.]"]
+
+    async def _sum_up(self, client: AsyncAnthropic, chat: Chat) -> list[str]:
+        """Go on from the model's own summary of the conversation."""
+        chat.thinking()
+        async with client.beta.messages.stream(
+            model=self._model,
+            max_tokens=MAX_TOKENS,
+            system=render_system(self._settings, self._paths.workspace),
+            messages=cast("list[BetaMessageParam]", self._transcript.messages),
+            # A conversation with uses of tools must say which there are.
+            tools=[tool.to_dict() for tool in self._make_tools(chat)],
+            tool_choice={"type": "none"},
+        ) as stream:
+            message = await stream.get_final_message()
+        summary = "".join(block.text for block in message.content if block.type == "text").strip()
+        if message.stop_reason != "end_turn" or not summary:
+            raise TurnFailed("internal", "The model did not sum up the conversation; it is as it was.")
+        self._transcript.compact(summary)
+        return [f"I go on from this summary of {len(summary)} characters:\n\n{summary}"]
 
     def _make_client(self) -> AsyncAnthropic:
         # verify: the gateway does TLS.

@@ -126,7 +126,7 @@ def make_chat_tools(chat: Chat, workspace: str) -> list[BetaAsyncFunctionTool[An
 
         Args:
             question: What you ask.
-            options: At most 10 short answers to choose from; may be empty, then they reply as they like.
+            options: 2 to 10 short answers to choose from. A reply may say something else.
             timeout_seconds: How long you wait.
         """
         name = key("ask", question, *options)

@@ -29,6 +29,8 @@ class Echo:
         replies = []
         messages = list(turn["messages"])
         while messages:
+            if messages[0].get("command"):
+                return [Reply("An echo has nothing to sum up.")]
             replies += [Reply(_answer(message, turn, chat), message["id"]) for message in messages]
             messages = chat.take_messages()
         return replies

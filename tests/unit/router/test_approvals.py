@@ -10,12 +10,13 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nanoclawd import asking, gateway_link, limits, retention
+from nanoclawd import asking, gateway_link, limits, people, retention
 from nanoclawd.approvals import Approvals
 from nanoclawd.asking import Request
 from nanoclawd.db import now_ms
@@ -151,7 +152,7 @@ def test_request_is_asked_about_once_and_its_chat_is_told(place: Place) -> None:
         assert "No rule" in shown["why"]
         assert len(shown["choices"]) == 6
         assert "POST of /x and all below it at http://a.example:80" in shown["choices"][1]["what"]
-        line = "A request waits for your answer: POST a.example:80. See 'nanoclawctl approval show {}'."
+        line = "'berta' wants to reach something. It waits for somebody who may answer it, as approval {}."
         assert await adapter.reply() == line.format(approval["id"])
         assert await world.audit() == [("asked", "")]
         for each in asked:
@@ -423,7 +424,7 @@ def test_answer_that_the_router_could_not_tell_any_more_is_told_by_the_next(plac
                 allow=True,
                 scope="once",  # type: ignore[arg-type]
                 until=now_ms() + 60_000,
-                by="ada",
+                by=partial(people.answerer_here, by="ada"),
             )
         assert not asked.done()
         async with living(place, gateway) as world:
@@ -467,8 +468,8 @@ def test_flood_of_hosts_is_bounded_and_others_are_still_asked_about(
 
         assert len(await world.approvals(state="pending", agent="berta")) == 10
         rows = [row for row in await world.router.outbox() if row["key"].endswith(".ask")]
-        assert [row["agent"] for row in rows].count("berta") == limits.ASK_NOTICES_BURST
-        assert [row["agent"] for row in rows].count("emil") == 1
+        assert [row["chat"] for row in rows].count("chat of berta") == limits.ASK_NOTICES_BURST
+        assert [row["chat"] for row in rows].count("chat of emil") == 1
 
     run(place, body, "berta", "emil")
 

@@ -450,6 +450,7 @@ def test_files_go_with_what_they_came_with(place: Place) -> None:
 
 def test_stray_files_are_swept_at_start(place: Place) -> None:
     async def run() -> None:
+        place.registry.held.add("berta")
         async with place.router() as router:
             await deliver(router, [described("in", 2)], [memory(b"in")])
         (paths.files() / "f0123456789abcdef").write_bytes(b"stray")

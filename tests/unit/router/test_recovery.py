@@ -66,7 +66,7 @@ def add_people(connection: sqlite3.Connection, number: int) -> None:
     rows: dict[str, tuple[Any, ...]] = {
         "person": (person, f"ada{number}", 1),
         "identity": ("table", str(number), person, "linked"),
-        "chat": (number, "chat", str(number), "group", "", "open", 1, 0, 0, 0, 0),
+        "chat": (number, "chat", str(number), "group", "", "open", 1, 0, 0, 0, 0, "9"),
         "wiring": (number, number, "berta", "every", "", 600, 0, 0, "thread", "strict", 5, 0),
         "member": (person, "", number, "member", 1),
         "held": (number, number, "", str(number), 0, "7", "", "8", "", 0, 0, 1),

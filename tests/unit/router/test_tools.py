@@ -59,6 +59,15 @@ async def sent(adapter: Adapter, delivery: Json, receipt: str) -> None:
     await adapter.calls.call(f"{CHANNEL}.ReportSent", {"key": delivery["key"], "receipt": receipt})
 
 
+async def said(adapter: Adapter, chat: str) -> str:
+    """Return what an agent says next in a chat; what the router says there beside is not of interest."""
+    while True:
+        delivery = await adapter.delivery()
+        await adapter.sent(delivery)
+        if delivery["chat"] == chat and delivery["kind"] != "notice":
+            return str(delivery["text"])
+
+
 async def answer_approval(router: Router, *, allow: bool) -> str:
     """Have the owner answer the one action that waits."""
     (row,) = [r for r in await router.db.read("pending_approvals") if r["kind"] == "action"]
@@ -247,15 +256,16 @@ def test_what_is_held_is_sent_once_somebody_has_allowed_it(place: Place) -> None
             await name_boss(router)
             adapter = await router.attach()
             await router.deliver("tell the boss")
-            assert json.loads(await adapter.reply())["state"] == "held"
-            place.systemd.program = echo
+            assert json.loads(await said(adapter, "chat"))["state"] == "held"
+            await router.settled()
             await place.systemd.end_all()
+            place.systemd.program = echo
 
             id = await answer_approval(router, allow=True)
 
-            texts = {(d := await adapter.delivery())["chat"]: d["text"] for _ in range(2)}
-            assert texts["boss-chat"] == "news"
-            assert f"Approval {id}" in texts["chat"] and "sent to boss" in texts["chat"]
+            assert await said(adapter, "boss-chat") == "news"
+            told = await said(adapter, "chat")
+            assert f"Approval {id}" in told and "sent to boss" in told
 
     place.run(run)
 
@@ -315,9 +325,45 @@ def test_answer_goes_to_who_asked_and_is_no_message(place: Place, said: Json, me
 
             assert (first["outcome"], first["duplicate"], again["duplicate"]) == ("queued", False, True)
             assert first["message"] == again["message"]
-            answer = json.loads(await adapter.reply())
+            reply = await adapter.delivery()
+            assert set(reply["events"]) == {"e1", "$answer"}
+            answer = json.loads(reply["text"])
             assert answer == {"state": "answered", "answer": meant, "sender": "someone"}
             assert len(await router.inbox()) == 1
+
+    place.run(run)
+
+
+@pytest.mark.usefixtures("polls")
+@pytest.mark.parametrize(
+    ("reaction", "sender", "meant"),
+    [
+        ("2\ufe0f\u20e3", "someone", "Coffee"),
+        ("👍", "someone", "Tea"),
+        ("❌", "someone", "Coffee"),
+        ("🎉", "someone", None),
+        ("👍", "@stranger", None),
+    ],
+)
+def test_reaction_to_a_question_answers_it(
+    place: Place, reaction: str, sender: str, meant: str | None
+) -> None:
+    async def run() -> None:
+        place.systemd.program = working(ask)
+        async with place.router() as router:
+            adapter = await router.attach("chat")
+            await router.deliver("hello")
+            await sent(adapter, await adapter.delivery(), "$card")
+            click = {"chat": "chat", "thread": "", "event": "$r", "target": "$card", "sender": sender}
+
+            peer = await router.peer()
+            reply = await peer.call(
+                f"{CHANNEL}.React", {**click, "senderName": None, "reaction": reaction, "removed": False}
+            )
+
+            assert reply["outcome"] == ("dropped" if meant is None else "answered")
+            if meant is not None:
+                assert json.loads(await adapter.reply())["answer"] == meant
 
     place.run(run)
 
@@ -398,7 +444,9 @@ def test_question_expires_and_the_answer_is_then_a_message(place: Place) -> None
     async def ask_shortly(container: Container, turn: Json) -> Json:
         if turn["messages"][0]["text"] == "tea":
             return {"state": "a message"}
-        return await act(container, turn, "AskPerson", question="Which?", options=["tea"], timeoutSeconds=1)
+        return await act(
+            container, turn, "AskPerson", question="Which?", options=["tea", "coffee"], timeoutSeconds=1
+        )
 
     async def run() -> None:
         place.systemd.program = working(ask_shortly)

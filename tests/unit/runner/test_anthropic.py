@@ -435,6 +435,26 @@ def test_compaction_replaces_what_came_before(runner: Runner, api: MessagesApi) 
     assert "first" not in str(request["body"]["messages"])
 
 
+def test_conversation_is_summed_up_when_somebody_says_so(runner: Runner, api: MessagesApi) -> None:
+    tool = {"name": "bash", "input": {"command": "echo ham"}}
+    api.add({"tool_use": [tool]}, {"text": "one"}, {"text": "All about ham."}, {"text": "two"})
+    runner.router.give("first")
+    assert runner.router.wait("FinishTurn")["outcome"] == "answered"
+
+    runner.router.give("/compact", id="t2", command="compact")
+    (reply,) = runner.router.wait("FinishTurn", 2)["replies"]
+    runner.router.give("second", id="t3")
+    runner.router.wait("FinishTurn", 3)
+
+    asked, after = api.wait_requests(4)[2:]
+    assert asked["body"]["tool_choice"] == {"type": "none"}
+    assert "Sum up this conversation" in user_text(asked)
+    assert "All about ham." in reply
+    (only,) = after["body"]["messages"]
+    assert "summed up by you:)\n\nAll about ham." in only["content"][0]["text"]
+    assert "second" in only["content"][1]["text"]
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
