@@ -17,6 +17,7 @@ from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.files import remove_file
 from nanoclawd.ids import TERMINAL, ChannelName
+from nanoclawd.rates import Rate
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Server, Service
 from nanoclawd.sockets import bind_listener, forget_listener, store_listener
@@ -123,7 +124,8 @@ class Channels:
         """Return a channel, which is not the terminal. Raises NotFound."""
         channel = self._channels.get(ChannelName(name))
         if channel is None:
-            raise NotFound(f"no channel named '{name[:64]}'")
+            hint = "'nanoclawctl channel list' shows all"
+            raise NotFound(f"no channel named '{name[:64]}'", hint=hint)
         return channel
 
     def capabilities(self, name: str) -> Capabilities:
@@ -206,7 +208,14 @@ class Channels:
         if listener is not None:
             assert self.service is not None
             channel.listener = listener
-            server = Server(self.service, listener, identity=channel, on_close=self.on_close)
+            server = Server(
+                self.service,
+                listener,
+                identity=channel,
+                # An adapter that was taken over must not keep the router from all others.
+                calls=Rate(limits.CHANNEL_CALLS_PER_S, limits.CALLS_BURST),
+                on_close=self.on_close,
+            )
             channel.serving = self._tasks.create_task(server.run(), name=f"channel {name}")
 
     async def _remember(self) -> None:
@@ -238,10 +247,14 @@ class Channels:
         await self._systemd.reset_failed(channel.unit)
         await self._systemd.restart_unit(channel.unit)
 
+    async def _stop(self, channel: Channel) -> None:
+        await self._systemd.stop_unit(channel.unit)
+        await self._systemd.reset_failed(channel.unit)
+
     async def remove(self, channel: Channel) -> Path | None:
         """Stop an adapter and remove all that is its; returns where went what it had to remember."""
         async with self._changing:
-            await self._systemd.stop_unit(channel.unit)  # before what it uses goes
+            await self._stop(channel)  # before what it uses goes
             remove_file(channel.file)
             del self._channels[channel.name]
             await self._forget(channel)
@@ -252,8 +265,7 @@ class Channels:
 
     async def _forget(self, channel: Channel) -> None:
         """Listen no more for a channel that is gone, and let its adapter end."""
-        stop = self._systemd.stop_unit(channel.unit)
-        self._tasks.create_task(_logging(stop, channel), name=f"stop of {channel.unit}")
+        self._tasks.create_task(_logging(self._stop(channel), channel), name=f"stop of {channel.unit}")
         if channel.serving is not None:
             channel.serving.cancel()
             await asyncio.wait([channel.serving])
