@@ -25,9 +25,11 @@ from pathlib import Path
 from systemd import daemon
 
 from nanoclawd import journal, limits, paths, recovery, retention, sandbox
+from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
 from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals
+from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
@@ -36,6 +38,7 @@ from nanoclawd.chat_control import ChatControl
 from nanoclawd.control import ControlService
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError
+from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
@@ -168,7 +171,8 @@ async def _route(
             tasks.create_task(systemd.watch(), name="units")
             await systemd.watching.wait()
             registry = Registry(db=db, systemd=systemd, settings=settings)
-            audit, outlets = Audit(db), Outlets(db)
+            audit, outlets, files = Audit(db), Outlets(db), FileStore(db)
+            await files.prepare()
             usage = Usage(db, registry.budget)
             approvals, cards = Approvals(db=db, registry=registry), Cards(db, outlets)
             holds = HoldLink(approvals)
@@ -184,7 +188,17 @@ async def _route(
                 slots=settings.max_sessions,
             )
             guard = Guard(db=db, registry=registry, outlets=outlets, wake=sessions.wake)
-            agent_service = AgentService(db=db, registry=registry, sessions=sessions, outlets=outlets)
+            asks = Asks(db)
+            agent_service = AgentService(
+                db=db,
+                registry=registry,
+                sessions=sessions,
+                outlets=outlets,
+                guard=guard,
+                files=files,
+                asks=asks,
+                approvals=approvals,
+            )
             sessions.containers.service = agent_service.service
             pairings, channels = Pairings(), Channels(db, systemd, tasks)
             channel_service = ChannelService(
@@ -193,6 +207,8 @@ async def _route(
                 sessions=sessions,
                 outlets=outlets,
                 pairings=pairings,
+                files=files,
+                asks=asks,
                 channels=channels,
             )
             people = PeopleControl(
@@ -234,6 +250,10 @@ async def _route(
             tasks.create_task(outlets.run(), name="outlets")
             tasks.create_task(approvals.run(), name="approvals")
             tasks.create_task(guard.run(), name="guard")
+            post = AgentPost(
+                db=db, outlets=outlets, wake=sessions.wake, known=lambda name: name in registry.names()
+            )
+            tasks.create_task(post.run(), name="agent post")
             tasks.create_task(cards.run(), name="cards")
             gateway_state = await systemd.unit_property(GATEWAY, "Unit", "ActiveState")
             tasks.create_task(gateway.run(left=gateway_state == "active"), name="gateway")
@@ -243,12 +263,21 @@ async def _route(
             sessions.on_end = control_service.on_reload = channels.on_close = idle.touch
             idle.servers = (
                 Server(control_service.service, control, on_close=idle.touch),
-                Server(channel_service.service, channel, identity=channels.terminal, on_close=idle.touch),
+                Server(
+                    channel_service.service,
+                    channel,
+                    identity=channels.terminal,
+                    on_close=idle.touch,
+                    max_fds=limits.FILES_PER_MESSAGE,
+                ),
             )
             for server in idle.servers:
                 tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
-            tasks.create_task(retention.run(db, audit, usage, lambda: registry.settings), name="retention")
+            tasks.create_task(
+                retention.run(db, audit, usage, files, lambda: registry.settings, sessions.close_unused),
+                name="retention",
+            )
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")
             await channels.load(kept)

@@ -5,15 +5,17 @@ Which listener accepted the connection is who the caller is: call.caller.identit
 
 from __future__ import annotations
 
-import re
 from typing import cast
 
 from nanoclawd import journal, limits, paths, queue
-from nanoclawd.db import Database, Transaction, now_ms
+from nanoclawd.approvals import Approvals
+from nanoclawd.asks import Asks
+from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import ConfigError, NotFound, Refused
+from nanoclawd.filestore import FileStore
+from nanoclawd.guard import Guard
 from nanoclawd.idl import read_interface
 from nanoclawd.images import build_command
-from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.queue import Turn
 from nanoclawd.registry import Registry
@@ -21,11 +23,11 @@ from nanoclawd.server import Call, Method, Service
 from nanoclawd.session import Session, describe_messages
 from nanoclawd.sessions import Sessions
 from nanoclawd.states import DeliveryState
+from nanoclawd.tools import Tools
 from nanoclawd.wire import Json, VarlinkError
 
 INTERFACE = "io.nanoclaw.Agent"
 PROTOCOL = 1
-_KEY = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 #: That an adapter has it at this moment is none of the agent's business.
 _SHOWN_STATES = {
     DeliveryState.PENDING: "pending",
@@ -37,12 +39,35 @@ _STREAM = 8  #: a runner gets at most a turn and a few stops before it must read
 
 
 class AgentService:
-    def __init__(self, *, db: Database, registry: Registry, sessions: Sessions, outlets: Outlets) -> None:
+    def __init__(
+        self,
+        *,
+        db: Database,
+        registry: Registry,
+        sessions: Sessions,
+        outlets: Outlets,
+        guard: Guard,
+        files: FileStore,
+        asks: Asks,
+        approvals: Approvals,
+    ) -> None:
         self._db = db
         self._registry = registry
         self._containers = sessions.containers
         self._turns = sessions.turns
         self._outlets = outlets
+        tools = Tools(
+            db=db,
+            registry=registry,
+            sessions=sessions,
+            outlets=outlets,
+            guard=guard,
+            files=files,
+            asks=asks,
+            running=_running,
+            check_text=_check_text,
+            forget_approvals=approvals.forget,
+        )
         self.service = Service(
             interface=read_interface(paths.INTERFACES / f"{INTERFACE}.varlink"),
             methods={
@@ -50,11 +75,11 @@ class AgentService:
                 "Work": Method(handler=self._work, more=True),
                 "RenewTurn": Method(handler=self._renew),
                 "ReportActivity": Method(handler=self._report_activity),
-                "SendMessage": Method(handler=self._send),
                 "TakeMessages": Method(handler=self._take),
                 "ListDeliveries": Method(handler=self._list_deliveries),
                 "FinishTurn": Method(handler=self._finish),
                 "Goodbye": Method(handler=self._goodbye),
+                **tools.methods,
             },
         )
 
@@ -119,22 +144,6 @@ class AgentService:
         )
         return {}
 
-    async def _send(self, call: Call) -> Json:
-        session, turn = _running(call)
-        key, text = call.parameters["key"], call.parameters["text"]
-        if not _KEY.fullmatch(key):
-            raise Refused("key: must be 1 to 64 of a-z, A-Z, 0-9, '-', '_' and '.'")
-        _check_text("text", text)
-
-        def send(tx: Transaction) -> list[Delivery]:
-            if session.turn is not turn:  # ended meanwhile
-                raise _no_such_turn(turn.id)
-            queue.send_message(tx, session.row, turn, key, text)
-            return self._outlets.claim(tx)
-
-        self._outlets.publish(await self._db.write(send))
-        return {}
-
     async def _take(self, call: Call) -> Json:
         session, turn = _running(call)
         last = call.parameters["last"]
@@ -153,6 +162,7 @@ class AgentService:
         )
         deliveries = [
             {
+                "id": delivery["key"],
                 "kind": delivery["kind"],
                 "text": delivery["body"][: limits.ALREADY_SENT_CHARACTERS],
                 "state": _SHOWN_STATES[DeliveryState(delivery["state"])],

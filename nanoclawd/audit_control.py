@@ -30,7 +30,7 @@ NOTED = {
     ),
     *("RetryDeadLetter", "DropDeadLetter", "BuildImage", "Backup", "StopAll", "StartAll"),
     *("WireChat", "UnwireChat", "BlockChat", "LinkPerson", "SetRole", "SetRoleOf", "Pair"),
-    *("ResetSession", "CloseSession"),
+    *("ResetSession", "CloseSession", "AddDestination", "RemoveDestination"),
     *("AddChannel", "RestartChannel", "RemoveChannel"),
 }
 STOPS = {"StopAgent", "StopAll"}  #: done at once, whatever becomes of the row

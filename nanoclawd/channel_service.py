@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from nanoclawd import journal, limits, outbox, paths, queue
+from nanoclawd.asks import Asks, Entitled, Said
 from nanoclawd.channels import Channel, Channels
 from nanoclawd.commands import unescape
 from nanoclawd.db import Database, Transaction, now_ms
-from nanoclawd.errors import Refused
+from nanoclawd.errors import NotFound, Refused
+from nanoclawd.filestore import FileStore, Stored, add_rows, choose_files
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import TERMINAL
 from nanoclawd.outbox import Delivery
@@ -19,7 +21,17 @@ from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
-from nanoclawd.routing import Arrival, Taken, add_chat, find_chat, reconsider, take, take_back
+from nanoclawd.routing import (
+    Arrival,
+    Outcome,
+    Taken,
+    add_chat,
+    find_chat,
+    may_talk,
+    reconsider,
+    take,
+    take_back,
+)
 from nanoclawd.sandbox import Check, require
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.sessions import Sessions
@@ -42,6 +54,8 @@ class ChannelService:
         sessions: Sessions,
         outlets: Outlets,
         pairings: Pairings,
+        files: FileStore,
+        asks: Asks,
         channels: Channels,
     ) -> None:
         self._db = db
@@ -50,6 +64,8 @@ class ChannelService:
         self._turns = sessions.turns
         self._outlets = outlets
         self._pairings = pairings
+        self._files = files
+        self._asks = asks
         #: Who sees to what is said to the router itself; set before a call comes.
         self.chat_control: ChatControl
         self._channels = channels
@@ -64,6 +80,7 @@ class ChannelService:
                 "React": Method(handler=self._react),
                 "Retract": Method(handler=self._retract),
                 "Attach": Method(handler=self._attach, more=True),
+                "OpenFile": Method(handler=self._open_file),
                 "ReportPart": Method(handler=self._report_part),
                 "ReportSent": Method(handler=self._report_sent),
                 "ReportFailed": Method(handler=self._report_failed),
@@ -91,52 +108,135 @@ class ChannelService:
         return {}
 
     async def _deliver(self, call: Call) -> Json:
+        fds = call.connection.take_fds()
+        try:
+            return await self._deliver_with(call, fds)
+        finally:
+            if fds:
+                call.apart.close(*fds)
+
+    async def _deliver_with(self, call: Call, fds: list[int]) -> Json:
         channel = _announced(call)
-        parameters = {"channel": channel.name, **call.parameters}
+        parameters = call.parameters = {"channel": channel.name, **call.parameters}
         for name in ("chat", "event", "sender"):
             _check_name(name, parameters[name], empty=False)
-        for name in ("thread", "agent"):
+        for name in ("thread", "agent", "inReplyTo"):
             _check_name(name, parameters[name] or "")
+        files = parameters["files"] = parameters["files"] or []
+        if len(files) != len(fds) or len(files) > limits.FILES_PER_MESSAGE:
+            most = limits.FILES_PER_MESSAGE
+            raise Refused(f"files: {len(files)} with {len(fds)} descriptors; at most {most}, with one each")
         size = len(parameters["text"].encode())
         if size > limits.TEXT_BYTES:
             raise Refused(
                 f"the message is {size} bytes long, and {limits.TEXT_BYTES} is the limit",
                 hint="put long material into a file in the agent's workspace",
             )
-        if not parameters["text"].strip():
+        if not parameters["text"].strip() and not files:
             raise Refused("the message is empty")
         if parameters["revision"] < 0:
             raise Refused("revision: must not be negative")
         event = Event(**{name: parameters[name] for name in Event.__dataclass_fields__})
-        taken = await self.chat_control.take(self._arrival(event, parameters))
+        taken = None if files else await self.chat_control.take(self._arrival(event, parameters))
         if taken is None:
-            taken = await self._take(replace(event, text=unescape(event.text)), parameters)
+            event = replace(event, text=unescape(event.text))
+            if files and not self._pairings.is_code(event.channel, event.text):
+                taken = await self._take_with_files(call, event, fds)
+            else:
+                taken = await self._take(event, parameters)
         for session in taken.sessions:
             self._sessions.wake(session)
             if hint := self._sessions.explain_hold(session.agent):
                 self._outlets.report_activity(session.agent, event.place, "queued", hint, [event.event])
         return {"outcome": taken.outcome, "message": taken.message, "duplicate": taken.duplicate}
 
-    async def _take(self, event: Event, parameters: Json) -> Taken:
-        def first(taken: Taken) -> SessionRow | None:
-            # A session that lives already gets its turn in the same commit.
-            return taken.sessions[0] if taken.sessions else None
+    async def _take(self, event: Event, parameters: Json, stored: Sequence[Stored] = ()) -> Taken:
+        """Have an event go where it must, with files that were copied for it."""
+        if event.channel != TERMINAL and self._pairings.is_code(event.channel, event.text):
+            self._outlets.publish(await self.decide(partial(self._pair, event=event)))
+            return Taken()
+        route = self._router_of(event, parameters)
+
+        def take_all(tx: Transaction) -> Taken:
+            taken = route(tx)
+            if stored and _gets_files(taken):
+                add_rows(tx, stored, agent=_agent_of(taken), event=event.key)
+            return taken
+
+        # A session that lives already gets its turn in the same commit.
+        return await self._turns.write(take_all, _first_session)
+
+    async def _take_with_files(self, call: Call, event: Event, fds: Sequence[int]) -> Taken:
+        """The same, with files that are copied first: but not for somebody who is not heard."""
+        taken = await self._foresee(self._router_of(event, call.parameters))
+        if not _gets_files(taken):
+            return await self._take(event, call.parameters)
+        shown = call.parameters["files"]
+        (count,) = await self._db.read("count_files", agent=_agent_of(taken))
+        chosen, notes = choose_files(shown, count, held=not taken.sessions)
+        text = "\n".join(filter(None, (event.text, *notes)))
+        stored = await self._files.take(call.apart, [shown[n] for n in chosen], [fds[n] for n in chosen])
+        kept = False
+        try:
+            taken = await self._take(replace(event, text=text), call.parameters, stored)
+            kept = _gets_files(taken)
+        finally:
+            if kept:
+                self._files.forget([file.id for file in stored])
+            else:
+                await self._files.drop(stored)
+        return taken
+
+    async def _foresee(self, route: Callable[[Transaction], Taken]) -> Taken:
+        """Return what would become of an event."""
+
+        def attempt(tx: Transaction) -> None:
+            raise _Tried(route(tx))
+
+        try:
+            await self._db.write(attempt)
+        except _Tried as tried:
+            return tried.taken
+        raise AssertionError("it was stored")
+
+    def _router_of(self, event: Event, parameters: Json) -> Callable[[Transaction], Taken]:
+        """Return the write that has an event go where it must."""
+        said = Said(
+            place=event.place,
+            event=event.event,
+            sender=event.sender,
+            text=event.text,
+            target=parameters["inReplyTo"],
+        )
+        may_answer = not parameters["files"] and parameters["writer"] != "program" and not event.revision
+
+        def answer(tx: Transaction, entitled: Entitled) -> Taken | None:
+            if not may_answer or tx.one("find_event", **event.key) is not None:
+                return None
+            taken = self._asks.take(tx, said, entitled)
+            if taken is None:
+                return None
+            return Taken(outcome=Outcome.QUEUED, message=taken[0], duplicate=taken[1])
 
         if event.channel == TERMINAL:
             # Whoever may open this socket is the owner. A broken agent is refused while somebody reads why.
             agent = self._registry.config(_required_agent(parameters["agent"], event)).name
 
             def store(tx: Transaction) -> Taken:
+                if (answered := answer(tx, lambda asking: asking == agent)) is not None:
+                    return answered
                 taken = Taken()
                 taken.add(*queue.enqueue(tx, agent, event))
                 return taken
 
-            return await self._turns.write(store, first)
-        if self._pairings.is_code(event.channel, event.text):
-            self._outlets.publish(await self.decide(partial(self._pair, event=event)))
-            return Taken()
+            return store
         arrival = self._arrival(event, parameters)
-        return await self._turns.write(lambda tx: take(tx, arrival), first)
+
+        def route(tx: Transaction) -> Taken:
+            entitled = partial(may_talk, tx, event.channel, event.chat, event.sender)
+            return answer(tx, entitled) or take(tx, arrival)
+
+        return route
 
     def _pair(self, tx: Transaction, event: Event) -> list[Delivery]:
         """Link the sender of a code to whom it was made for, and say so, if it is any good."""
@@ -183,13 +283,39 @@ class ChannelService:
         names = ("chat", "thread", "event", "sender")
         said = {name: parameters[name] for name in names}
         event = Event(channel=_announced(call).name, revision=0, text=parameters["reaction"], **said)
+        if not parameters["removed"] and (answered := await self._answer_by_reaction(event, parameters)):
+            return {"outcome": Outcome.ANSWERED, "duplicate": answered[1]}
         outcome = await self.chat_control.react(event, parameters["target"], removed=parameters["removed"])
         return {"outcome": outcome, "duplicate": False}
+
+    async def _answer_by_reaction(self, event: Event, parameters: Json) -> tuple[str, bool] | None:
+        """Take a reaction as the answer to an agent's question, if it is one."""
+        target = {"chat": event.chat, "receipt": parameters["target"]}
+        if not await self._db.read("find_receipt", channel=event.channel, **target):
+            return None  # nothing of ours
+        said = Said(
+            place=event.place,
+            event=event.event,
+            sender=event.sender,
+            reaction=event.text,
+            target=parameters["target"],
+        )
+        if event.channel == TERMINAL or self._channels.is_own(event.sender):
+            return None
+
+        def take_answer(tx: Transaction) -> tuple[str, bool] | None:
+            entitled = partial(may_talk, tx, event.channel, event.chat, event.sender)
+            return self._asks.take(tx, said, entitled)
+
+        return await self._db.write(take_answer)
 
     async def _retract(self, call: Call) -> Json:
         place = [call.parameters[name] for name in ("chat", "thread", "event")]
         channel = _channel(call).name
-        return {"unseen": await self._db.write(lambda tx: take_back(tx, channel, *place))}
+        unseen = await self._db.write(lambda tx: take_back(tx, channel, *place))
+        if unseen:
+            await self._files.sweep()
+        return {"unseen": unseen}
 
     async def _attach(self, call: Call) -> Json:
         for name in ("chat", "event"):
@@ -203,6 +329,16 @@ class ChannelService:
         finally:
             self._outlets.detach(outlet)
         raise Refused("too much was waiting for this adapter", hint="attach again")
+
+    async def _open_file(self, call: Call) -> Json:
+        channel, key, number = _channel(call).name, call.parameters["key"], call.parameters["number"]
+        if not await self._db.read("find_delivery", channel=channel, key=key):
+            raise NotFound(f"no delivery {key[:80]!r} on channel '{channel}'")
+        files = await self._db.read("files_of_delivery", key=key)
+        if not 0 <= number < len(files):
+            raise NotFound(f"delivery {key[:80]!r} has {len(files)} files, and no number {number}")
+        call.fd = self._files.open(files[number])
+        return {}
 
     async def _report_sent(self, call: Call) -> Json:
         key, receipt = call.parameters["key"], call.parameters["receipt"]
@@ -220,6 +356,8 @@ class ChannelService:
         def report(tx: Transaction) -> None:
             if not tx.all("report_part", channel=channel, key=key, parts=parts, receipt=receipt):
                 outbox.find(tx, channel, key)
+            elif receipt:
+                tx.all("add_receipt", key=key, part=parts, channel=channel, receipt=receipt)
 
         await self._db.write(report)
         self._outlets.reported(key, ended=False)
@@ -279,6 +417,27 @@ class ChannelService:
         for row in await self._db.read("busy_sessions", **where):
             stopped |= await self._turns.stop_turn(session_row(row), tuple(where.values()))
         return {"stopped": stopped}
+
+
+class _Tried(Exception):
+    """Rolls back what was tried."""
+
+    def __init__(self, taken: Taken) -> None:
+        super().__init__()
+        self.taken = taken
+
+
+def _first_session(taken: Taken) -> SessionRow | None:
+    return taken.sessions[0] if taken.sessions else None
+
+
+def _gets_files(taken: Taken) -> bool:
+    return not taken.duplicate and taken.outcome in (Outcome.QUEUED, Outcome.HELD)
+
+
+def _agent_of(taken: Taken) -> str:
+    """Return whose files are that come with it; of what is held nobody knows."""
+    return taken.sessions[0].agent if taken.sessions else ""
 
 
 def _channel(call: Call) -> Channel:

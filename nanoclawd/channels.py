@@ -215,6 +215,8 @@ class Channels:
                 # An adapter that was taken over must not keep the router from all others.
                 calls=Rate(limits.CHANNEL_CALLS_PER_S, limits.CALLS_BURST),
                 on_close=self.on_close,
+                max_fds=limits.FILES_PER_MESSAGE,
+                trusted=False,
             )
             channel.serving = self._tasks.create_task(server.run(), name=f"channel {name}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanoclawd import limits, wire
@@ -38,9 +38,9 @@ class Client:
     def close(self) -> None:
         self._sock.close()
 
-    def call(self, method: str, parameters: Json | None = None) -> Json:
-        """Return the reply's parameters. Raises VarlinkError, Unavailable."""
-        self._send({"method": method, "parameters": parameters or {}})
+    def call(self, method: str, parameters: Json | None = None, fds: Sequence[int] = ()) -> Json:
+        """Return the reply's parameters; `fds` go with the call. Raises VarlinkError, Unavailable."""
+        self._send({"method": method, "parameters": parameters or {}}, fds)
         return unpack(self._receive())
 
     def stream(self, method: str, parameters: Json | None = None) -> Iterator[Json]:
@@ -55,9 +55,13 @@ class Client:
             if not reply.get("continues"):
                 return
 
-    def _send(self, message: Json) -> None:
+    def _send(self, message: Json, fds: Sequence[int] = ()) -> None:
+        data = wire.encode(message) + b"\0"
         try:
-            self._sock.sendall(wire.encode(message) + b"\0")
+            if fds:
+                socket.send_fds(self._sock, [data[:1]], fds)
+                data = data[1:]
+            self._sock.sendall(data)
         except OSError as exc:
             raise Unavailable(f"the other side hung up: {exc.strerror}") from exc
 

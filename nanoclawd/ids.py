@@ -64,6 +64,12 @@ def parse_person_name(text: str) -> PersonName:
     return PersonName(_parse(text, PERSON_NAME, "a person", form))
 
 
+def parse_destination_name(text: str) -> str:
+    """Return `text` as a name for a chat that an agent may write to, or raise Refused."""
+    form = "1 to 32 of a-z, 0-9, _ and -, beginning with a letter"
+    return _parse(text, PERSON_NAME, "a destination", form)
+
+
 def parse_credential_name(text: str) -> CredentialName:
     """Return `text` as a credential's name, or raise Refused, without it: it may be a value."""
     if not CREDENTIAL_NAME.fullmatch(text):

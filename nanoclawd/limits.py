@@ -40,6 +40,25 @@ ACTIVITY_BYTES = 4096  #: one line of progress; longer ones are cut
 INSTRUCTIONS_BYTES = 256 << 10
 AGENTS = 1000
 
+# --- files and what else agents do -----------------------------------------------------------------
+FILE_BYTES = 32 << 20  #: one file
+FILES_PER_MESSAGE = 10
+FILES_PER_AGENT_BYTES = 512 << 20  #: of what came to an agent or was sent by it, as long as it is kept
+FILES_HELD_BYTES = 64 << 20  #: of messages that wait until their sender is known
+FILES_BYTES = 4 << 30  #: of all
+FILE_NAME_BYTES = 120
+FILE_CHUNK_BYTES = 512 << 10  #: of a file, in one message of a runner; some 700 KB as base64
+FILE_COPY_S = 60.0  #: for reading a file that an adapter hands over
+REACTION_BYTES = 64
+ASK_OPTIONS = 10
+ASK_OPTION_BYTES = 200
+ASK_PERSON_MAX_S = 86_400
+ASK_POLL_S = 10.0  #: that a runner's call waits for an answer; then it calls again
+AGENT_HOPS = 4  #: agents that a message may come through after a person has said something
+AGENT_MESSAGES_PER_S = 1 / 30  #: of one agent to others, in the long run
+AGENT_MESSAGES_BURST = 6
+DESTINATIONS = 50  #: of one agent
+
 # --- approvals ------------------------------------------------------------------------------------
 ASK_S = 120  #: that a request waits for a person's answer, unless nanoclaw.toml says otherwise
 ASK_MAX_S = 3600

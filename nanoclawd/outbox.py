@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanoclawd import journal
+from nanoclawd import journal, limits, paths
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
-from nanoclawd.queue import DeliveryKind, Place
+from nanoclawd.ids import TERMINAL
+from nanoclawd.queue import DeliveryKind, Place, is_event, place_of
 from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json
+
+_EXCERPT = 60  #: characters of what an edit or a reaction is about, where it has to be said
+#: Kinds with a target, and the capability that each needs.
+_NEEDS = {
+    DeliveryKind.EDIT: "edits",
+    DeliveryKind.REACTION: "reactions",
+    DeliveryKind.REDACTION: "redactions",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,18 +57,71 @@ def _claim(tx: Transaction, row: Row) -> Delivery:
     tell(tx, journal.info, "delivery-leased", row)
     events = {row["in_reply_to"]} - {None}
     if row["turn"] is not None:
-        answered = tx.all("messages_of_turn", turn=row["turn"])
-        events |= {message["event"] for message in answered if message["sender"]}
+        events |= {
+            message["event"]
+            for message in tx.all("messages_of_turn", turn=row["turn"])
+            if is_event(message) and place_of(message) == place_of(row)
+        }
+        events |= {answer["event"] for answer in tx.all("answers_in_turn", turn=row["turn"])}
     shown = {
-        **{name: row[name] for name in ("key", "chat", "thread", "agent", "kind")},
-        "text": row["body"],
+        **{name: row[name] for name in ("key", "chat", "thread", "agent")},
+        "agentName": row["agent"],
         "inReplyTo": row["in_reply_to"],
         "events": sorted(events),
         "partsSent": row["parts_sent"],
+        "choices": json.loads(row["choices"] or "[]"),
+        **_as_shown(tx, row),
     }
     return Delivery(
         key=row["key"], channel=row["channel"], chat=row["chat"], events=frozenset(events), shown=shown
     )
+
+
+def _as_shown(tx: Transaction, row: Row) -> Json:
+    """Return kind, text, target and files; what the channel's adapter cannot do becomes what it can."""
+    can: Json = {}
+    if (said := tx.one("capabilities", channel=row["channel"])) is not None:
+        can = json.loads(said["capabilities"])
+    kind, text = row["kind"], row["body"]
+    files = tx.all("files_of_delivery", key=row["key"])
+    most = (can.get("fileBytes") or limits.FILE_BYTES) if can.get("files") else -1
+    if any(file["bytes"] > most for file in files):  # there is one: each that an agent sends goes alone
+        left_out, files = files, []
+        text = "\n".join([*filter(None, (text,)), *(f"[file: {_describe(file, row)}]" for file in left_out)])
+    target = row["target_event"]
+    if row["target_key"] is not None:
+        receipt = tx.one("first_receipt", key=row["target_key"])
+        target = None if receipt is None else receipt["receipt"]
+    if kind in _NEEDS and (target is None or not can.get(_NEEDS[kind])):
+        about = _excerpt(tx, row)
+        text = {
+            DeliveryKind.EDIT: f"(edited) {text}",
+            DeliveryKind.REACTION: f"{text} to: {about}",
+            DeliveryKind.REDACTION: f"(taken back) {about}",
+        }[DeliveryKind(kind)]
+        kind, target = DeliveryKind.MESSAGE, None
+    shown = [
+        {"name": file["name"], "mediaType": file["media_type"], "bytes": file["bytes"]} for file in files
+    ]
+    return {"kind": kind, "text": text, "target": target, "files": shown}
+
+
+def _excerpt(tx: Transaction, row: Row) -> str:
+    """Return the beginning of what a delivery is about."""
+    if row["target_key"] is not None:
+        found = tx.one("find_delivery", channel=row["channel"], key=row["target_key"])
+    else:
+        place = {name: row[name] for name in ("channel", "chat", "thread")}
+        found = tx.one("find_said", event=row["target_event"], **place)
+    line = " ".join(found["body"].split()) if found is not None else ""
+    return f"'{line}'" if len(line) <= _EXCERPT else f"'{line[: _EXCERPT - 1]}…'"
+
+
+def _describe(file: Row, row: Row) -> str:
+    """Return e.g. "report.pdf, 12 kB"; and where it is, to somebody on this host."""
+    size = f"{file['bytes']} bytes" if file["bytes"] < 1000 else f"{file['bytes'] // 1000} kB"
+    where = f": {paths.files() / file['id']}" if row["channel"] == TERMINAL else ""
+    return f"{file['name']}, {size}{where}"
 
 
 def end(
@@ -77,6 +140,8 @@ def end(
     if row is None:
         find(tx, channel, key)
     else:
+        if receipt:
+            tx.all("add_receipt", key=key, part=None, channel=channel, receipt=receipt)
         level = journal.info if state is DeliveryState.SENT else journal.error
         tell(tx, level, f"delivery-{state}", row, reason or "")
     return row

@@ -62,6 +62,11 @@ def state() -> Path:
     return _xdg("XDG_STATE_HOME", ".local/state") / "nanoclaw"
 
 
+def files() -> Path:
+    """Where the files of messages are, see filestore.py."""
+    return state() / "files"
+
+
 def agent_state(agent: AgentName) -> Path:
     return state() / "agents" / agent
 

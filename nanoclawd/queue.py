@@ -6,6 +6,7 @@ the deliveries that these steps cause is in outbox.py.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +25,9 @@ class DeliveryKind(StrEnum):
     REPLY = "reply"
     MESSAGE = "message"
     NOTICE = "notice"
+    EDIT = "edit"  #: these three have a target
+    REACTION = "reaction"
+    REDACTION = "redaction"
 
 
 class Treatment(StrEnum):
@@ -47,6 +51,7 @@ def treatment(code: str, *, retryable: bool, shared: bool) -> Treatment:
     return Treatment.SPLIT if shared and code not in _LASTING else Treatment.BURY
 
 
+_EVENT_KEY = ("channel", "chat", "thread", "event", "revision")
 #: channel, chat, thread
 Place = tuple[str, str, str]
 
@@ -81,7 +86,7 @@ class Event:
 
     @property
     def key(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("channel", "chat", "thread", "event", "revision")}
+        return {name: getattr(self, name) for name in _EVENT_KEY}
 
     @property
     def place(self) -> Place:
@@ -100,6 +105,13 @@ class Message:
     received_at: int  #: ms
     context: str  #: what was said before it, as JSON, or ""
     command: str  #: "compact": the agent is to do that; "": it is a message
+    hops: int = 0  #: agents that it has come through since a person said something
+    files: Sequence[Row] = ()  #: that came with it
+
+    @property
+    def is_event(self) -> bool:
+        """Whether the platform knows it: not what the router or another agent says."""
+        return bool(self.sender) and not self.hops
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,7 +122,7 @@ class Turn:
     first: TurnId  #: of the first attempt: all attempts that are shared have the same
     attempt: int  #: tries of its first message that count, this one included
     messages: list[Message]  #: oldest first; grows by those that join
-    already_sent: Sequence[tuple[str, str]] = ()  #: key, text
+    already_sent: Sequence[tuple[str, str]] = ()  #: key of the delivery, text
     stopping: bool = False  #: the person has said stop
 
     @property
@@ -124,8 +136,18 @@ class Turn:
         return self.messages[0].place
 
     @property
+    def hops(self) -> int:
+        """How many agents it has come through since a person said something."""
+        return max(message.hops for message in self.messages)
+
+    def full_key(self, key: str) -> str:
+        """Return the key of a delivery that the runner calls `key`: the same in each attempt."""
+        known = [sent for sent, _ in self.already_sent if sent.partition("/")[2] == key]
+        return known[0] if known else f"{self.message}/{key}"
+
+    @property
     def events(self) -> list[str]:
-        return [message.event for message in self.messages if message.sender]
+        return [message.event for message in self.messages if message.is_event]
 
     def behind(self, last: str) -> list[Message]:
         """Return the messages behind the one with that id. Raises Refused."""
@@ -144,7 +166,7 @@ class Failure:
 
     @property
     def events(self) -> list[str]:
-        return [row["event"] for row in self.messages if row["sender"]]
+        return [row["event"] for row in self.messages if is_event(row)]
 
     @property
     def place(self) -> Place:
@@ -153,6 +175,11 @@ class Failure:
 
 def place_of(row: Row) -> Place:
     return row["channel"], row["chat"], row["thread"]
+
+
+def is_event(row: Row) -> bool:
+    """Whether the platform knows a message, as Message.is_event says."""
+    return bool(row["sender"]) and not row["hops"]
 
 
 def session_row(row: Row) -> SessionRow:
@@ -177,13 +204,14 @@ def enqueue(
     *,
     conversation: Place | None = None,
     context: str = "",
+    hops: int = 0,
     command: str = "",
 ) -> tuple[MessageId, SessionRow | None]:
     """Store a message for an agent and return its id and session; the session is None if it was stored
     before.
 
-    `conversation` is what the session is about, by default chat and thread. Raises Refused if too many wait
-    already.
+    `conversation` is what the session is about, by default chat and thread; `hops` counts the agents that it
+    has come through. Raises Refused if too many wait already.
     """
     if (known := tx.one("find_delivered", agent=agent, **event.key)) is not None:
         return MessageId(known["id"]), None
@@ -194,8 +222,7 @@ def enqueue(
         row = tx.one("add_session", prefix=prefix or "all", now=now_ms(), agent=agent, **about)
     assert row is not None
     session = session_row(row)
-    if row["closed_at"] is not None:
-        tx.all("open_session", session=session.id)
+    tx.all("use_session", session=session.id, now=now_ms())
     if event.revision:
         for old in tx.all("supersede", session=session.id, now=now_ms(), **event.key):
             _tell(tx, "message-superseded", session, old["id"], None)
@@ -207,6 +234,7 @@ def enqueue(
         "body": event.text,
         "context": context,
         "command": command,
+        "hops": hops,
     }
     tx.all("enqueue", id=message, now=now_ms(), **stored, **event.key)
     size = len(event.text.encode())
@@ -284,7 +312,7 @@ def _join(tx: Transaction, session: SessionRow, turn: Turn, first_turn: str | No
         if row["command"] or turn.messages[0].command:  # it has a turn of its own
             break
         tx.all("join_turn", seq=row["seq"], turn=turn.id, expires=_lease_end())
-        joining.append(_message(row))
+        joining.append(_message(tx, row))
     return joining
 
 
@@ -304,16 +332,13 @@ def _turn(tx: Transaction, rows: Sequence[Row]) -> Turn:
         id=TurnId(head["turn"]),
         first=TurnId(head["first_turn"]),
         attempt=attempt,
-        messages=[_message(row) for row in rows],
-        # The id of a message was put before the runner's key, see send_message().
-        already_sent=[
-            (row["key"].partition("/")[2], row["body"][: limits.ALREADY_SENT_CHARACTERS]) for row in sent
-        ],
+        messages=[_message(tx, row) for row in rows],
+        already_sent=[(row["key"], row["body"][: limits.ALREADY_SENT_CHARACTERS]) for row in sent],
         stopping=any(row["stopping"] for row in rows),
     )
 
 
-def _message(row: Row) -> Message:
+def _message(tx: Transaction, row: Row) -> Message:
     return Message(
         id=MessageId(row["id"]),
         place=place_of(row),
@@ -323,6 +348,8 @@ def _message(row: Row) -> Message:
         received_at=row["received_at"],
         context=row["context"],
         command=row["command"],
+        hops=row["hops"],
+        files=tx.all("files_of_event", **{name: row[name] for name in _EVENT_KEY}),
     )
 
 
@@ -335,20 +362,65 @@ def renew_lease(tx: Transaction, session: SessionRow, turn: TurnId) -> bool:
     return bool(tx.all("renew_lease", session=session.id, turn=turn, expires=_lease_end()))
 
 
-def send_message(tx: Transaction, session: SessionRow, turn: Turn, key: str, text: str) -> None:
-    """Publish what the agent sends in mid-turn; the same key again, by a later attempt too, changes nothing.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saying:
+    """What an agent sends in mid-turn."""
+
+    kind: DeliveryKind = DeliveryKind.MESSAGE
+    text: str
+    place: Place | None = None  #: None: where its turn is
+    target_key: str | None = None  #: the delivery that it is about
+    target_event: str | None = None  #: the event that it is about
+    choices: Sequence[str] = ()
+
+
+def send(tx: Transaction, session: SessionRow, turn: Turn, key: str, saying: Saying) -> None:
+    """Publish what the agent sends in mid-turn, as turn.full_key() names it; the same key again, by a later
+    attempt too, changes nothing.
 
     Raises Refused.
     """
-    if any(key == sent for sent, _ in turn.already_sent):
-        return
-    full_key = f"{turn.message}/{key}"
-    (count,) = tx.all("count_sends", message=turn.message, key=full_key)
+    (count,) = tx.all("count_sends", message=turn.message, key=key)
     if count["sends"] >= limits.SENDS_PER_TURN:
         raise Refused(f"more than {limits.SENDS_PER_TURN} messages in one turn")
     # Each message of a shared attempt must find it, also when it is tried alone.
     about = turn.first if len(turn.messages) > 1 else turn.id
-    _publish(tx, session, turn.messages[-1], full_key, DeliveryKind.MESSAGE, text, about)
+    message = turn.messages[-1]
+    say(tx, session.agent, message.id, key, saying, place=saying.place or turn.place, turn=about, to=message)
+
+
+def say(
+    tx: Transaction,
+    agent: AgentName,
+    message: str | None,
+    key: str,
+    saying: Saying,
+    *,
+    place: Place,
+    turn: str | None = None,
+    to: Message | None = None,
+) -> None:
+    """Publish what an agent says in `place`, because of `message`; it answers `to`, if said there."""
+    answered = to.event if to is not None and to.place == place and to.is_event else None
+    channel, chat, thread = place
+    tx.all(
+        "publish_more",
+        key=key,
+        message=message,
+        turn=turn,
+        agent=agent,
+        channel=channel,
+        chat=chat,
+        thread=thread,
+        kind=saying.kind,
+        body=saying.text,
+        in_reply_to=answered if saying.target_event is None else saying.target_event,
+        now=now_ms(),
+        target_key=saying.target_key,
+        target_event=saying.target_event,
+        choices=json.dumps(saying.choices) if saying.choices else "",
+    )
+    tx.places.append(place)
 
 
 def finish_turn(
@@ -494,7 +566,7 @@ def _bury(
     for row in told:
         subject = "Your message" if len(rows) == 1 or turn is None else f"Your last {len(rows)} messages"
         text = f"{subject} could not be answered: {one_line(reason)}"
-        _notify(tx, session, _message(row), turn, text, life=row["revived"])
+        _notify(tx, session, _message(tx, row), turn, text, life=row["revived"])
 
 
 def one_line(reason: str) -> str:
@@ -519,7 +591,7 @@ def _end(tx: Transaction, session: SessionRow, query: str, **where: str) -> list
     end = {"state": MessageState.STOPPED, "now": now_ms(), "reason": "stopped by the person"}
     stopped = tx.all(query, session=session.id, **end, **where)
     for row in stopped:
-        _notify(tx, session, _message(row), None, "Stopped.", life=row["revived"])
+        _notify(tx, session, _message(tx, row), None, "Stopped.", life=row["revived"])
         _tell(tx, "message-stopped", session, row["id"], None)
     return [row["event"] for row in stopped]
 
@@ -602,7 +674,7 @@ def _publish(
         thread=thread,
         kind=kind,
         body=text,
-        in_reply_to=message.event if message.sender else None,
+        in_reply_to=message.event if message.is_event else None,
         now=now_ms(),
     )
     tx.places.append(message.place)

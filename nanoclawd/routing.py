@@ -162,6 +162,20 @@ def _route(tx: Transaction, chat: Row, arrival: Arrival, again: Taken | None = N
     return taken
 
 
+def may_talk(tx: Transaction, channel: str, chat: str, user: str, agent: str) -> bool:
+    """Say whether an account may talk to an agent in a chat at this moment."""
+    place = tx.one("find_chat", channel=channel, chat=chat)
+    if place is None or place["state"] != ChatState.OPEN:
+        return False
+    standings = people.standings_of(tx, channel, user)
+    return any(
+        row["agent"] == agent
+        and decide_access(standings, agent, place["id"], Access(row["access"]))
+        in (Verdict.KNOWN, Verdict.STRANGER)
+        for row in tx.all("list_wirings", chat=place["id"])
+    )
+
+
 def _wiring(row: Row) -> Wiring:
     return Wiring(
         **{name: row[name] for name in ("id", "chat", "agent", "pattern", "sticky_seconds", "sticky_until")},
@@ -281,7 +295,12 @@ def reconsider(tx: Transaction) -> list[SessionRow]:
         taken = Taken()
         if place["state"] == ChatState.OPEN:
             try:
-                _route(tx, place, _arrival(place, held), taken)
+                arrival = _arrival(place, held)
+                _route(tx, place, arrival, taken)
+                if taken.sessions:
+                    channel, chat, thread = arrival.event.place
+                    said = {"channel": channel, "chat": chat, "thread": thread, "event": held["event"]}
+                    tx.all("give_files", agent=taken.sessions[0].agent, **said)
             except Refused:  # an agent has too much to do: this waits on
                 full.add(place["id"])
                 taken.outcome = Outcome.HELD
@@ -346,7 +365,10 @@ def take_back(tx: Transaction, channel: str, chat: str, thread: str, event: str)
             tx.all(query, chat=row["id"], thread=thread, event=event)
         questions.end_answered(tx)
     place = {"channel": channel, "chat": chat, "thread": thread}
-    return bool(tx.all("take_back_message", event=event, now=now_ms(), **place))
+    unseen = bool(tx.all("take_back_message", event=event, now=now_ms(), **place))
+    if unseen:
+        tx.all("take_back_files", event=event, **place)
+    return unseen
 
 
 # --- agents that listen no more ---------------------------------------------------------------------
@@ -375,3 +397,4 @@ def forget_agent(tx: Transaction, agent: str) -> None:
     """Take an agent that is removed out of all chats and roles: another one of its name inherits nothing."""
     remove_wirings(tx, agent=agent)
     tx.all("remove_roles_at", agent=agent)
+    tx.all("remove_destinations", agent=agent, name=None)

@@ -7,6 +7,7 @@ who calls too fast waits.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from nanoclawd import journal, limits, paths, wire
+from nanoclawd.apart import Apart
 from nanoclawd.errors import NanoclawError
 from nanoclawd.idl import Interface, read_interface
 from nanoclawd.rates import Rate
@@ -38,6 +40,8 @@ class Call:
     more: bool
     connection: Connection
     caller: Caller
+    apart: Apart  #: where to do what may hang: with descriptors of the caller's
+    fd: int | None = None  #: goes with the reply, which closes it
 
     async def send(self, parameters: Json) -> None:
         """Send one reply of several; the handler's return value is the last. Only if `more`."""
@@ -149,7 +153,7 @@ class Server:
     identity: whom all connections stand for; may have a `unit`, for the journal. connections: open at once.
     calls: how fast all of them together may call; whoever is faster waits, and what it sends stays with the
     kernel. on_offence: told in a few words of each call that breaks the contract. on_close: told when a
-    connection has ended. max_fds: see Connection.
+    connection has ended. max_fds: see Connection. trusted: nobody sends descriptors that hang.
     """
 
     def __init__(
@@ -163,6 +167,7 @@ class Server:
         on_offence: Callable[[str], None] = lambda what: None,
         on_close: Callable[[], None] = lambda: None,
         max_fds: int = 0,
+        trusted: bool = True,
     ) -> None:
         self.service = service
         self.listener = listener
@@ -173,6 +178,8 @@ class Server:
         self._on_offence = on_offence
         self._on_close = on_close
         self._max_fds = max_fds
+        self._trusted = trusted
+        self._apart = Apart()
         self._unit = getattr(identity, "unit", None)
         self._slowed = False
         self._running: asyncio.Task[None] | None = None
@@ -195,7 +202,7 @@ class Server:
             self._running.cancel()
 
     async def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(sock, max_fds=self._max_fds)
+        connection = Connection(sock, max_fds=self._max_fds, apart=None if self._trusted else self._apart)
         caller = Caller(identity=self.identity)
         try:
             await self._answer_all(connection, caller)
@@ -207,13 +214,21 @@ class Server:
             self._charge(connection)
             for forget in caller.on_close:
                 forget()
-            connection.close()
+            connection.close(self._release)
 
-    def _forget(self, sock: socket.socket, _: asyncio.Task[None]) -> None:
-        sock.close()
+    def _forget(self, sock: socket.socket, serving: asyncio.Task[None]) -> None:
+        if sock.fileno() >= 0:  # it was cancelled before its first step
+            if self._trusted:
+                sock.close()
+                self._release()
+            else:
+                self._apart.close(sock.detach(), then=self._release)
         self.active -= 1
-        self.slots.release()
         self._on_close()
+
+    def _release(self) -> None:
+        # Not before it is closed: else whoever has us hang there could open ever more.
+        self.slots.release()
 
     async def _answer_all(self, connection: Connection, caller: Caller) -> None:
         while True:
@@ -224,7 +239,7 @@ class Server:
                 message = await connection.read()
                 if message is None:
                     return
-                call, oneway = _parse_call(message, connection, caller)
+                call, oneway = _parse_call(message, connection, caller, self._apart)
             except wire.WireError as exc:
                 # Nothing after it can be trusted to be what it seems: say why, then hang up.
                 journal.warning("malformed-call", f"{exc}, hanging up", unit=self._unit)
@@ -241,8 +256,12 @@ class Server:
                 reply = {"error": exc.name, "parameters": exc.parameters}
                 if not isinstance(exc.__cause__, NanoclawError):  # else we only declined
                     self._on_offence(str(exc))
-            if not oneway:
-                await _write(connection, reply)
+            try:
+                if not oneway:
+                    await _write(connection, reply, call.fd)
+            finally:
+                if call.fd is not None:
+                    os.close(call.fd)
 
     def _charge(self, connection: Connection) -> float:
         """Count a call and what it moved; return how long its sender waits for the next, in seconds."""
@@ -273,15 +292,15 @@ class Server:
             await asyncio.gather(answering, gone, return_exceptions=True)
 
 
-async def _write(connection: Connection, message: Json) -> None:
+async def _write(connection: Connection, message: Json, fd: int | None = None) -> None:
     """Send, and let nothing but _Gone tell that it failed: an OSError of a handler is another matter."""
     try:
-        await connection.write(message)
+        await connection.write(message, fd)
     except OSError as exc:  # TimeoutError is one
         raise _Gone from exc
 
 
-def _parse_call(message: Json, connection: Connection, caller: Caller) -> tuple[Call, bool]:
+def _parse_call(message: Json, connection: Connection, caller: Caller, apart: Apart) -> tuple[Call, bool]:
     method = message.get("method")
     parameters = message.get("parameters")
     if not isinstance(method, str):
@@ -294,4 +313,4 @@ def _parse_call(message: Json, connection: Connection, caller: Caller) -> tuple[
     if not all(isinstance(flag, bool) for flag in flags):
         raise wire.WireError("more", "must be true or false")
     more, oneway = flags
-    return Call(method, parameters, more and not oneway, connection, caller), oneway
+    return Call(method, parameters, more and not oneway, connection, caller, apart), oneway

@@ -185,6 +185,15 @@ def describe_messages(messages: Iterable[Message]) -> list[Json]:
             "text": message.text,
             "context": json.loads(message.context or "[]"),
             "command": message.command or None,
+            "files": [
+                {
+                    "id": file["id"],
+                    "name": file["name"],
+                    "mediaType": file["media_type"],
+                    "bytes": file["bytes"],
+                }
+                for file in message.files
+            ],
         }
         for message in messages
     ]
@@ -197,7 +206,8 @@ def describe_turn(turn: Turn) -> Json:
             "id": turn.id,
             "attempt": turn.attempt,
             "messages": describe_messages(turn.messages),
-            "alreadySent": [{"key": key, "text": text} for key, text in turn.already_sent],
+            # The id of a message was put before the runner's key, see Turn.full_key().
+            "alreadySent": [{"key": key.partition("/")[2], "text": text} for key, text in turn.already_sent],
         },
         "stop": None,
     }

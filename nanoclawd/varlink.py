@@ -11,9 +11,11 @@ import array
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from nanoclawd import limits, wire
+from nanoclawd.apart import Apart
 from nanoclawd.errors import Unavailable
 from nanoclawd.sockets import readable
 from nanoclawd.wire import Json, unpack
@@ -22,15 +24,17 @@ from nanoclawd.wire import Json, unpack
 class Connection:
     """A stream socket with NUL-terminated JSON objects; owns the socket and received descriptors.
 
-    max_fds: how many descriptors it takes and holds at a time; of somebody untrusted, none.
+    max_fds: how many descriptors it takes and holds at a time. apart: where those of somebody untrusted are
+    received and closed.
     """
 
-    def __init__(self, sock: socket.socket, *, max_fds: int = 0) -> None:
+    def __init__(self, sock: socket.socket, *, max_fds: int = 0, apart: Apart | None = None) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.fds: list[int] = []  #: received and not yet taken; take_fd() or close() ends each
         self.traffic = 0  #: bytes that were read and written, for whoever counts them
         self._max_fds = max_fds
+        self._apart = apart
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._scanned = 0
@@ -50,10 +54,8 @@ class Connection:
                 raise wire.WireError("size", f"a message is longer than {limits.MESSAGE_BYTES} bytes")
             if end >= 0:
                 break
-            data = await self._receive()
-            if not data:
+            if not await self._receive():
                 return None
-            self._buffer += data
         message = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         self._scanned = 0
@@ -73,42 +75,62 @@ class Connection:
     async def wait_gone(self) -> None:
         """Return when the other side has hung up. What it sends meanwhile is kept, within the limit."""
         while len(self._buffer) <= limits.MESSAGE_BYTES:
-            data = await self._receive()
-            if not data:
+            if not await self._receive():
                 return
-            self._buffer += data
+
+    def take_fds(self) -> list[int]:
+        """Return all received descriptors, which the caller now owns."""
+        fds, self.fds = self.fds, []
+        return fds
 
     def take_fd(self) -> int | None:
         """Return a received descriptor, which the caller now owns, or None."""
         return self.fds.pop(0) if self.fds else None
 
-    def close(self) -> None:
-        """Close the socket and what was received and not taken. Harmless if repeated."""
-        for fd in self.fds:
-            os.close(fd)
-        self.fds.clear()
-        self.sock.close()
+    def close(self, then: Callable[[], None] = lambda: None) -> None:
+        """Close the socket and what was received and not taken; `then` is called when that is done.
 
-    async def _receive(self) -> bytes:
+        Harmless if repeated.
+        """
+        fds, self.fds = self.fds, []
+        if self._apart is not None and self.sock.fileno() >= 0:
+            # The last one: what waits unread in it goes with it.
+            self._apart.close(*fds, self.sock.detach(), then=then)
+            return
+        for fd in fds:
+            os.close(fd)
+        self.sock.close()
+        then()
+
+    async def _receive(self) -> bool:
+        """Add what has come to the buffer, once there is something; False at the end of the stream."""
         while True:
             try:
-                data, ancillary, flags, _ = self.sock.recvmsg(
-                    65536,
-                    socket.CMSG_LEN(self._max_fds * array.array("i").itemsize) if self._max_fds else 0,
-                    socket.MSG_CMSG_CLOEXEC,
-                )
+                return self._recv() if self._apart is None else await self._recv_apart(self._apart)
             except (BlockingIOError, InterruptedError):
                 await readable(self.sock)
-                continue
             except OSError:
-                return b""
-            for level, kind, payload in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    self._keep(array.array("i", payload[: len(payload) // 4 * 4]))
-            if flags & socket.MSG_CTRUNC:  # the kernel has closed those for which there was no room
-                raise wire.WireError("descriptor", f"more than {self._max_fds} came")
-            self.traffic += len(data)
-            return data
+                return False
+
+    async def _recv_apart(self, apart: Apart) -> bool:
+        await readable(self.sock)
+        # Should we be cancelled, what has come is in the buffer all the same.
+        return await apart.run(self._recv)
+
+    def _recv(self) -> bool:
+        data, ancillary, flags, _ = self.sock.recvmsg(
+            65536,
+            socket.CMSG_LEN(self._max_fds * array.array("i").itemsize) if self._max_fds else 0,
+            socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT,
+        )
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._keep(array.array("i", payload[: len(payload) // 4 * 4]))
+        if flags & socket.MSG_CTRUNC:  # the kernel has closed those for which there was no room
+            raise wire.WireError("descriptor", f"more than {self._max_fds} came")
+        self.traffic += len(data)
+        self._buffer += data
+        return bool(data)
 
     def _keep(self, received: array.array[int]) -> None:
         for fd in received:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ _READ_BYTES = 64 * 1024
 _FIRST_WAIT_S = 0.02
 _LONGEST_WAIT_S = 5.0
 _ONEWAY_WAIT_S = 0.05
+_STOPPING_S = 0.25  # how late it may be noticed that a turn is to stop
 
 
 class HostAway(Exception):
@@ -34,6 +36,9 @@ class HostError(Exception):
     def __init__(self, name: str, parameters: object) -> None:
         super().__init__(f"{name} {parameters}" if parameters else name)
         self.name = name.removeprefix(_INTERFACE)  #: e.g. "NoSuchTurn"
+        said = parameters if isinstance(parameters, dict) else {}
+        #: What is to be done about it, too, in a line; "" if the router does not say.
+        self.text = ": ".join(str(said[key]) for key in ("message", "hint") if said.get(key))
 
 
 class MessageTooLong(ValueError):
@@ -140,6 +145,27 @@ class Host:
         """Call once. Raises HostAway, HostError, MessageTooLong."""
         with self._lock:
             return self._say(method, parameters)
+
+    def call_apart(
+        self, method: str, parameters: dict[str, Any], stopping: threading.Event
+    ) -> dict[str, Any] | None:
+        """Call on a connection of its own, and wait as long as that takes: others are not held up.
+
+        Returns None as soon as `stopping` is set. Raises HostError, MessageTooLong.
+        """
+        waits = backoff()
+        while not stopping.is_set():
+            try:
+                with contextlib.closing(Connection(self._path)) as connection:
+                    connection.send(method, parameters)
+                    while (reply := connection.take()) is None and not stopping.is_set():
+                        if select.select([connection], [], [], _STOPPING_S)[0]:
+                            connection.read()
+                    return reply
+            except HostAway as exc:
+                journal.debug("host-away", method=method, reason=exc)
+                next(waits)
+        return None
 
     def tell(self, method: str, parameters: dict[str, Any]) -> None:
         """Say something that may be lost: without a reply, and not at all while the router is away.

@@ -33,9 +33,17 @@ class Said(TypedDict):
     text: str
 
 
+class File(TypedDict):
+    id: str
+    name: str
+    mediaType: str
+    bytes: int
+
+
 class Message(Said):
     id: str
     context: list[Said]
+    files: list[File]
     command: str | None  #: "compact": sum up the conversation; alone in its turn
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from . import journal
 from .host import Host, HostAway, HostError, MessageTooLong
@@ -17,6 +17,17 @@ _FLUSH_S = 0.1  # text deltas are put together for so long: a fast model must no
 _FLUSH_CHARS = 2048
 MAX_REPLY_BYTES = 160_000  # JSON makes at most six of one (a control character): below the wire's limit
 _STOP_GRACE_S = 5.0
+
+
+class Outcome(TypedDict):
+    """What became of something that a tool asked for, see io.nanoclaw.Agent."""
+
+    state: str
+    delivery: str
+    message: str
+
+
+_DONE: Outcome = {"state": "done", "delivery": "", "message": ""}
 
 
 class Chat:
@@ -47,14 +58,20 @@ class Chat:
             self._flushed_at = time.monotonic()
             self._report("text", text)
 
-    def send(self, key: str, text: str) -> None:
-        """Send a message to the chat now; return when the router has it. Raises Stopped, ValueError."""
-        self._ask("SendMessage", key=key, text=clean(text))
+    def send(self, key: str, text: str, destination: str | None = None) -> Outcome:
+        """Send a message now; return when the router has it. Raises Stopped, ValueError."""
+        elsewhere = {} if destination is None else {"destination": destination}
+        return self.act("SendMessage", key=key, text=clean(text), **elsewhere)
+
+    def act(self, method: str, **parameters: object) -> Outcome:
+        """Call a method of io.nanoclaw.Agent that has an Outcome. Raises Stopped, ValueError."""
+        # A router that is older than we are says nothing.
+        return cast("Outcome", self.request(method, **parameters).get("outcome", _DONE))
 
     def take_messages(self) -> list[Message]:
         """Let what has arrived since the turn began join it, and return it. Raises Stopped."""
         try:
-            messages = cast("list[Message]", self._ask("TakeMessages", last=self.last)["messages"])
+            messages = cast("list[Message]", self.request("TakeMessages", last=self.last)["messages"])
         except ValueError as exc:  # e.g. a router that is older than we are; they come with the next turn
             journal.debug("nothing-joins", turn=self._turn, reason=exc)
             return []
@@ -68,14 +85,28 @@ class Chat:
         except HostError as exc:
             raise ValueError(f"the router does not say: {exc.name}") from exc
 
-    def _ask(self, method: str, **parameters: str) -> dict[str, Any]:
+    def request(self, method: str, **parameters: object) -> dict[str, Any]:
+        """Call any method that is about a turn. Raises Stopped, ValueError."""
         try:
             return self._host.call(method, {"turn": self._turn, **parameters})
         except HostError as exc:
-            if exc.name != "NoSuchTurn":
-                raise ValueError(f"the router refused: {exc.name}") from exc
-            self.end(abandoned=True)
-            raise Stopped from exc
+            raise self._refusal(exc) from exc
+
+    def request_apart(self, method: str, **parameters: object) -> dict[str, Any]:
+        """The same for one that waits: until it is answered, or the turn is to stop."""
+        try:
+            reply = self._host.call_apart(method, {"turn": self._turn, **parameters}, self.stopping)
+        except HostError as exc:
+            raise self._refusal(exc) from exc
+        if reply is None:
+            raise Stopped
+        return reply
+
+    def _refusal(self, exc: HostError) -> Exception:
+        if exc.name != "NoSuchTurn":
+            return ValueError(exc.text or f"the router refused: {exc.name}")
+        self.end(abandoned=True)
+        return Stopped()
 
     def end(self, *, abandoned: bool = False) -> None:
         self.abandoned |= abandoned

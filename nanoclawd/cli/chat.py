@@ -121,6 +121,8 @@ class _Chat:
             for item in self.conversation.follow(event):
                 if not isinstance(item, KeyboardInterrupt):
                     self._show(item, status=not stopping)
+                    if isinstance(item, Delivery) and item.asks:
+                        return  # what is typed now is the answer, and what follows belongs to that
                 elif stopping:
                     return self._say("It goes on; the reply will be shown when it comes.")
                 else:

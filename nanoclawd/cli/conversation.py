@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import mimetypes
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ class Delivery:
     kind: str  #: reply, message or notice
     text: str
     events: Sequence[str]  #: what it answers
+    asks: bool = False  #: the agent waits for an answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +85,30 @@ def check_text(text: str) -> str:
         hint = "put it into a file in the agent's workspace and tell the agent where"
         raise Refused(f"the message is longer than {limits.TEXT_BYTES >> 10} KiB", hint=hint)
     return text
+
+
+class Attachment:
+    """A file that goes with a message. Use as a context manager."""
+
+    def __init__(self, path: str) -> None:
+        """Raises Refused."""
+        try:
+            self._file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+        except OSError as exc:
+            raise Refused(f"'{path}' cannot be read: {exc.strerror}") from None
+        self.fd = self._file.fileno()
+        state = os.fstat(self.fd)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > limits.FILE_BYTES:
+            self._file.close()
+            raise Refused(f"'{path}' is not a file of at most {limits.FILE_BYTES >> 20} MiB")
+        kind = mimetypes.guess_type(path)[0] or ""
+        self.shown: Json = {"name": os.path.basename(path), "mediaType": kind, "bytes": state.st_size}
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 class Lines:
@@ -135,15 +162,23 @@ class Conversation:
             Thread(target=_receive, args=(parameters, put, *_attach(parameters)), daemon=True).start()
         self._client = _connect(CALL_S)
 
-    def deliver(self, text: str, event: str) -> str:
+    def deliver(self, text: str, event: str, files: Sequence[Attachment] = ()) -> str:
         """Hand over a message and return its id. The same `event` again is stored once.
 
         Tries again on a broken connection. Raises NanoclawError.
         """
-        message = {"event": event, "revision": 0, "sender": user_name(), "text": text, "agent": self._agent}
+        message: Json = {
+            "event": event,
+            "revision": 0,
+            "sender": user_name(),
+            "text": text,
+            "agent": self._agent,
+        }
+        message["files"] = [file.shown for file in files]
+        fds = [file.fd for file in files]
         while True:
             try:
-                return str(self._call("Deliver", {**self._chat, "thread": "", **message})["message"])
+                return str(self._call("Deliver", {**self._chat, "thread": "", **message}, fds)["message"])
             except Unavailable as error:
                 if isinstance(error.__cause__, VarlinkError) or time.monotonic() + RECONNECT_S > self.until:
                     raise
@@ -192,11 +227,11 @@ class Conversation:
         """Stop what the agent does for this chat; False if there was nothing. Raises NanoclawError."""
         return bool(self._call("StopTurn", {**self._chat, "thread": ""})["stopped"])
 
-    def _call(self, method: str, parameters: Json) -> Json:
+    def _call(self, method: str, parameters: Json, fds: Sequence[int] = ()) -> Json:
         client, self._client = self._client or _connect(CALL_S), None
         try:
             with control.translated():
-                reply = client.call(f"{INTERFACE}.{method}", parameters)
+                reply = client.call(f"{INTERFACE}.{method}", parameters, fds)
         except BaseException:
             client.close()  # an interrupt too leaves an answer behind that nobody may take for the next one
             raise
@@ -247,7 +282,7 @@ def parse_item(reply: Json) -> Item:
     """Return what one reply of Attach() holds; None if it has neither field."""
     if found := reply.get("delivery"):
         words = {key: str(found[key]) for key in ("key", "agent", "kind", "text")}
-        return Delivery(**words, events=found["events"])
+        return Delivery(**words, events=found["events"], asks=bool(found.get("choices")))
     if found := reply.get("activity"):
         return Activity(kind=str(found["kind"]), text=str(found["text"]), events=found["events"])
     return None

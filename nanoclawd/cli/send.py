@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import time
@@ -11,7 +12,7 @@ from math import inf
 
 from nanoclawd import limits
 from nanoclawd.cli import output
-from nanoclawd.cli.conversation import Activity, Conversation, Delivery, check_text
+from nanoclawd.cli.conversation import Activity, Attachment, Conversation, Delivery, check_text
 from nanoclawd.cli.parser import UsageError
 from nanoclawd.cli.screen import Screen
 from nanoclawd.errors import Failed, NanoclawError, Refused
@@ -21,7 +22,13 @@ STORE_S = 30.0  #: without --wait: for the message to be stored
 
 def send(options: Namespace) -> int:
     """Send; with --wait print the reply too, and return 1 if it is a notice about a failure."""
-    message = check_text(_read_text(options.TEXT))
+    with contextlib.ExitStack() as files:
+        attached = [files.enter_context(Attachment(path)) for path in options.file or ()]
+        message = "" if attached and options.TEXT is None else check_text(_read_text(options.TEXT))
+        return _send(options, message, attached)
+
+
+def _send(options: Namespace, message: str, files: list[Attachment]) -> int:
     event = str(uuid.uuid4())
     screen = Screen(sys.stderr, preview=False)
     conversation = Conversation(options.AGENT, options.chat, screen)
@@ -29,7 +36,7 @@ def send(options: Namespace) -> int:
     conversation.connect(event, conversation.inbox.put if options.wait else None)
     replies: list[Delivery] = []
     try:
-        stored = conversation.deliver(message, event)
+        stored = conversation.deliver(message, event, files)
         if options.wait:
             replies = _wait(conversation, event, screen, quiet=options.json)
     except TimeoutError:

@@ -6,6 +6,11 @@ SELECT id FROM inbox
  WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND revision = :revision
  ORDER BY seq LIMIT 1;
 
+-- find_said --
+-- The newest wording of what somebody said.
+SELECT body FROM inbox WHERE channel = :channel AND chat = :chat AND thread = :thread AND event = :event
+ ORDER BY revision DESC LIMIT 1;
+
 -- find_delivered --
 -- The same for an agent.
 SELECT inbox.id, session FROM inbox JOIN session ON session.id = session
@@ -17,8 +22,8 @@ SELECT * FROM session WHERE agent = :agent AND channel = :channel AND chat = :ch
 
 -- add_session --
 -- Sessions are named after their channel, and numbered.
-INSERT INTO session (agent, name, channel, chat, thread, created_at)
-SELECT :agent, :prefix || '_' || (1 + coalesce(max(id), 0)), :channel, :chat, :thread, :now FROM session
+INSERT INTO session (agent, name, channel, chat, thread, created_at, used_at)
+SELECT :agent, :prefix || '_' || (1 + coalesce(max(id), 0)), :channel, :chat, :thread, :now, :now FROM session
 RETURNING *;
 
 -- list_sessions --
@@ -33,14 +38,25 @@ SELECT session.*, count(inbox.seq) FILTER (WHERE inbox.state = 'queued') AS queu
 SELECT count(*) FILTER (WHERE session = :session) AS in_session, count(*) AS total FROM inbox WHERE state = 'queued';
 
 -- enqueue --
-INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at, context, command)
-VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now, :context, :command);
+INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at, context, command,
+                   hops)
+VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :body, :now, :context, :command, :hops);
 
 -- close_session --
 UPDATE session SET closed_at = :now WHERE id = :id;
 
--- open_session --
-UPDATE session SET closed_at = NULL WHERE id = :session;
+-- use_session --
+-- A closed one is open again.
+UPDATE session SET closed_at = NULL, used_at = :now WHERE id = :session;
+
+-- unused_sessions --
+-- Open ones whose last message came before some time, and of which nothing waits.
+SELECT * FROM session WHERE closed_at IS NULL AND used_at < :before
+   AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = session.id AND state IN ('queued', 'leased')) LIMIT :limit;
+
+-- close_unused --
+UPDATE session SET closed_at = :now WHERE id = :id AND closed_at IS NULL AND used_at < :before
+   AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = session.id AND state IN ('queued', 'leased')) RETURNING id;
 
 -- supersede --
 -- What its sender has written anew before an agent had it.
@@ -156,14 +172,22 @@ INSERT INTO outbox (key, message, turn, agent, channel, chat, thread, kind, body
 VALUES (:key, :message, :turn, :agent, :channel, :chat, :thread, :kind, :body, :in_reply_to, :now)
 ON CONFLICT (key) DO NOTHING;
 
+-- publish_more --
+-- The same for what is not just text.
+INSERT INTO outbox (key, message, turn, agent, channel, chat, thread, kind, body, in_reply_to, created_at, target_key,
+                    target_event, choices)
+VALUES (:key, :message, :turn, :agent, :channel, :chat, :thread, :kind, :body, :in_reply_to, :now, :target_key,
+        :target_event, :choices)
+ON CONFLICT (key) DO NOTHING;
+
 -- already_sent --
 -- What earlier attempts at a message sent in mid-turn, the first of them perhaps together with other messages.
 SELECT key, body FROM outbox
- WHERE kind = 'message' AND (message = :message OR turn = :first_turn) ORDER BY seq;
+ WHERE kind NOT IN ('reply', 'notice') AND (message = :message OR turn = :first_turn) ORDER BY seq;
 
 -- messages_of_turn --
 -- That of a mid-turn message is the first attempt's, if it was shared.
-SELECT id, event, sender FROM inbox WHERE turn = :turn OR first_turn = :turn;
+SELECT id, event, sender, hops, channel, chat, thread FROM inbox WHERE turn = :turn OR first_turn = :turn;
 
 -- count_sends --
 -- Besides this one, which may be there already.
@@ -220,6 +244,31 @@ UPDATE outbox SET state = :state, ended_at = :now, receipt = :receipt, reason = 
 
 -- find_delivery --
 SELECT * FROM outbox WHERE channel = :channel AND key = :key;
+
+-- find_published --
+SELECT * FROM outbox WHERE key = :key;
+
+-- get_message --
+SELECT * FROM inbox WHERE id = :id;
+
+-- add_receipt --
+-- The platform's id of one part. ReportSent() tells of the last one again.
+INSERT INTO receipt (key, part, channel, receipt)
+SELECT :key, coalesce(:part, (SELECT 1 + coalesce(max(part), 0) FROM receipt WHERE key = :key)), :channel, :receipt
+ WHERE NOT EXISTS (SELECT 1 FROM receipt WHERE key = :key AND receipt = :receipt)
+ON CONFLICT DO NOTHING;
+
+-- first_receipt --
+SELECT receipt FROM receipt WHERE key = :key ORDER BY part LIMIT 1;
+
+-- find_receipt --
+-- The delivery that a platform's id is about, the newest if ids repeat.
+SELECT outbox.* FROM receipt JOIN outbox USING (key)
+ WHERE receipt.channel = :channel AND receipt.receipt = :receipt AND chat = :chat ORDER BY seq DESC LIMIT 1;
+
+-- capabilities --
+-- What the adapter of a channel has said that it can do.
+SELECT capabilities FROM channel WHERE name = :channel;
 
 -- next_retry --
 -- When the next delivery of a channel may be tried again.
@@ -310,7 +359,7 @@ SELECT id FROM inbox
  WHERE ended_at < :before AND (state != 'dead' OR dropped)
    AND NOT EXISTS (SELECT 1 FROM outbox WHERE message = inbox.id
                       AND (ended_at IS NULL OR ended_at >= :before OR (state = 'dead' AND NOT dropped)
-                           OR (kind = 'message' AND turn IN
+                           OR (kind NOT IN ('reply', 'notice') AND turn IN
                                (SELECT first_turn FROM inbox
                                  WHERE state IN ('queued', 'leased') OR (state = 'dead' AND NOT dropped)))))
  ORDER BY ended_at LIMIT :limit;
@@ -323,7 +372,7 @@ DELETE FROM outbox WHERE message = :message;
 DELETE FROM outbox WHERE seq IN
        (SELECT seq FROM outbox
          WHERE message IS NULL AND ended_at < :before AND (state != 'dead' OR dropped)
-           AND (kind != 'message' OR turn IS NULL OR turn NOT IN
+           AND (kind IN ('reply', 'notice') OR turn IS NULL OR turn NOT IN
                 (SELECT first_turn FROM inbox WHERE first_turn IS NOT NULL
                     AND (state IN ('queued', 'leased') OR (state = 'dead' AND NOT dropped))))
          ORDER BY ended_at LIMIT :limit)
@@ -701,6 +750,58 @@ VALUES (:name, :adapter, :capabilities, :accounts, :now)
 -- forget_channel --
 DELETE FROM channel WHERE name = :name;
 
+-- add_file --
+INSERT INTO file (id, agent, number, name, media_type, bytes, sha256, kept_until, key, channel, chat, thread, event,
+                  revision)
+VALUES (:id, :agent, :number, :name, :media_type, :bytes, :sha256, :kept_until, :key, :channel, :chat, :thread, :event,
+        :revision);
+
+-- files_of_event --
+-- An edit comes without the files that it leaves as they are.
+SELECT * FROM file
+ WHERE key IS NULL AND channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND revision =
+       (SELECT max(revision) FROM file
+         WHERE key IS NULL AND channel = :channel AND chat = :chat AND thread = :thread AND event = :event
+           AND revision <= :revision)
+ ORDER BY number;
+
+-- files_of_delivery --
+SELECT * FROM file WHERE key = :key ORDER BY number;
+
+-- find_file --
+SELECT * FROM file WHERE id = :id;
+
+-- file_ids --
+SELECT id FROM file;
+
+-- count_files --
+-- What there is of an agent, of messages that are held, and of all, in bytes.
+SELECT coalesce(sum(bytes) FILTER (WHERE agent = :agent), 0) AS of_agent,
+       coalesce(sum(bytes) FILTER (WHERE agent = ''), 0) AS held, coalesce(sum(bytes), 0) AS total FROM file;
+
+-- give_files --
+-- Of a message that was held: now it is known who gets it.
+UPDATE file SET agent = :agent
+ WHERE key IS NULL AND channel = :channel AND chat = :chat AND thread = :thread AND event = :event AND agent = '';
+
+-- take_back_files --
+DELETE FROM file WHERE key IS NULL AND channel = :channel AND chat = :chat AND thread = :thread AND event = :event;
+
+-- prune_files --
+-- What they came or went with is gone.
+DELETE FROM file
+ WHERE kept_until < :now
+   AND CASE WHEN key IS NOT NULL THEN NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.key = file.key)
+            ELSE NOT EXISTS (SELECT 1 FROM inbox
+                              WHERE inbox.channel = file.channel AND inbox.chat = file.chat
+                                AND inbox.thread = file.thread AND inbox.event = file.event
+                                AND inbox.revision >= file.revision)
+             AND NOT EXISTS (SELECT 1 FROM held JOIN chat ON chat.id = held.chat
+                              WHERE chat.channel = file.channel AND chat.chat = file.chat
+                                AND held.thread = file.thread AND held.event = file.event
+                                AND held.revision >= file.revision) END
+RETURNING id;
+
 -- find_action --
 -- What a call of an agent was made of.
 SELECT * FROM approval WHERE agent = :agent AND session = :session AND call = :call;
@@ -763,14 +864,51 @@ SELECT card.* FROM card JOIN approval ON approval.id = approval
  WHERE card.channel = :channel AND card.chat = :chat AND approval = :approval ORDER BY card.rowid DESC LIMIT 1;
 
 -- card_of_receipt --
-SELECT card.* FROM outbox JOIN card USING (key)
- WHERE outbox.channel = :channel AND outbox.chat = :chat AND receipt = :receipt;
+SELECT card.* FROM receipt JOIN card USING (key)
+ WHERE receipt.channel = :channel AND card.chat = :chat AND receipt.receipt = :receipt ORDER BY card.rowid DESC LIMIT 1;
 
 -- busy_places --
 -- Sessions of an agent with something to do in a chat, or in one thread of it, and in which.
 SELECT DISTINCT session.*, inbox.thread AS at FROM session JOIN inbox ON session = session.id
  WHERE agent = :agent AND inbox.channel = :channel AND inbox.chat = :chat AND (:thread = '' OR inbox.thread = :thread)
    AND state IN ('queued', 'leased');
+
+-- find_ask --
+SELECT * FROM ask WHERE key = :key;
+
+-- add_ask --
+INSERT INTO ask (key, message, expires_at) VALUES (:key, :message, :expires);
+
+-- open_asks --
+-- In one place, as long as somebody waits for the answer.
+SELECT ask.*, agent, choices FROM ask JOIN outbox USING (key) JOIN inbox ON inbox.id = ask.message
+ WHERE answer IS NULL AND expires_at > :now AND outbox.channel = :channel AND outbox.chat = :chat
+   AND outbox.thread = :thread AND inbox.state IN ('queued', 'leased')
+ ORDER BY outbox.seq;
+
+-- find_answer --
+-- What an event has answered already.
+SELECT ask.message FROM ask JOIN outbox USING (key)
+ WHERE ask.event = :event AND channel = :channel AND chat = :chat AND thread = :thread;
+
+-- answers_in_turn --
+-- Events that answered what was asked in a turn, which is known by its first attempt, too.
+SELECT ask.event FROM ask JOIN inbox ON inbox.id = ask.message
+ WHERE ask.event IS NOT NULL AND :turn IN (turn, first_turn);
+
+-- answer_ask --
+UPDATE ask SET answer = :answer, answered_by = :by, event = :event WHERE key = :key;
+
+-- list_destinations --
+SELECT destination.*, state, title FROM destination LEFT JOIN chat USING (channel, chat)
+ WHERE :agent IS NULL OR agent = :agent ORDER BY agent, name;
+
+-- set_destination --
+INSERT INTO destination (agent, name, channel, chat) VALUES (:agent, :name, :channel, :chat)
+ON CONFLICT (agent, name) DO UPDATE SET channel = :channel, chat = :chat;
+
+-- remove_destinations --
+DELETE FROM destination WHERE agent = :agent AND (:name IS NULL OR name = :name) RETURNING name;
 
 -- unlink_channel --
 DELETE FROM identity WHERE channel = :channel;

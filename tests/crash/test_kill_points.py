@@ -42,3 +42,14 @@ def test_adapter_that_dies_anywhere_loses_nothing_and_repeats_nothing(
     assert faults == []
     assert table.points >= 10
     print(table.render())
+
+
+def test_action_that_is_held_is_done_once_wherever_the_router_dies() -> None:
+    command = [sys.executable, "-m", "tests.crash.approvals", "allowed by two", "cannot be done"]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    for kind in (Kind.BEFORE_COMMIT, Kind.AFTER_COMMIT):
+        assert re.search(rf"(?m)^{kind} +[1-9]", done.stdout), f"nothing died {kind}"

@@ -20,11 +20,13 @@ from typing import Any, cast
 import pytest
 
 from nanoclawd import __main__ as nanoclawd
-from nanoclawd import channels, containers, paths, people
+from nanoclawd import channels, containers, limits, paths, people
+from nanoclawd.agent_post import AgentPost
 from nanoclawd.agent_service import AgentService
 from nanoclawd.agents import AgentConfig
 from nanoclawd.answers import Answers
 from nanoclawd.approvals import Approvals
+from nanoclawd.asks import Asks
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.cards import Cards
@@ -33,8 +35,9 @@ from nanoclawd.channels import Announcement, Channel, Channels
 from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
+from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.guard import Guard
+from nanoclawd.guard import Guard, Handler
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
@@ -42,7 +45,7 @@ from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Policy, Rule, with_rule
-from nanoclawd.privileges import Privileges
+from nanoclawd.privileges import Action, Privileges
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
@@ -450,6 +453,7 @@ class Router:
         self.usage: Usage
         self.gateway: GatewayLink
         self.pairings: Pairings
+        self.files: FileStore
         self._tasks: asyncio.TaskGroup
         self.channels: ChannelService
         self.channel_list: Channels
@@ -500,10 +504,16 @@ class Router:
                     "sessions": self.sessions,
                     "outlets": outlets,
                 }
-                self.sessions.containers.service = AgentService(**parts).service
                 self.pairings = Pairings()
+                self.files = FileStore(db)
+                await self.files.prepare()
+                more: dict[str, Any] = {"files": self.files, "asks": Asks(db)}
+                agents = AgentService(**parts, **more, guard=self.guard, approvals=self.approvals)
+                self.guard.handlers |= place.handlers
+                self.sessions.containers.service = agents.service
                 self.channel_list = Channels(db, systemd, tasks)
-                self.channels = ChannelService(**parts, pairings=self.pairings, channels=self.channel_list)
+                more |= {"pairings": self.pairings, "channels": self.channel_list}
+                self.channels = ChannelService(**parts, **more)
                 self.channel_list.service = self.channels.service
                 shared: dict[str, Any] = {"db": db, "registry": registry}
                 self.people = PeopleControl(
@@ -518,7 +528,13 @@ class Router:
                     audit=self.audit,
                     people=self.people,
                 )
-                self.channels.chat_control = ChatControl(**parts, usage=self.usage, answers=self.answers)
+                self.channels.chat_control = ChatControl(
+                    **shared,
+                    sessions=self.sessions,
+                    outlets=outlets,
+                    usage=self.usage,
+                    answers=self.answers,
+                )
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
@@ -528,9 +544,19 @@ class Router:
                 await self.start_waiting()
                 tasks.create_task(outlets.run(), name="outlets")
                 tasks.create_task(self.guard.run(), name="guard")
+                known = place.registry.names
+                post = AgentPost(db=db, outlets=outlets, wake=wake, known=lambda name: name in known())
+                if place.agents_talk:
+                    tasks.create_task(post.run(), name="agent post")
                 tasks.create_task(Cards(db, outlets).run(), name="cards")
                 test = Channel(name=ChannelName("test"), announced=Announcement())
-                self.channel = Server(self.channels.service, place.listener, identity=test)
+                self.channel = Server(
+                    self.channels.service,
+                    place.listener,
+                    identity=test,
+                    max_fds=limits.FILES_PER_MESSAGE,
+                    trusted=False,
+                )
                 self.channel_task = tasks.create_task(self.channel.run(), name="channel")
                 self.started.set()
         finally:
@@ -633,12 +659,14 @@ class Place:
         self.systemd = SystemdDouble()
         self.registry = RegistryDouble()
         self.budget = NO_LIMITS  #: of all agents
+        self.handlers: dict[Action, Handler] = {}  #: of actions that were held, in place of the real ones
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
         for module in (channels, containers, nanoclawd):
             patch.setattr(module, "store_listener", self._store, raising=False)
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)
+        self.agents_talk = False  #: the channel "agent" has its adapter
         #: Chats of the channel "test", who listens there from the first, and whose account is the owner's.
         self.wired: list[tuple[str, str, str | None]] = []
         self.channel = root / "channel" / "socket"

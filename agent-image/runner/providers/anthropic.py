@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import httpx2
 from anthropic import AsyncAnthropic, BaseModel, omit
-from anthropic.lib.tools import BetaAsyncFunctionTool, ToolError, beta_async_tool
+from anthropic.lib.tools import BetaAsyncFunctionTool
 from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_toolset_20260401
 from anthropic.types.beta import BetaContextManagementConfigParam, BetaMessageParam
 
+from ..errands import save_files
 from ..processes import kill_all, open_descendants
-from ..provider import Paths, Reply, Settings, Stopped, Turn, TurnFailed
+from ..provider import Message, Paths, Reply, Settings, Stopped, Turn, TurnFailed
 from ..transcript import Transcript
 from ..turn import Chat
+from .chat_tools import make_chat_tools
 from .failures import failure_of
 from .prompt import render_input, render_joined, render_system
 
@@ -62,7 +63,7 @@ class Conversation:
             if command:
                 self._transcript.begin(ids, {"role": "user", "content": [{"type": "text", "text": _SUM_UP}]})
             else:
-                self._begin(turn, ids)
+                self._begin(turn, ids, chat)
             replies = asyncio.run(self._run(chat, self._sum_up if command else self._talk))
             self._transcript.end("answered", replies)
         except (asyncio.CancelledError, Stopped):
@@ -87,12 +88,27 @@ class Conversation:
             loop.call_soon_threadsafe(task.cancel)
         kill_all(commands)
 
-    def _begin(self, turn: Turn, ids: list[str]) -> None:
+    def _begin(self, turn: Turn, ids: list[str], chat: Chat) -> None:
         begun = bool(self._transcript.messages)
         resumed = begun and self._transcript.is_of(ids)
         last_end = self._transcript.last_end if begun else "answered"
-        text = render_input(turn, resumed=resumed, last_end=last_end)
+        files = self._save_files(turn["messages"], chat)
+        text = render_input(turn, files, resumed=resumed, last_end=last_end)
         self._transcript.begin(ids, {"role": "user", "content": [{"type": "text", "text": text}]})
+
+    def _save_files(self, messages: Sequence[Message], chat: Chat) -> dict[str, list[str]]:
+        """Store what came with messages, and return what there is to say of it."""
+        said: dict[str, list[str]] = {}
+        for message in messages:
+            if not message.get("files"):
+                continue
+            try:
+                paths = save_files(chat, message, self._paths.workspace)
+                said[message["id"]] = [f"{path} ({path.stat().st_size} bytes)" for path in paths]
+            except (OSError, ValueError) as exc:
+                names = ", ".join(file["name"] for file in message["files"])
+                said[message["id"]] = [f"{names}: could not be stored: {exc}"]
+        return said
 
     async def _run(self, chat: Chat, answer: _Answer) -> list[str]:
         task = asyncio.current_task()
@@ -140,7 +156,8 @@ class Conversation:
                 if results is not None:
                     joining = await asyncio.to_thread(chat.take_messages)
                     if joining:  # the loop sends this object, the content that we add too
-                        block = {"type": "text", "text": render_joined(joining)}
+                        files = await asyncio.to_thread(self._save_files, joining, chat)
+                        block = {"type": "text", "text": render_joined(joining, files)}
                         results["content"] = cast("Any", [*results["content"], block])
                     self._transcript.add(dict(results), joined=[message["id"] for message in joining])
             if chat.stopping.is_set():
@@ -185,39 +202,12 @@ class Conversation:
         )
 
     def _make_tools(self, chat: Chat) -> list[BetaAsyncFunctionTool[Any]]:
-        keys: dict[str, int] = {}
-
-        @beta_async_tool
-        async def send_message(text: str) -> str:
-            """Send a message to the chat at once, before your reply: for news of work that takes long."""
-            digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
-            keys[digest] = keys.get(digest, 0) + 1
-            try:
-                # By content: what a later attempt says again gets the same key, and is not said twice.
-                await asyncio.to_thread(chat.send, f"{digest}.{keys[digest]}", text)
-            except ValueError as exc:
-                raise ToolError(str(exc)) from exc
-            return "sent"
-
-        @beta_async_tool
-        async def list_deliveries() -> str:
-            """See whether what you said in this chat has arrived: your last replies and messages."""
-            try:
-                deliveries = await asyncio.to_thread(chat.list_deliveries)
-            except ValueError as exc:
-                raise ToolError(str(exc)) from exc
-            lines = []
-            for delivery in deliveries:
-                reason = f" ({delivery['reason']})" if delivery["reason"] else ""
-                lines.append(f"{delivery['state']}{reason}: {delivery['text']}")
-            return "\n".join(lines) or "You have not said anything in this chat yet."
-
         # The agent's shell gets our environment, without what only we need, and a name for git.
         ours, agent = ("NANOCLAW_", "NOTIFY_", "ANTHROPIC_"), self._settings["agent"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         env |= {"GIT_AUTHOR_NAME": agent, "GIT_COMMITTER_NAME": agent, "EMAIL": f"{agent}@localhost"}
         context = AgentToolContext(workdir=self._paths.workspace, allowed_roots=[Path("/tmp")], env=env)
-        return [*beta_agent_toolset_20260401(context), send_message, list_deliveries]
+        return [*beta_agent_toolset_20260401(context), *make_chat_tools(chat, self._paths.workspace)]
 
 
 def _tool_line(name: str, input: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -54,6 +55,8 @@ SESSION: Json = {
     "detail": "",
     "queued": 0,
     "message": None,
+    "usedAt": 1_800_000_000.0,
+    "closesAt": None,
 }
 MESSAGE: Json = {
     "id": "m0123456789abcdef",
@@ -99,6 +102,13 @@ DELIVERY: Json = {
     "receipt": None,
     "reason": "no such chat",
     "dropped": False,
+}
+DESTINATION: Json = {
+    "agent": "berta",
+    "name": "family",
+    "channel": "matrix",
+    "chat": "!x:example.org",
+    "title": "Family",
 }
 AUDIT: list[Json] = [
     {"seq": 6, "at": 1.001, "kind": "control", "event": "StopAgent", "agent": "berta"}
@@ -261,6 +271,7 @@ class RouterDouble:
         self.trail: list[Json] = list(AUDIT)
         self.verdict: Json = {"rows": 2, "head": "f" * 64, "broken": None, "problem": ""}
         self.usage: Json | None = USAGE
+        self.received: list[bytes] = []  #: what files that came with the last message hold
         self.channel: Json = dict(CHANNEL)
         self.channel_turns: list[Json] = []  #: what ShowChannel() shows of it each time
         self.messages: dict[str, Json] = {}  #: by event
@@ -317,7 +328,7 @@ class RouterDouble:
         )
         servers = [
             Server(self._service(control), self._listeners[0]),
-            Server(self._service(channel), self._listeners[1]),
+            Server(self._service(channel), self._listeners[1], max_fds=10),
         ]
         tasks = [asyncio.create_task(server.run()) for server in servers]
         stopped = asyncio.create_task(self._stop.wait())
@@ -399,6 +410,14 @@ class RouterDouble:
         return {"chat": self.chat}
 
     _UnwireChat = _BlockChat = _WireChat
+
+    async def _ListDestinations(self, call: Call) -> Json:
+        return {"destination": DESTINATION}
+
+    async def _AddDestination(self, call: Call) -> Json:
+        return {}
+
+    _RemoveDestination = _AddDestination
 
     async def _ListPeople(self, call: Call) -> Json:
         return {"person": PERSON}
@@ -540,6 +559,7 @@ class RouterDouble:
             await asyncio.sleep(0)
         duplicate = event in self.messages
         self.messages[event] = call.parameters
+        self.received = [os.pread(fd, 100, 0) for fd in call.connection.fds]
         if not duplicate:
             self._push(self.answer(call.parameters))
         if self.hang_up_after_storing:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nanoclawd.wire import Json
 from tests.unit.cli.conftest import Run, fake_program
-from tests.unit.cli.double import APPROVAL, CHAT, PERSON, RouterDouble
+from tests.unit.cli.double import APPROVAL, CHAT, DESTINATION, PERSON, RouterDouble
 from tests.unit.cli.test_messages import calls
 
 QUESTION = {
@@ -112,6 +113,27 @@ def test_where_somebody_is_what_must_be_said(router: RouterDouble, run: Run, wor
 def test_people_are_listed(router: RouterDouble, run: Run) -> None:
     assert "@ada:example.org (matrix, paired)" in run("person", "list").stdout
     assert json.loads(run("person", "list", "--json").stdout) == {"people": [PERSON]}
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "parameters"),
+    [
+        ("add berta family 3", "AddDestination", {"agent": "berta", "destination": "family", "chat": 3}),
+        ("add berta me", "AddDestination", {"agent": "berta", "destination": "me", "chat": None}),
+        ("remove berta family", "RemoveDestination", {"agent": "berta", "destination": "family"}),
+    ],
+)
+def test_destinations_are_named(
+    router: RouterDouble, run: Run, words: str, method: str, parameters: Json
+) -> None:
+    assert run("destination", *words.split()).returncode == 0
+    assert calls(router, method) == [parameters]
+
+
+def test_destinations_are_listed(router: RouterDouble, run: Run) -> None:
+    assert run("destination", "list").stdout.split()[5:] == [*DESTINATION.values()]
+    listed = run("destination", "list", "berta", "--json").stdout
+    assert json.loads(listed) == {"destinations": [DESTINATION]}
 
 
 def test_a_code_is_the_result_and_the_rest_is_talk(router: RouterDouble, run: Run) -> None:

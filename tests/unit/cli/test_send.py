@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,34 @@ def test_text_that_looks_like_an_option_follows_two_dashes(router: RouterDouble,
 def test_chat_of_its_own(router: RouterDouble, run: Run) -> None:
     assert run("send", "berta", "hello", "--chat", "work", "--wait").stdout == "echo: hello\n"
     assert [message["chat"] for message in router.messages.values()] == ["berta/work"]
+
+
+def test_files_go_with_the_message(router: RouterDouble, run: Run, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.png"):
+        (tmp_path / name).write_text(f"in {name}")
+
+    done = run("send", "berta", "--file", str(tmp_path / "a.txt"), "--file", str(tmp_path / "b.png"))
+
+    assert done.returncode == 0, done.stderr
+    (message,) = router.messages.values()
+    names = [(file["name"], file["mediaType"], file["bytes"]) for file in message["files"]]
+    assert names == [("a.txt", "text/plain", 8), ("b.png", "image/png", 8)]
+    assert (message["text"], router.received) == ("", [b"in a.txt", b"in b.png"])
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/dev/zero", "/", "large"])
+def test_what_is_no_file_to_send_is_refused(
+    router: RouterDouble, run: Run, tmp_path: Path, path: str
+) -> None:
+    if path == "large":
+        path = str(tmp_path / "large")
+        with open(path, "wb") as file:
+            file.truncate(limits.FILE_BYTES + 1)
+
+    done = run("send", "berta", "hello", "--file", path)
+
+    assert done.returncode == 5 and path in done.stderr
+    assert not router.messages
 
 
 def test_replies_are_reported_and_in_json(router: RouterDouble, run: Run) -> None:

@@ -694,7 +694,7 @@ def add_waiting(tx: Transaction, *, wait_s: float) -> None:
     place = {"channel": "c", "chat": "chat", "thread": ""}
     for name in ("waits", "due"):
         event = {"event": name, "revision": 0, "sender": "s", "body": "b", "context": "", "command": ""}
-        tx.all("enqueue", id=name, session=1, now=0, **event, **place)
+        tx.all("enqueue", id=name, session=1, now=0, hops=0, **event, **place)
         more = {"agent": "berta", "kind": "reply", "body": "b", "in_reply_to": None, "now": 0, "turn": None}
         tx.all("publish", key=name, message=None, **more, **place)
     later = now_ms() + int(wait_s * 1000)

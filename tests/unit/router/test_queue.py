@@ -20,7 +20,7 @@ from nanoclawd import limits, queue
 from nanoclawd.db import Database, Transaction
 from nanoclawd.errors import NotFound
 from nanoclawd.ids import AgentName
-from nanoclawd.queue import Event, SessionRow, Treatment, Turn
+from nanoclawd.queue import Event, Saying, SessionRow, Treatment, Turn
 from nanoclawd.states import MessageState
 
 BERTA = AgentName("berta")
@@ -164,7 +164,9 @@ class Queue(RuleBasedStateMachine):
     def send(self, data: st.DataObject, key: str) -> None:
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         turn = self.turns[chat]
-        self.write(lambda tx: queue.send_message(tx, self.sessions[chat], turn, key, "text"))
+        self.write(
+            lambda tx: queue.send(tx, self.sessions[chat], turn, turn.full_key(key), Saying(text="text"))
+        )
 
     @precondition(lambda self: self.turns)
     @rule(data=st.data(), how=st.sampled_from(Treatment), after_ms=st.sampled_from([0, 5000, 10**9]))

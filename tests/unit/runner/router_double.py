@@ -23,6 +23,10 @@ CONTRACT = read_interface(
 WAIT_S = 30.0  # a limit for a test that fails, no pause
 
 
+Outcome = dict[str, Any]
+DONE: Outcome = {"outcome": {"state": "done", "delivery": "m-t1/k", "message": ""}}
+
+
 class RouterDouble:
     def __init__(self, path: Path, **settings: Any) -> None:
         self.settings = {
@@ -41,6 +45,8 @@ class RouterDouble:
         self.stay = False  #: the answer to Goodbye()
         self.joining: list[dict[str, Any]] = []  #: messages that the next TakeMessages() gets
         self.deliveries: list[dict[str, Any]] = []  #: the answer to ListDeliveries()
+        #: What methods of tools get, or what says so.
+        self.outcomes: dict[str, Outcome | Callable[[dict[str, Any]], Outcome]] = {"SendMessage": DONE}
         self.finish_is_lost = (
             False  #: the next FinishTurn() loses its connection instead of getting its answer
         )
@@ -64,6 +70,7 @@ class RouterDouble:
         attempt: int = 1,
         sent: dict[str, str] | None = None,
         context: Sequence[dict[str, object]] = (),
+        files: Sequence[dict[str, object]] = (),
         command: str | None = None,
     ) -> None:
         """Hand out a turn of one message, now or at the next Work()."""
@@ -77,6 +84,7 @@ class RouterDouble:
                     "receivedAt": 1_800_000_000.5,
                     "text": text,
                     "context": [*context],
+                    "files": [*files],
                     "command": command,
                 }
             ],
@@ -187,7 +195,7 @@ class RouterDouble:
             self._reply(connection, {"stay": self.stay})
         elif method == "ListDeliveries":
             self._reply(connection, {"deliveries": self.deliveries})
-        elif method in ("RenewTurn", "SendMessage", "TakeMessages", "FinishTurn"):
+        elif method in ("RenewTurn", "TakeMessages", "FinishTurn", *self.outcomes):
             if self.turn is None or self.turn["id"] != parameters["turn"]:
                 error = "io.nanoclaw.Agent.NoSuchTurn"
                 self._send(connection, {"error": error, "parameters": {"turn": parameters["turn"]}})
@@ -198,7 +206,8 @@ class RouterDouble:
                 return
             if method == "FinishTurn":
                 self.turn = None
-            self._reply(connection, {})
+            outcome = self.outcomes.get(method, {})
+            self._reply(connection, outcome(parameters) if callable(outcome) else outcome)
         else:
             raise AssertionError(call)
 
