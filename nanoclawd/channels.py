@@ -162,10 +162,11 @@ class Channels:
                 return [str(exc)]
             for name in self._channels.keys() - found.keys():
                 await self._forget(self._channels.pop(name))
-            before = {name: channel.config for name, channel in self._channels.items()}
+            before = {name: (c.config, c.problem) for name, c in self._channels.items()}
             for name, config in found.items():
                 self._add(name, config, listeners.get(f"{PREFIX}{name}"))
-                if isinstance(config, ChannelConfig) and config != before.get(name):
+                # Also if its file is the same and its adapter is there by now.
+                if before.get(name) != (config, None):
                     self._start(self._channels[name], anew=name in before)
             for name, listener in listeners.items():
                 if name.removeprefix(PREFIX) not in self._channels:
@@ -245,9 +246,9 @@ class Channels:
 
     async def restart(self, channel: Channel) -> None:
         """Start an adapter anew. Raises Failed, Unavailable, NotFound: it is masked."""
-        channel.health = Health()
-        await self._systemd.reset_failed(channel.unit)
-        await self._systemd.restart_unit(channel.unit)
+        await self._stop(channel)
+        channel.health = Health()  # now: the one that ends may just have said something
+        await self._systemd.start_unit(channel.unit)
 
     async def _stop(self, channel: Channel) -> None:
         await self._systemd.stop_unit(channel.unit)

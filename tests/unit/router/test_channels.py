@@ -306,3 +306,18 @@ def test_adapter_that_calls_without_a_pause_waits(place: Place, monkeypatch: pyt
             assert time.monotonic() - began > 0.2
 
     place.run(run)
+
+
+def test_adapter_that_was_missing_is_started_when_it_is_there(place: Place) -> None:
+    write("here", 'kind = "later"\n')
+    program = paths.data() / "channels/later/adapter"
+
+    async def run() -> None:
+        async with place.router() as router:
+            assert (await router.channel_list.load({}), place.systemd.starts) != ([], [])
+            program.parent.mkdir()
+            program.touch(mode=0o755)
+            assert await router.channel_list.load({}) == []
+            await eventually(lambda: place.systemd.starts == ["nanoclaw-channel@here.service"])
+
+    place.run(run)
