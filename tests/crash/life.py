@@ -126,6 +126,7 @@ async def _route(
             self.open: list[socket.socket] = []
             self.wired = orders.chats
             self.agents_talk = False
+            self.capabilities = {"files": True}
             self.listener = channel
 
     for module in (sessions, nanoclawd):

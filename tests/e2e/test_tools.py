@@ -38,8 +38,8 @@ def api(configured: Product, machine: Machine) -> Iterator[Api]:
     api.stop()
 
 
-def use(name: str, **input: object) -> Json:
-    return {"tool_use": [{"name": name, "input": input}]}
+def use(tool: str, **input: object) -> Json:
+    return {"tool_use": [{"name": tool, "input": input}]}
 
 
 def replies(product: Product, agent: str, *words: str) -> list[str]:
