@@ -1,13 +1,15 @@
 #!/bin/bash
 # install.sh - installs NanoClaw for this user from this checkout, and lets the first agent answer.
 #
-#   ./install.sh [--yes] [--no-demo] [--no-image] [--base-directory DIR]
+#   ./install.sh [--yes] [--no-demo] [--no-image] [--base-directory DIR] [--channel KIND [--wheels DIR]]
 #   ./install.sh --uninstall [--purge] [--yes]
 #
 #   --yes                 do not ask before packages are installed or data is deleted
 #   --no-demo             do not add the agent "demo" and do not send it a message
 #   --no-image            do not build the agent image
 #   --base-directory DIR  build it without a registry, on what agent-image/make-base DIR made
+#   --channel KIND        install an adapter of skills/ too, with its Python packages from PyPI, e.g. matrix
+#   --wheels DIR          its packages, and pip, from this directory and not from PyPI
 #   --uninstall           remove programs, units, generated units and image; keep configuration and data
 #   --purge               ... and remove those too
 #
@@ -19,7 +21,7 @@ set -euo pipefail
 umask 022
 
 HERE=$(dirname "$(realpath "$0")")
-YES='' DEMO=1 IMAGE=1 BASE='' UNINSTALL='' PURGE='' FRESH=''
+YES='' DEMO=1 IMAGE=1 BASE='' CHANNEL='' WHEELS='' UNINSTALL='' PURGE='' FRESH=''
 ARGS=("$@")
 
 say() { printf '%s\n' "$*"; }
@@ -45,6 +47,14 @@ while [ $# -gt 0 ]; do
     --base-directory)
       [ $# -gt 1 ] || die "--base-directory needs a directory"
       BASE=$(realpath "$2") && shift
+      ;;
+    --channel)
+      [ -x "$HERE/skills/${2:-}/adapter" ] || die "no adapter '${2:-}'" "there is: $(cd "$HERE/skills" && echo */)"
+      CHANNEL=$2 && shift
+      ;;
+    --wheels)
+      [ $# -gt 1 ] || die "--wheels needs a directory"
+      WHEELS=$(realpath "$2") && shift
       ;;
     --uninstall) UNINSTALL=1 ;;
     --purge) PURGE=1 ;;
@@ -136,6 +146,7 @@ uninstall() {
   systemctl --user reset-failed 'nanoclaw*' 2> /dev/null || true
   podman image rm -f localhost/nanoclaw-agent:latest localhost/nanoclaw-base:latest > /dev/null 2>&1 || true
   prune_images
+  for unit in "$HERE"/skills/*/adapter; do rm -rf "$DATA/nanoclaw/channels/$(basename "${unit%/adapter}")"; done
   if [ -n "$PURGE" ]; then
     # Files of agents belong to subordinate uids.
     podman unshare rm -rf "$STATE/nanoclaw"
@@ -145,7 +156,7 @@ uninstall() {
     say "Removed. Kept: $CONFIG/nanoclaw, $STATE/nanoclaw and the credentials ('--purge' deletes them)."
   fi
   # Directories in which nothing but ours was.
-  for directory in "$BIN" "$(dirname "$LIB")" "$UNITS" "$CONFIG/containers/systemd" "$CONFIG/credstore.encrypted" "$STATE" \
+  for directory in "$BIN" "$(dirname "$LIB")" "$UNITS" "$DATA/nanoclaw/channels" "$CONFIG/containers/systemd" "$CONFIG/credstore.encrypted" "$STATE" \
     "$CONFIG"/systemd/user{/sockets.target.wants,/default.target.wants,}; do
     files+=("$directory/.")
   done
@@ -172,6 +183,7 @@ install_packages() {
   if command -v apt-get > /dev/null; then
     command -v newuidmap > /dev/null || packages+=(uidmap)
     [ -e /usr/lib/systemd/user/dbus.socket ] || packages+=(dbus-user-session)
+    if [ -n "$CHANNEL" ] && [ -z "$WHEELS" ] && ! "$PYTHON" -c 'import ensurepip' 2> /dev/null; then packages+=(python3-venv); fi
     install=(sudo apt-get install -y --no-install-recommends)
   elif command -v dnf > /dev/null; then
     install=(sudo dnf install -y)
@@ -242,6 +254,35 @@ systemctl --user try-restart nanoclaw-gateway.service
 systemctl --user try-restart 'nanoclaw-channel@*.service'
 systemctl --user restart nanoclaw.service || die "nanoclaw.service does not start" "see 'journalctl --user -u nanoclaw'"
 say "nanoclaw.service is $(systemctl --user is-active nanoclaw.service)"
+
+# --- channel ----------------------------------------------------------------------------------------
+
+install_channel() { # KIND: an adapter of skills/, with an environment of its own
+  local kind=$1 new=$DATA/nanoclaw/channels/$1.new pip
+  rm -rf "$new"
+  mkdir -p "$new"
+  (cd "$HERE/skills/$kind" && cp -r . "$new/")
+  find "$new" -name __pycache__ -prune -exec rm -rf {} +
+  if [ -n "$WHEELS" ]; then
+    "$PYTHON" -m venv --without-pip "$new/venv"
+    pip=$(find "$WHEELS" -name 'pip-*.whl' | head -n 1)
+    [ -n "$pip" ] || die "there is no pip in $WHEELS"
+    set -- --no-index --find-links "$WHEELS"
+    PYTHONPATH=$pip "$new/venv/bin/python" -m pip install --quiet --no-deps --no-compile --requirement "$new/requirements.txt" "$@"
+  else
+    "$PYTHON" -m venv "$new/venv"
+    "$new/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --no-compile \
+      --requirement "$new/requirements.txt"
+  fi || die "the packages of channel '$kind' were not installed"
+  "$PYTHON" -m compileall -q -s "$new" -p "${new%.new}" "$new" || true # some packages hold files for newer versions
+  rm -rf "${new%.new}" && mv "$new" "${new%.new}"
+  systemctl --user try-restart 'nanoclaw-channel@*.service'
+}
+if [ -n "$CHANNEL" ]; then
+  step "The adapter of channels of the kind '$CHANNEL'"
+  install_channel "$CHANNEL"
+  say "Installed. Next: docs/$CHANNEL.md"
+fi
 
 # --- image and first agent --------------------------------------------------------------------------
 

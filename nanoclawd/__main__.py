@@ -275,7 +275,8 @@ async def _route(
                 tasks.create_task(server.run(), name=server.service.interface.name)
             tasks.create_task(_keep_watchdog(db, systemd), name="watchdog")
             tasks.create_task(
-                retention.run(db, audit, usage, files, lambda: registry.settings), name="retention"
+                retention.run(db, audit, usage, files, lambda: registry.settings, sessions.close_unused),
+                name="retention",
             )
             _handle_signals(tasks, lambda: _reload(registry, control_service))
             tasks.create_task(_leave_when_idle(idle), name="idle exit")

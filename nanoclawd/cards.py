@@ -16,19 +16,20 @@ from nanoclawd.approvals import request_of
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import Unavailable
 from nanoclawd.guard import held_of
-from nanoclawd.ids import TERMINAL
+from nanoclawd.ids import TERMINAL, AgentName
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.people import Answerer
 from nanoclawd.privileges import TABLE
 from nanoclawd.questions import About, question_of
-from nanoclawd.queue import Place, place_of
+from nanoclawd.queue import DeliveryKind, Place, Saying, place_of, say
 from nanoclawd.rates import Rate
 from nanoclawd.states import ApprovalState
 
 #: Reactions that answer a card; one may carry a variation selector or a skin tone.
 ALLOWS, DENIES = ("✅", "👍", "✔"), ("❌", "👎", "✖")
-CHOICES = ["✅", "❌"]
+CHOICES = ("✅", "❌")
+NOBODY = AgentName("")  #: the router
 _CHARACTERS = 4000  #: of what is shown of an approval; what is longer cannot be allowed in a chat
 _SHOWN_HASH = 16  #: digits
 
@@ -71,7 +72,7 @@ class Cards:
         for card in tx.all("stale_cards"):
             tx.all("set_told", key=card["key"], state=card["state"])
             (row,) = tx.all("find_approval", id=card["approval"])
-            outbox.notify(tx, f"{card['key']}.{row['state']}", place_of(card), outcome_of(row))
+            _update(tx, card, row)
         return self._outlets.claim(tx)
 
     def _may_show(self, row: Row) -> bool:
@@ -126,7 +127,15 @@ def show(tx: Transaction, row: Row, shown: Shown, place: Place) -> None:
         sha256=row["sha256"],
         whole=int(whole),
     )
-    outbox.notify(tx, key, place, text)
+    say(tx, NOBODY, None, key, Saying(kind=DeliveryKind.NOTICE, text=text, choices=CHOICES), place=place)
+
+
+def _update(tx: Transaction, card: Row, row: Row) -> None:
+    """Have a card say what has become of it, in place of asking."""
+    shown = describe(tx, row)
+    text = f"{shown.head} {outcome_of(row)}" if shown is not None else outcome_of(row)
+    edit = Saying(kind=DeliveryKind.EDIT, text=text, target_key=card["key"])
+    say(tx, NOBODY, None, f"{card['key']}.{row['state']}", edit, place=place_of(card))
 
 
 def may_answer(tx: Transaction, row: Row, answerer: Answerer) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import budget, images, journal, limits, paths, quadlet, queue
+from nanoclawd import budget, images, journal, limits, paths, quadlet, queue, retention
 from nanoclawd.agents import DEFAULT_IMAGE, KEYS, AgentConfig, Mount, is_image
 from nanoclawd.answers import Answers
 from nanoclawd.approval_control import ApprovalControl
@@ -367,6 +367,7 @@ class ControlService:
 
     async def _describe_sessions(self, agent: str | None) -> AsyncIterator[Json]:
         heads = {row["id"]: row for row in await self.db.read("find_work")}
+        days = self.registry.settings.session_days
         for row in await self.db.read("list_sessions", agent=agent):
             session = session_row(row)
             live = self.sessions.find(session)
@@ -384,6 +385,8 @@ class ControlService:
                 "detail": self.sessions.explain(head) if head else "",
                 "queued": row["queued"],
                 "message": row["message"],
+                "usedAt": row["used_at"] / 1000,
+                "closesAt": row["used_at"] / 1000 + days * retention.DAY_S if days else None,
             }
 
     async def _build_image(self, call: Call) -> Json:

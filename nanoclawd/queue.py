@@ -222,8 +222,7 @@ def enqueue(
         row = tx.one("add_session", prefix=prefix or "all", now=now_ms(), agent=agent, **about)
     assert row is not None
     session = session_row(row)
-    if row["closed_at"] is not None:
-        tx.all("open_session", session=session.id)
+    tx.all("use_session", session=session.id, now=now_ms())
     if event.revision:
         for old in tx.all("supersede", session=session.id, now=now_ms(), **event.key):
             _tell(tx, "message-superseded", session, old["id"], None)
@@ -235,8 +234,9 @@ def enqueue(
         "body": event.text,
         "context": context,
         "command": command,
+        "hops": hops,
     }
-    tx.all("enqueue", id=message, now=now_ms(), hops=hops, **stored, **event.key)
+    tx.all("enqueue", id=message, now=now_ms(), **stored, **event.key)
     size = len(event.text.encode())
     _tell(tx, "message-queued", session, message, None, channel=event.channel, size_bytes=size)
     return message, session

@@ -1,5 +1,6 @@
 """Messages that ended long ago are deleted with their deliveries, as are those that nobody let through,
-approvals and old rows of the audit trail, and usage is summed up: at start, and then once a day.
+approvals and old rows of the audit trail; sessions that nobody uses are closed, and usage is summed up: at
+start, and then once a day.
 
 The file does not shrink, but what becomes free in it is used again. Giving pages back would need
 auto_vacuum, which must be there from the first table on and moves pages at each commit.
@@ -8,13 +9,13 @@ auto_vacuum, which must be there from the first table on and moves pages at each
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from nanoclawd import journal, limits
 from nanoclawd.audit import Audit
 from nanoclawd.db import Database, Transaction, now_ms
-from nanoclawd.errors import Unavailable
+from nanoclawd.errors import Failed, Unavailable
 from nanoclawd.filestore import FileStore
 from nanoclawd.questions import end_answered
 from nanoclawd.settings import Settings
@@ -24,11 +25,20 @@ DAY_S = 86_400
 
 
 async def run(
-    db: Database, audit: Audit, usage: Usage, files: FileStore, settings: Callable[[], Settings]
+    db: Database,
+    audit: Audit,
+    usage: Usage,
+    files: FileStore,
+    settings: Callable[[], Settings],
+    close_sessions: Callable[[int], Awaitable[None]],
 ) -> None:
-    """Prune once a day until cancelled, as the settings at that moment say."""
+    """Prune once a day until cancelled, as the settings at that moment say; `close_sessions` closes those
+    that were last used before some time (ms).
+    """
     while True:
         try:
+            if days := settings().session_days:
+                await close_sessions(now_ms() - days * DAY_S * 1000)
             if days := settings().retention_days:
                 await prune(db, before=now_ms() - days * DAY_S * 1000)
             if days := settings().audit_days:
@@ -38,7 +48,7 @@ async def run(
             if days := settings().usage_days:
                 await usage.prune(days)
             await audit.tell_head()
-        except Unavailable as exc:
+        except (Unavailable, Failed, TimeoutError) as exc:
             journal.warning("prune-failed", f"{exc}, trying again in a day")
         await asyncio.sleep(DAY_S)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from systemd import daemon
@@ -203,6 +204,19 @@ class Sessions:
         for place in {place_of(message) for message in await self._db.read("open_messages", session=row.id)}:
             await self.turns.stop_turn(row, place)
         return await self.begin_anew(row)
+
+    async def close_unused(self, before: int) -> None:
+        """Close those whose last message came before some time (ms): what their agents kept of them goes to
+        the trash. Raises Failed, Unavailable.
+        """
+        while rows := await self._db.read("unused_sessions", before=before, limit=limits.PRUNED_AT_ONCE):
+            for row in map(session_row, rows):
+                close = partial(
+                    Transaction.all, query="close_unused", id=row.id, before=before, now=now_ms()
+                )
+                if await self._db.write(close):
+                    journal.info("session-closed", agent=row.agent, session=row.name)
+                    await self.begin_anew(row)  # a message that comes meanwhile is answered anew
 
     # --- the life of one session -------------------------------------------------------------------
 

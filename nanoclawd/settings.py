@@ -43,6 +43,7 @@ class Settings:
     idle_exit: int  #: the router leaves after so many seconds without anything to do; 0: never
     attempts: int  #: that a message gets before it is a dead letter
     retention_days: int  #: of what has ended; 0 is for ever
+    session_days: int  #: after so many without a message a session is closed; 0: never
     audit_days: int  #: of the audit trail; 0 is for ever
     usage_days: int  #: that usage is kept by the day; 0 is for ever
     ask_seconds: int  #: that a request waits for a person's answer
@@ -177,6 +178,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "max_sessions": (whole_number(1, (limits.FDSTORE - limits.CHANNELS) // 2), limits.SESSIONS),
     "attempts": (whole_number(1, 100), limits.ATTEMPTS),
     "retention_days": (whole_number(0, RETENTION_DAYS_MAX), limits.RETENTION_DAYS),
+    "session_days": (whole_number(0, RETENTION_DAYS_MAX), 0),
     "audit_days": (whole_number(0, RETENTION_DAYS_MAX), limits.AUDIT_DAYS),
     "usage_days": (whole_number(0, RETENTION_DAYS_MAX), limits.USAGE_DAYS),
     "ask_seconds": (whole_number(1, limits.ASK_MAX_S), limits.ASK_S),

@@ -19,12 +19,26 @@ from nanoclawd.cli.doctor import user_name
 from nanoclawd.cli.screen import Screen
 from nanoclawd.client import Client
 from nanoclawd.errors import NanoclawError, Refused, Unavailable
+from nanoclawd.version import VERSION
 from nanoclawd.wire import Json, VarlinkError
 
 INTERFACE = "io.nanoclaw.Channel"
 CALL_S = 30.0  #: one short call
 RECONNECT_S = 0.3
 GRACE_S = 2.0  #: how long the end of a turn and its last reply may lie apart
+#: A terminal shows text as it is, and what an agent does while it does it.
+ANNOUNCEMENT: Json = {
+    "protocol": 1,
+    "adapter": f"nanoclawctl {VERSION}",
+    "capabilities": {
+        **dict.fromkeys(("threads", "edits", "reactions", "redactions", "files"), False),
+        "typing": True,
+        "textBytes": 0,
+        "fileBytes": 0,
+        "markup": "plain",
+    },
+    "accounts": ["nanoclawctl"],
+}
 SHOWN = 500  #: keys of deliveries that are kept; unreported deliveries are few
 
 
@@ -146,7 +160,7 @@ class Conversation:
             # First, so that nothing said about a message is missed. The thread ends with the process.
             parameters = {**self._chat, "event": event}
             Thread(target=_receive, args=(parameters, put, *_attach(parameters)), daemon=True).start()
-        self._client = Client(paths.terminal_socket(), timeout_s=CALL_S)
+        self._client = _connect(CALL_S)
 
     def deliver(self, text: str, event: str, files: Sequence[Attachment] = ()) -> str:
         """Hand over a message and return its id. The same `event` again is stored once.
@@ -214,7 +228,7 @@ class Conversation:
         return bool(self._call("StopTurn", {**self._chat, "thread": ""})["stopped"])
 
     def _call(self, method: str, parameters: Json, fds: Sequence[int] = ()) -> Json:
-        client, self._client = self._client or Client(paths.terminal_socket(), timeout_s=CALL_S), None
+        client, self._client = self._client or _connect(CALL_S), None
         try:
             with control.translated():
                 reply = client.call(f"{INTERFACE}.{method}", parameters, fds)
@@ -225,8 +239,20 @@ class Conversation:
         return reply
 
 
+def _connect(timeout_s: float | None = None) -> Client:
+    """Return a connection on which the terminal has introduced itself. Raises NanoclawError."""
+    client = Client(paths.terminal_socket(), timeout_s=timeout_s)
+    try:
+        with control.translated():
+            client.call(f"{INTERFACE}.Announce", ANNOUNCEMENT)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
 def _attach(parameters: Json) -> tuple[Client, Iterator[Json]]:
-    client = Client(paths.terminal_socket())
+    client = _connect()
     return client, client.stream(f"{INTERFACE}.Attach", parameters)
 
 

@@ -25,6 +25,11 @@ _UNITS: output.Fields = {
 _SESSIONS: output.Fields = {
     name.upper(): name for name in ("agent", "session", "state", "queued", "chat", "message", "detail")
 }
+_LISTED: output.Fields = {
+    **_SESSIONS,
+    "LAST USED": "usedAt",
+    "CLOSES": lambda session: output.when(session["closesAt"]) if session["closesAt"] else "",
+}
 
 
 def status(options: Namespace) -> None:
@@ -119,7 +124,7 @@ def reload(options: Namespace) -> None:
 
 def session_list(options: Namespace) -> None:
     empty = "There are no sessions: one begins with the first message."
-    output.say_list(options, "sessions", control.sessions(options.AGENT), _SESSIONS, empty)
+    output.say_list(options, "sessions", control.sessions(options.AGENT), _LISTED, empty)
 
 
 def _forget(method: str, done: str, options: Namespace) -> None:

@@ -22,8 +22,8 @@ SELECT * FROM session WHERE agent = :agent AND channel = :channel AND chat = :ch
 
 -- add_session --
 -- Sessions are named after their channel, and numbered.
-INSERT INTO session (agent, name, channel, chat, thread, created_at)
-SELECT :agent, :prefix || '_' || (1 + coalesce(max(id), 0)), :channel, :chat, :thread, :now FROM session
+INSERT INTO session (agent, name, channel, chat, thread, created_at, used_at)
+SELECT :agent, :prefix || '_' || (1 + coalesce(max(id), 0)), :channel, :chat, :thread, :now, :now FROM session
 RETURNING *;
 
 -- list_sessions --
@@ -45,8 +45,18 @@ VALUES (:id, :session, :channel, :chat, :thread, :event, :revision, :sender, :bo
 -- close_session --
 UPDATE session SET closed_at = :now WHERE id = :id;
 
--- open_session --
-UPDATE session SET closed_at = NULL WHERE id = :session;
+-- use_session --
+-- A closed one is open again.
+UPDATE session SET closed_at = NULL, used_at = :now WHERE id = :session;
+
+-- unused_sessions --
+-- Open ones whose last message came before some time, and of which nothing waits.
+SELECT * FROM session WHERE closed_at IS NULL AND used_at < :before
+   AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = session.id AND state IN ('queued', 'leased')) LIMIT :limit;
+
+-- close_unused --
+UPDATE session SET closed_at = :now WHERE id = :id AND closed_at IS NULL AND used_at < :before
+   AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = session.id AND state IN ('queued', 'leased')) RETURNING id;
 
 -- supersede --
 -- What its sender has written anew before an agent had it.

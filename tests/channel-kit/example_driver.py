@@ -30,6 +30,7 @@ class Platform:
         self.sent: dict[str, Json] = {}  #: the message of each transaction
         self.failure: Json | None = None  #: of all that is sent
         self._changed = asyncio.Event()
+        self._closed = False
         self._numbers = itertools.count(1)
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -75,12 +76,13 @@ class Platform:
                 ask = json.loads(await reader.readuntil(b"\n"))
                 if "sync" in ask:
                     await self._stream(writer, ask["sync"])
+                    break
                 await self._write(writer, self._answer(ask))
         self._writers.discard(writer)
         writer.close()
 
     async def _stream(self, writer: asyncio.StreamWriter, position: int) -> None:
-        while True:
+        while not self._closed:
             changed = self._changed
             for event in [e for e in self.events if e["number"] > position]:
                 await self._write(writer, {"event": event})
@@ -113,6 +115,12 @@ class Platform:
         for writer in self._writers:
             writer.transport.abort()
 
+    def close(self) -> None:
+        """Let all connections end."""
+        self._closed = True
+        self._tell()
+        self.cut()
+
 
 class Driver:
     """Does what the kit asks for; each method is a command of its protocol."""
@@ -128,6 +136,12 @@ class Driver:
         self._port = self._server.sockets[0].getsockname()[1]
         settings = f'host = "127.0.0.1"\nport = {self._port}\nuser = "{BOT}"\n'
         return {"config": f'kind = "example"\n\n[example]\n{settings}', "login": TOKEN}
+
+    async def stop(self) -> None:
+        """End; no command of the protocol."""
+        await self.cut()
+        await self._server.wait_closed()
+        self.platform.close()
 
     async def chat(self, direct: bool = False) -> Json:
         chat = f"c{next(self._chats)}"

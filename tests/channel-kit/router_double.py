@@ -35,6 +35,7 @@ class _Connection:
     writer: asyncio.StreamWriter
     calls: list[str] = field(default_factory=list)
     attached: bool = False
+    chat: str | None = None  #: of this one only
 
 
 class RouterDouble:
@@ -103,8 +104,12 @@ class RouterDouble:
     def push(self, item: Json) -> None:
         """Send something to who is attached."""
         for connection in self._connections:
-            if connection.attached:
+            if connection.attached and self._is_for(connection, item):
                 self._push(connection, item)
+
+    def _is_for(self, connection: _Connection, item: Json) -> bool:
+        chats = {value["chat"] for value in item.values() if "chat" in value}
+        return connection.chat is None or not chats or connection.chat in chats
 
     def _push(self, connection: _Connection, item: Json) -> None:
         # New kinds of items come as fields, of which the adapter knows none.
@@ -147,6 +152,7 @@ class RouterDouble:
         connection.calls.append(method)
         self.calls.append(Call(method, parameters, connection.number))
         if method == "Attach":
+            connection.chat = parameters["chat"]
             return self._attach(connection, more=message.get("more", False))
         if method in self.held:
             return None
@@ -162,7 +168,9 @@ class RouterDouble:
         connection.attached = True
         for key in [*self._deliveries]:
             self._deliveries[key]["partsSent"] = max(self._deliveries[key]["partsSent"], self.parts[key])
-            self._push(connection, {"delivery": self._deliveries[key]})
+            item = {"delivery": self._deliveries[key]}
+            if self._is_for(connection, item):
+                self._push(connection, item)
 
     def _answer(self, method: str, parameters: Json) -> Json:
         match method:

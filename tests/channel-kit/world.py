@@ -78,12 +78,14 @@ class World:
         self.router = RouterDouble(directory / "io.nanoclaw.Channel")
         self.driver = Driver(driver, directory)
         self._adapter: asyncio.subprocess.Process | None = None
+        self._without: list[str] = []  #: what the driver says that the platform has not got
 
     async def start(self) -> None:
         for name in ("state", "credentials"):
             (self._directory / name).mkdir()
         await self.driver.start()
         given = await self.driver("start")
+        self._without = given.get("without", [])
         (self._directory / "channel.toml").write_text(given["config"])
         (self._directory / "credentials/login").write_text(given["login"])
         await self.router.start()
@@ -140,6 +142,11 @@ class World:
         """Raise NotApplicable unless the adapter has said that it, or its platform, can do this."""
         if self.router.announced is None or not self.router.announced["capabilities"][capability]:
             raise NotApplicable(f"it has no {capability}")
+
+    def needs(self, what: str) -> None:
+        """Raise NotApplicable if the driver has said that there is no such thing."""
+        if what in self._without:
+            raise NotApplicable(f"its platform has no {what}")
 
     async def chat(self, **how: Any) -> str:
         return str((await self.driver("chat", **how))["chat"])

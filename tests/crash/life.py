@@ -26,6 +26,8 @@ from nanoclawd import limits, people, sessions
 from nanoclawd.access import Role, Standing
 from nanoclawd.db import Row, Transaction
 from nanoclawd.errors import Unavailable
+from nanoclawd.guard import Handler
+from nanoclawd.privileges import Action
 from nanoclawd.systemd import UnitChange
 from tests.crash.points import Kind, Points, inject
 from tests.support.router import Place, RegistryDouble, Router
@@ -125,6 +127,7 @@ async def _route(
             self.fd_store = stored
             self.open: list[socket.socket] = []
             self.wired = orders.chats
+            self.handlers: dict[Action, Handler] = {}
             self.agents_talk = False
             self.capabilities = {"files": True}
             self.listener = channel

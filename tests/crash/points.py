@@ -67,11 +67,11 @@ class Points:
 
 def inject(points: Points) -> None:
     """Wrap the commits and sends of this process, for good."""
-    _wrap_commits(points)
+    wrap_commits(points)
     _wrap_sends(points)
 
 
-def _wrap_commits(points: Points) -> None:
+def wrap_commits(points: Points) -> None:
     class Counted(sqlite3.Connection):
         def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
             def run() -> sqlite3.Cursor:

@@ -161,9 +161,9 @@ def test_chat_has_a_line_about_it(asker: Asker) -> None:
     session = asker.product.session(asker.agent)
     shown = asker.product.ask("approval", "show", id)["approval"]
     assert (shown["session"], shown["chat"]) == (session["session"], session["chat"])
-    delivery = asker.product.ask("message", "show", f"{id}.ask")["deliveries"][0]
+    delivery = asker.product.ask("message", "show", f"{id}.card0")["deliveries"][0]
     assert delivery["kind"] == "notice"
-    assert f"nanoclawctl approval show {id}" in delivery["text"]
+    assert f"'/approve {id}'" in delivery["text"]
 
 
 def test_tunnel_shows_no_more_than_it_is(asker: Asker) -> None:

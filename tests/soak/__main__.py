@@ -85,7 +85,8 @@ class Person:
             message = await stream.read()
             if message is None or "error" in message:
                 return
-            if delivery := message["parameters"]["delivery"]:
+            delivery = message["parameters"]["delivery"]
+            if delivery and delivery["chat"] in self.chats:  # others may have left theirs
                 self._show(delivery)
                 if self.cut.is_set():
                     return  # shown, and not reported: it comes again
@@ -97,8 +98,7 @@ class Person:
             self.again += 1
             return
         self.shown.add(delivery["key"])
-        if (chat := self.chats.get(delivery["chat"])) is None:
-            return  # of a chat that was there before, and that nobody has looked at since
+        chat = self.chats[delivery["chat"]]
         if delivery["kind"] == "message":
             chat.notes[delivery["text"]] += 1
         elif ".delay" not in delivery["key"]:

@@ -72,6 +72,8 @@ class Product:
 
     def add_channel(self, name: str, kind: str = "none") -> None:
         """Have the router listen for a channel, without an adapter unless there is one of that kind."""
+        if kind == "none":
+            self.machine.expect_journal("<3> channel-broken: .* there is no adapter of the kind 'none'")
         self.write(f"{self.home}/.config/nanoclaw/channels/{name}.toml", f'kind = "{kind}"\n')
         self.machine.systemctl("reload", "nanoclaw")
 

@@ -38,7 +38,7 @@ from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
 from nanoclawd.filestore import FileStore
 from nanoclawd.gateway_link import GatewayLink
-from nanoclawd.guard import Guard
+from nanoclawd.guard import Guard, Handler
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
@@ -46,7 +46,7 @@ from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Policy, Rule, with_rule
-from nanoclawd.privileges import Privileges
+from nanoclawd.privileges import Action, Privileges
 from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
@@ -519,6 +519,7 @@ class Router:
                 await self.files.prepare()
                 more: dict[str, Any] = {"files": self.files, "asks": Asks(db)}
                 agents = AgentService(**parts, **more, guard=self.guard, approvals=self.approvals)
+                self.guard.handlers |= place.handlers
                 self.sessions.containers.service = agents.service
                 self.channel_list = Channels(db, systemd, tasks)
                 more |= {"pairings": self.pairings, "channels": self.channel_list}
@@ -537,7 +538,13 @@ class Router:
                     audit=self.audit,
                     people=self.people,
                 )
-                self.channels.chat_control = ChatControl(**parts, usage=self.usage, answers=self.answers)
+                self.channels.chat_control = ChatControl(
+                    **shared,
+                    sessions=self.sessions,
+                    outlets=outlets,
+                    usage=self.usage,
+                    answers=self.answers,
+                )
                 listeners = {name: sock.dup() for name, sock in place.fd_store.items()}
                 place.open += listeners.values()
                 attempts = registry.settings.attempts
@@ -662,6 +669,7 @@ class Place:
         self.systemd = SystemdDouble()
         self.registry = RegistryDouble()
         self.budget = NO_LIMITS  #: of all agents
+        self.handlers: dict[Action, Handler] = {}  #: of actions that were held, in place of the real ones
         self.fd_store: dict[str, socket.socket] = {}
         self.open: list[socket.socket] = []  #: of the router that runs
         for module in (channels, containers, nanoclawd):
@@ -730,6 +738,10 @@ class Place:
         try:
             asyncio.run(main())
         finally:
-            self.listener.close()
-            for sock in self.fd_store.values():
-                sock.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close what systemd would have kept."""
+        self.listener.close()
+        for sock in self.fd_store.values():
+            sock.close()

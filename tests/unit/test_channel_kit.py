@@ -16,8 +16,10 @@ KIT = ROOT / "tests/channel-kit"
 ADAPTER, DRIVER = KIT / "example_adapter.py", KIT / "example_driver.py"
 
 
-def kit(adapter: Path, *options: str, within_s: float = 20) -> subprocess.CompletedProcess[str]:
-    commands = ("--adapter", f"{sys.executable} {adapter}", "--driver", f"{sys.executable} {DRIVER}")
+def kit(
+    adapter: str, *options: str, driver: str = str(DRIVER), within_s: float = 20
+) -> subprocess.CompletedProcess[str]:
+    commands = ("--adapter", f"{sys.executable} {adapter}", "--driver", f"{sys.executable} {driver}")
     return subprocess.run(
         [sys.executable, KIT, *commands, *options],
         env={**os.environ, "KIT_WITHIN_S": str(within_s)},
@@ -35,11 +37,22 @@ def test_example_is_what_the_documentation_shows() -> None:
 
 
 def test_example_passes_all_of_the_kit() -> None:
-    done = kit(ADAPTER)
+    done = kit(str(ADAPTER))
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not applicable" not in done.stdout
     assert re.search(r"^(\d+) of \1 passed, \1 checks in all\.$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_terminal_passes_what_applies_to_it() -> None:
+    """Those that take a few seconds; by hand it passes all that apply, see terminal.py."""
+    some = ("announces", "with its chat, event", "sends", "kill -9 between", "does not know", "breaks")
+    only = [word for words in some for word in ("--only", words)]
+
+    done = kit(f"{KIT}/terminal.py adapter", *only, driver=f"{KIT}/terminal.py driver")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^passed", done.stdout, re.MULTILINE)) == 8, done.stdout
 
 
 #: What is broken in the example, by what, and the check that has to see it.
@@ -63,7 +76,7 @@ def test_kit_sees_what_is_broken(tmp_path: Path, line: str, instead: str, check:
     assert ADAPTER.read_text().count(line) == 1
     broken.write_text(ADAPTER.read_text().replace(line, instead))
 
-    done = kit(broken, "--only", check, within_s=2)
+    done = kit(str(broken), "--only", check, within_s=2)
 
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(rf"^FAILED .*{check}", done.stdout, re.MULTILINE), done.stdout

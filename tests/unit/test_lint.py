@@ -11,7 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TYPED = [
     path
-    for path in ("nanoclawd", "agent-image/runner", "tests/support", "tests/conftest.py")
+    for path in (
+        "nanoclawd",
+        "agent-image/runner",
+        "skills/matrix/nanoclaw_matrix",
+        "tests/support",
+        "tests/conftest.py",
+    )
     if (ROOT / path).exists()
 ]
 

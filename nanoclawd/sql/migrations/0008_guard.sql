@@ -43,5 +43,10 @@ CREATE INDEX card_approval ON card (approval);
 -- What an agent is to do, in place of answering: "compact", or ''.
 ALTER TABLE inbox ADD COLUMN command TEXT NOT NULL DEFAULT '';
 
+-- When the newest message of a session came, by which those that nobody uses are closed.
+ALTER TABLE session ADD COLUMN used_at INTEGER NOT NULL DEFAULT 0;
+UPDATE session SET used_at =
+       max(created_at, coalesce((SELECT max(received_at) FROM inbox WHERE session = session.id), 0));
+
 -- In a chat of two: the account of the other one, by its last message.
 ALTER TABLE chat ADD COLUMN peer TEXT;

@@ -55,6 +55,8 @@ SESSION: Json = {
     "detail": "",
     "queued": 0,
     "message": None,
+    "usedAt": 1_800_000_000.0,
+    "closesAt": None,
 }
 MESSAGE: Json = {
     "id": "m0123456789abcdef",
@@ -379,6 +381,9 @@ class RouterDouble:
 
     async def _Status(self, _call: Call) -> Json:
         return self.status
+
+    async def _Announce(self, call: Call) -> Json:
+        return {"channel": "terminal"}
 
     async def _AddChannel(self, call: Call) -> Json:
         return {"channel": self.channel}

@@ -35,11 +35,6 @@ class World:
     def __init__(self, router: Router, operator: Operator, place: Place) -> None:
         self.router, self.operator, self.place = router, operator, place
         self.done: list[Json] = []
-        router.guard.handlers = dict.fromkeys(Action, Handler(carry_out=self._carry_out))
-
-    def _carry_out(self, tx: Transaction, held: Held) -> str:
-        self.done.append(held.payload)
-        return "it is on its way"
 
     async def prepare(self) -> None:
         def prepare(tx: Transaction) -> None:
@@ -73,9 +68,11 @@ class World:
             "kind": "group" if chat else "direct",
             **more,
         }
-        peer = await self.router.peer(more.pop("channel", "test"))
-        event.pop("channel", None)
-        return await peer.call(f"{CHANNEL}.Deliver", event)
+        peer = await self.router.peer(event.pop("channel", "test"))
+        try:
+            return await peer.call(f"{CHANNEL}.Deliver", event)
+        finally:
+            await peer.close()
 
     async def told(self, text: str, sender: str = ADA, chat: str = "", **more: Any) -> str:
         """Say something, and return what the router answers; "" if that is nothing."""
@@ -90,19 +87,20 @@ class World:
     async def react(
         self, reaction: str, card: Row, sender: str = ADA, *, removed: bool = False, target: str = ""
     ) -> str:
+        event = {
+            "chat": card["chat"],
+            "thread": "",
+            "event": f"e{next(self.place.events)}",
+            "target": target or f"receipt of {card['key']}",
+            "sender": sender,
+            "reaction": reaction,
+            "removed": removed,
+        }
         peer = await self.router.peer()
-        reply = await peer.call(
-            f"{CHANNEL}.React",
-            {
-                "chat": card["chat"],
-                "thread": "",
-                "event": f"e{next(self.place.events)}",
-                "target": target or f"receipt of {card['key']}",
-                "sender": sender,
-                "reaction": reaction,
-                "removed": removed,
-            },
-        )
+        try:
+            reply = await peer.call(f"{CHANNEL}.React", event)
+        finally:
+            await peer.close()
         return str(reply["outcome"])
 
     async def ask(
@@ -135,16 +133,21 @@ class World:
         async with asyncio.timeout(WAIT_S):
             while await self.router.db.read("unshown_approvals") or await self.router.db.read("stale_cards"):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
-        await self.router.db.write(
-            lambda tx: tx._connection.execute(
-                "UPDATE outbox SET receipt = 'receipt of ' || key WHERE receipt IS NULL"
-            )
+        received = (
+            "INSERT INTO receipt SELECT key, 1, channel, 'receipt of ' || key FROM outbox WHERE true "
+            "ON CONFLICT DO NOTHING"
         )
+        await self.router.db.write(lambda tx: tx._connection.execute(received))
 
     async def cards(self, ruling: Ruling) -> dict[str, Row]:
         """Return where an approval is shown, by chat."""
         rows = await self.router.outbox()
         return {row["chat"]: row for row in rows if row["key"].startswith(f"{ruling.approval}.card")}
+
+    async def ended(self, ruling: Ruling) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while await self.state(ruling) in ("pending", "allowed"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
 
     async def state(self, ruling: Ruling) -> str:
         (row,) = await self.router.db.read("find_approval", id=ruling.approval)
@@ -159,8 +162,16 @@ class World:
 async def living(place: Place) -> AsyncIterator[World]:
     if "emil" not in place.registry.agents:
         place.registry.add("emil")
+    done: list[Json] = []
+
+    def carry_out(tx: Transaction, held: Held) -> str:
+        done.append(held.payload)
+        return "it is on its way"
+
+    place.handlers = place.handlers or dict.fromkeys(Action, Handler(carry_out=carry_out))
     async with place.router() as router, operating(place, router) as operator:
         world = World(router, operator, place)
+        world.done = done
         await world.prepare()
         yield world
 

@@ -112,10 +112,9 @@ class World:
 
 @asynccontextmanager
 async def living(place: Place, effects: Effects | None = None) -> AsyncIterator[World]:
+    effects = effects or Effects()
+    place.handlers = dict.fromkeys(Action, Handler(carry_out=effects.carry_out, prepare=effects.prepare))
     async with place.router() as router, operating(place, router) as person:
-        effects = effects or Effects()
-        handler = Handler(carry_out=effects.carry_out, prepare=effects.prepare)
-        router.guard.handlers = dict.fromkeys(Action, handler)
         await router.deliver("hello", event="first")
         await router.settled()
         (row,) = await router.db.read("list_sessions", agent="berta")
@@ -385,7 +384,6 @@ def test_what_was_allowed_is_done_by_the_next_router_once(place: Place) -> None:
         effects.failure = None
         for _ in range(2):
             async with living(place, effects) as world:
-                world.router.guard._changed.set()  # its handlers came later than its start
                 await world.reached(ruling, "used")
                 assert len(await world.told()) == 1
         assert effects.done == [PAYLOAD]

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
-from nanoclawd import limits, retention
+from nanoclawd import limits, paths, retention
 from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import Unavailable
 from nanoclawd.filestore import FileStore
+from nanoclawd.ids import AgentName
 from nanoclawd.settings import parse_settings
 from nanoclawd.usage import Usage
+from tests.support.router import Place
+from tests.support.varlink_peer import eventually
 
 DAY_MS = retention.DAY_S * 1000
 OLD, NEW = 31, 29  #: days
@@ -41,8 +44,8 @@ class Store:
         self.database = await Database.open(self.path)
         running = asyncio.create_task(self.database.run())
         self.sql("INSERT INTO agent VALUES ('berta', 0, 0, 0)")
-        self.sql("INSERT INTO session VALUES (1, 'berta', 's_1', 'c', 'chat', '', 0, NULL)")
-        self.sql("INSERT INTO session VALUES (2, 'gone', 's_2', 'c', 'chat', '', 0, NULL)")
+        self.sql("INSERT INTO session VALUES (1, 'berta', 's_1', 'c', 'chat', '', 0, NULL, 0)")
+        self.sql("INSERT INTO session VALUES (2, 'gone', 's_2', 'c', 'chat', '', 0, NULL, 0)")
         try:
             yield self.database
         finally:
@@ -255,6 +258,7 @@ def test_it_is_done_at_start_and_once_a_day_unless_all_is_kept(
                 usage(store),
                 FileStore(store.database),
                 lambda: settings,
+                _close_none,
             )
 
         assert slept == [86_400] * 3
@@ -283,8 +287,47 @@ def test_a_full_disk_is_met_again_the_next_day(store: Store, monkeypatch: pytest
                 usage(store),
                 FileStore(store.database),
                 lambda: parse_settings(""),
+                _close_none,
             )
 
         assert store.ids() == {"m"}
 
     run(store, body)
+
+
+async def _close_none(before: int) -> None:
+    raise AssertionError("nothing says that sessions are closed")
+
+
+def test_sessions_that_nobody_uses_are_closed_and_what_waits_is_not(place: Place) -> None:
+    async def body() -> None:
+        async with place.router() as router:
+            for chat in ("old", "new", "waits"):
+                await router.deliver("hello", chat=chat)
+            await router.settled()
+            place.registry.held.add("berta")
+            await place.systemd.end_all()
+            await eventually(lambda: not list(router.sessions.live()))
+            await router.deliver("hello?", chat="waits")
+            old = "UPDATE session SET used_at = 1000 WHERE chat != 'new'"
+            await router.db.write(lambda tx: tx._connection.execute(old))
+            rows = {row["chat"]: row for row in await router.db.read("list_sessions", agent="berta")}
+            kept = paths.session_state(AgentName("berta"), rows["old"]["name"])
+            kept.mkdir(parents=True, exist_ok=True)
+
+            await router.sessions.close_unused(2000)
+
+            rows = {row["chat"]: row for row in await router.db.read("list_sessions", agent="berta")}
+            assert [bool(rows[chat]["closed_at"]) for chat in ("old", "new", "waits")] == [
+                True,
+                False,
+                False,
+            ]
+            assert not kept.exists()
+            await router.deliver("again", chat="old")
+            (row,) = await router.db.read(
+                "find_session", agent="berta", channel="test", chat="old", thread=""
+            )
+            assert (row["closed_at"], row["used_at"] > 2000) == (None, True)
+
+    place.run(body)

@@ -39,7 +39,7 @@ def db() -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(":memory:", isolation_level=None)
     for migration in sorted((paths.SQL / "migrations").glob("*.sql")):
         connection.executescript(migration.read_text())
-    connection.execute("INSERT INTO session VALUES (1, 'berta', 's1', 'test', 'chat', '', 0, NULL)")
+    connection.execute("INSERT INTO session VALUES (1, 'berta', 's1', 'test', 'chat', '', 0, NULL, 0)")
     connection.execute(
         "INSERT INTO inbox (id, session, channel, chat, thread, event, revision, sender, body, received_at)"
         " VALUES ('m1', 1, 'test', 'chat', '', 'e1', 0, 'me', 'text', 0)"
