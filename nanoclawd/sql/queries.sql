@@ -207,7 +207,9 @@ SELECT * FROM outbox
    AND (in_reply_to = :event
         OR EXISTS (SELECT * FROM inbox
                     WHERE channel = :channel AND chat = outbox.chat AND thread = outbox.thread AND event = :event
-                      AND outbox.turn IN (inbox.turn, first_turn)))
+                      AND outbox.turn IN (inbox.turn, first_turn))
+        OR EXISTS (SELECT * FROM ask JOIN inbox ON inbox.id = ask.message
+                    WHERE ask.event = :event AND outbox.turn IN (inbox.turn, first_turn)))
  ORDER BY seq LIMIT :limit;
 
 -- due_deliveries --
@@ -824,7 +826,7 @@ SELECT * FROM approval WHERE kind = 'action' AND state IN ('pending', 'allowed')
 UPDATE approval SET state = :state, outcome = :outcome WHERE id = :id RETURNING *;
 
 -- vote --
-INSERT INTO vote (approval, person, here, said_at) VALUES (:approval, :person, :here, :now)
+INSERT INTO vote (approval, person, place, said_at) VALUES (:approval, :person, :place, :now)
 ON CONFLICT DO NOTHING RETURNING person;
 
 -- votes --
