@@ -199,7 +199,7 @@ class Guard:
         by.require(id, held.answered_by_admins_of)
         if not allow:
             return self._decide(tx, row, ApprovalState.DENIED, by.by, now + int(limits.DENIAL_S * 1000))
-        if not tx.all("vote", approval=id, person=by.person, here=int(by.here), now=now):
+        if not tx.all("vote", approval=id, person=by.person, place="here" if by.here else "chat", now=now):
             raise Refused(f"you have allowed approval {id} already", hint="somebody else has to, as well")
         voters = self._voters(tx, row, held)
         if len(voters) < row["needed"]:
@@ -229,7 +229,7 @@ class Guard:
         return [
             vote["name"]
             for vote in tx.all("votes", approval=row["id"])
-            if vote["here"]
+            if vote["place"] == "here"
             or may_answer(people.standings_of_person(tx, vote["person"]), held.answered_by_admins_of)
         ]
 

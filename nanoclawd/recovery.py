@@ -219,7 +219,8 @@ def _mend_references(new: sqlite3.Connection) -> list[str]:
         name = f"{re.sub('[^a-z0-9]', '_', place[0].lower())[:32]}_{session}"
         for owner in (agent, UNKNOWN_AGENT):  # the second if another session has the name
             new.execute(
-                "INSERT OR IGNORE INTO session VALUES (?, ?, ?, ?, ?, ?, 0, NULL)",
+                "INSERT OR IGNORE INTO session (id, agent, name, channel, chat, thread, created_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, 0)",
                 (session, owner, name, *place),
             )
             where = "(agent, channel, chat, thread) = (?, ?, ?, ?)"

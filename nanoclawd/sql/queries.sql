@@ -826,7 +826,7 @@ SELECT * FROM approval WHERE kind = 'action' AND state IN ('pending', 'allowed')
 UPDATE approval SET state = :state, outcome = :outcome WHERE id = :id RETURNING *;
 
 -- vote --
-INSERT INTO vote (approval, person, here, said_at) VALUES (:approval, :person, :here, :now)
+INSERT INTO vote (approval, person, place, said_at) VALUES (:approval, :person, :place, :now)
 ON CONFLICT DO NOTHING RETURNING person;
 
 -- votes --

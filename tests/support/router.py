@@ -236,10 +236,6 @@ class SystemdDouble:
         self.adapters.discard(unit)
         await self.end(unit)
 
-    async def restart_unit(self, unit: str) -> None:
-        await self.stop_unit(unit)
-        await self.start_unit(unit)
-
     def start_slice(self) -> None:
         """What `systemctl start` does, whoever asks for it."""
         if not self.slice_active:

@@ -13,8 +13,8 @@ CREATE UNIQUE INDEX approval_call ON approval (agent, session, call) WHERE call 
 CREATE TABLE vote (
     approval TEXT    NOT NULL REFERENCES approval (id) ON DELETE CASCADE,
     person   INTEGER NOT NULL REFERENCES person (id),
-    -- Whether it was said on this host, where nobody asks for roles.
-    here     INTEGER NOT NULL CHECK (here IN (0, 1)),
+    -- "here": on this host, where nobody asks for roles.
+    place    TEXT    NOT NULL CHECK (place IN ('here', 'chat')),
     said_at  INTEGER NOT NULL,
     PRIMARY KEY (approval, person)
 ) STRICT;
@@ -44,7 +44,8 @@ CREATE INDEX card_approval ON card (approval);
 ALTER TABLE inbox ADD COLUMN command TEXT NOT NULL DEFAULT '';
 
 -- When the newest message of a session came, by which those that nobody uses are closed.
-ALTER TABLE session ADD COLUMN used_at INTEGER NOT NULL DEFAULT 0;
+-- The check tells a row of another table from one of this, should only pages be left of both.
+ALTER TABLE session ADD COLUMN used_at INTEGER NOT NULL DEFAULT 0 CHECK (used_at >= 0 AND agent GLOB '[a-z]*');
 UPDATE session SET used_at =
        max(created_at, coalesce((SELECT max(received_at) FROM inbox WHERE session = session.id), 0));
 

@@ -397,7 +397,8 @@ def test_damaged_pages_are_told_and_the_others_saved(healthy: Path, tmp_path: Pa
 
         # Text that runs over several pages may be anything.
         overflow = healthy.read_bytes()[page * PAGE] == 0
-        assert take_up(path, seed) or overflow, seed
+        same = path.read_bytes() == healthy.read_bytes()  # e.g. pages of two tables without a row
+        assert take_up(path, seed) or overflow or same, seed
 
         share = len(before["inbox"]) if damage == "cut off" else 60
         assert lost(before, path) <= share, (seed, page)
