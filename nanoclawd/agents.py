@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoclawd import limits, policy, tomltable
+from nanoclawd import budget, limits, policy, tomltable
 from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.files import read_text, write_text
@@ -128,7 +128,16 @@ def write_agent(path: Path, config: AgentConfig) -> None:
         f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default
     }
     del values["name"]
-    write_text(path, _change("", path, values))
+    tables = {
+        "budget": {key: budget.plain(key, value) for key, value in asdict(config.budget).items()},
+        "guard": asdict(config.guard),
+    }
+    text = _change("", path, {key: value for key, value in values.items() if key not in tables})
+    for name, table in tables.items():
+        if name in values:
+            text = tomltable.change_table(text, name, table)
+    parse_agent(text, path)
+    write_text(path, text)
 
 
 def change_agent(path: Path, changes: Mapping[str, Any]) -> AgentConfig:

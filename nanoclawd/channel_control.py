@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
-from nanoclawd import paths, queue
+from nanoclawd import limits, paths, queue
 from nanoclawd.channelfile import credential_of, find_program, write_channel
 from nanoclawd.channels import Channel, Channels
 from nanoclawd.db import Database, Transaction, now_ms
@@ -82,6 +82,8 @@ class ChannelControl:
         if name in self.channels.names() or path.exists():
             hint = f"edit '{path}', then 'nanoclawctl reload'"
             raise Refused(f"there is a channel named '{name}'", hint=hint)
+        if len(self.channels.names()) >= limits.CHANNELS:
+            raise Refused(f"there are {limits.CHANNELS} channels already, which is the limit")
         try:
             find_program(kind)
         except ConfigError as exc:

@@ -17,6 +17,7 @@ from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.files import remove_file
 from nanoclawd.ids import TERMINAL, ChannelName
+from nanoclawd.rates import Rate
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Server, Service
 from nanoclawd.sockets import bind_listener, forget_listener, store_listener
@@ -123,7 +124,8 @@ class Channels:
         """Return a channel, which is not the terminal. Raises NotFound."""
         channel = self._channels.get(ChannelName(name))
         if channel is None:
-            raise NotFound(f"no channel named '{name[:64]}'")
+            hint = "'nanoclawctl channel list' shows all"
+            raise NotFound(f"no channel named '{name[:64]}'", hint=hint)
         return channel
 
     def capabilities(self, name: str) -> Capabilities:
@@ -160,10 +162,11 @@ class Channels:
                 return [str(exc)]
             for name in self._channels.keys() - found.keys():
                 await self._forget(self._channels.pop(name))
-            before = {name: channel.config for name, channel in self._channels.items()}
+            before = {name: (c.config, c.problem) for name, c in self._channels.items()}
             for name, config in found.items():
                 self._add(name, config, listeners.get(f"{PREFIX}{name}"))
-                if isinstance(config, ChannelConfig) and config != before.get(name):
+                # Also if its file is the same and its adapter is there by now.
+                if before.get(name) != (config, None):
                     self._start(self._channels[name], anew=name in before)
             for name, listener in listeners.items():
                 if name.removeprefix(PREFIX) not in self._channels:
@@ -210,6 +213,8 @@ class Channels:
                 self.service,
                 listener,
                 identity=channel,
+                # An adapter that was taken over must not keep the router from all others.
+                calls=Rate(limits.CHANNEL_CALLS_PER_S, limits.CALLS_BURST),
                 on_close=self.on_close,
                 max_fds=limits.FILES_PER_MESSAGE,
                 trusted=False,
@@ -241,14 +246,18 @@ class Channels:
 
     async def restart(self, channel: Channel) -> None:
         """Start an adapter anew. Raises Failed, Unavailable, NotFound: it is masked."""
-        channel.health = Health()
+        await self._stop(channel)
+        channel.health = Health()  # now: the one that ends may just have said something
+        await self._systemd.start_unit(channel.unit)
+
+    async def _stop(self, channel: Channel) -> None:
+        await self._systemd.stop_unit(channel.unit)
         await self._systemd.reset_failed(channel.unit)
-        await self._systemd.restart_unit(channel.unit)
 
     async def remove(self, channel: Channel) -> Path | None:
         """Stop an adapter and remove all that is its; returns where went what it had to remember."""
         async with self._changing:
-            await self._systemd.stop_unit(channel.unit)  # before what it uses goes
+            await self._stop(channel)  # before what it uses goes
             remove_file(channel.file)
             del self._channels[channel.name]
             await self._forget(channel)
@@ -259,8 +268,7 @@ class Channels:
 
     async def _forget(self, channel: Channel) -> None:
         """Listen no more for a channel that is gone, and let its adapter end."""
-        stop = self._systemd.stop_unit(channel.unit)
-        self._tasks.create_task(_logging(stop, channel), name=f"stop of {channel.unit}")
+        self._tasks.create_task(_logging(self._stop(channel), channel), name=f"stop of {channel.unit}")
         if channel.serving is not None:
             channel.serving.cancel()
             await asyncio.wait([channel.serving])

@@ -142,5 +142,6 @@ PAIRING_GUESSES = 20  #: wrong ones from all together, before a code is worth no
 PAIRINGS = 16  #: codes at once
 
 # --- channels -------------------------------------------------------------------------------------
+CHANNEL_CALLS_PER_S = 200.0  #: of all connections of one adapter, in the long run
 CHANNEL_ACCOUNTS = 64  #: an adapter's own on its platform
 HEALTH_CHARACTERS = 300

@@ -108,10 +108,6 @@ class Systemd:
         """
         await self._job("StartUnit", unit, mode, limits.UNIT_START_S)
 
-    async def restart_unit(self, unit: str) -> None:
-        """Stop a unit if it runs, start it, and wait until it is active. Raises as start_unit() does."""
-        await self._job("RestartUnit", unit, "replace", limits.UNIT_START_S)
-
     async def stop_unit(self, unit: str) -> None:
         """Stop a unit and wait until it is gone. One that is not loaded counts as stopped."""
         with suppress(NotFound):

@@ -207,7 +207,9 @@ SELECT * FROM outbox
    AND (in_reply_to = :event
         OR EXISTS (SELECT * FROM inbox
                     WHERE channel = :channel AND chat = outbox.chat AND thread = outbox.thread AND event = :event
-                      AND outbox.turn IN (inbox.turn, first_turn)))
+                      AND outbox.turn IN (inbox.turn, first_turn))
+        OR EXISTS (SELECT * FROM ask JOIN inbox ON inbox.id = ask.message
+                    WHERE ask.event = :event AND outbox.turn IN (inbox.turn, first_turn)))
  ORDER BY seq LIMIT :limit;
 
 -- due_deliveries --

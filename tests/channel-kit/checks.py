@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-from world import POLL_S, WITHIN_S, Failed, World
+from world import POLL_S, WITHIN_S, Failed, Json, World
 
 Check = Callable[[World], Awaitable[None]]
 CHECKS: dict[str, Check] = {}
@@ -223,6 +223,18 @@ async def redaction(world: World) -> None:
     await world.until(lambda: world.router.of("Retract", chat=chat, event=event), "Retract")
 
 
+@check("hands over a reaction, and that it was taken back")
+async def reaction(world: World) -> None:
+    world.can("reactions")
+    chat = await world.chat()
+    event = await world.say(chat, "react to this")
+    made = (await world.driver("react", chat=chat, target=event, reaction="👍"))["event"]
+    about = {"chat": chat, "target": event, "event": made, "reaction": "👍"}
+    await world.until(lambda: world.router.of("React", removed=False, **about), "React")
+    await world.driver("unreact", chat=chat, event=made)
+    await world.until(lambda: world.router.of("React", removed=True, **about), "React(removed)")
+
+
 @check("asks before it joins, and does what is said")
 async def invitations(world: World) -> None:
     for state, later, end in (
@@ -330,6 +342,37 @@ async def once_after_kill(world: World) -> None:
     await world.reported(key)
     texts = await world.texts(chat)
     need(texts == ["once"], f"the chat has {texts}")
+
+
+@check("edits what it has sent")
+async def edits(world: World) -> None:
+    world.can("edits")
+    shown = await _about(world, "edit", "hello")
+    need(shown["text"].strip() == "hello", f"the chat has {shown['text']!r}")
+
+
+@check("reacts")
+async def reacts(world: World) -> None:
+    world.can("reactions")
+    shown = await _about(world, "reaction", "🎉")
+    need(shown["reactions"] == ["🎉"], f"the chat has {shown['reactions']}")
+
+
+@check("takes back what it has sent")
+async def takes_back(world: World) -> None:
+    world.can("redactions")
+    shown = await _about(world, "redaction", "")
+    need(shown["redacted"], "it is still there")
+
+
+async def _about(world: World, kind: str, text: str) -> Json:
+    """Send something, and then something about it; return what the platform shows of the first."""
+    chat = await world.chat()
+    first = world.router.deliver(chat, "helo")
+    await world.reported(first)
+    target = world.router.sent[first][0]
+    await world.reported(world.router.deliver(chat, text, kind=kind, target=target))
+    return await world.driver("shown", chat=chat, id=target)
 
 
 @check("splits what is longer than it has said, and reports each part")

@@ -17,11 +17,12 @@ AGAIN_S = 0.2  # until a connection that broke is made again
 HEALTH_S = 60
 MESSAGE_BYTES = 1 << 20
 PART_BYTES = 2000
+ABOUT_OTHERS = ("edit", "reaction", "redaction")  # kinds of deliveries that have a target
 CAPABILITIES = {
     "threads": True,
-    "edits": False,
-    "reactions": False,
-    "redactions": False,
+    "edits": True,
+    "reactions": True,
+    "redactions": True,
     "files": False,
     "typing": False,
     "textBytes": PART_BYTES,
@@ -164,6 +165,18 @@ async def hand_over(router, platform, event):
                 await answer_invitation(router, platform, event)
             elif event["type"] == "redaction":
                 await call(router, "Retract", event=event["target"], **place)
+            elif event["type"] in ("reaction", "unreaction"):
+                await call(
+                    router,
+                    "React",
+                    event=event["id"],
+                    target=event["target"],
+                    sender=event["sender"],
+                    senderName=event["name"],
+                    reaction=event["text"],
+                    removed=event["type"] == "unreaction",
+                    **place,
+                )
             elif event["type"] == "message":
                 await call(
                     router,
@@ -223,12 +236,14 @@ async def speak(health):
 
 async def send(router, platform, delivery):
     key, receipt = delivery["key"], ""
-    parts = split(delivery["text"])
+    kind = delivery["kind"] if delivery["kind"] in ABOUT_OTHERS else "message"
+    parts = split(delivery["text"]) if kind == "message" else [delivery["text"]]
+    place = {"chat": delivery["chat"], "thread": delivery["thread"]}
     for number, text in enumerate(parts, 1):
         if number <= delivery["partsSent"]:
             continue
         # The platform knows by the transaction what it has already, so that nothing is shown twice.
-        message = {"chat": delivery["chat"], "thread": delivery["thread"], "text": text}
+        message = {"type": kind, "target": delivery["target"], "text": text, **place}
         answer = await platform.ask({"send": {**message, "transaction": f"{key}.{number}"}})
         if "error" in answer:
             retryable = answer["retry"]

@@ -101,10 +101,9 @@ class Platform:
         if self.failure is not None:
             return self.failure
         if message["transaction"] not in self.sent:
-            place = {"chat": message["chat"], "thread": message["thread"]}
-            self.sent[message["transaction"]] = self.add(
-                "message", sender=BOT, text=message["text"], **place
-            )
+            more = {key: message.get(key) for key in ("thread", "text", "target")}
+            kind = message.get("type", "message")
+            self.sent[message["transaction"]] = self.add(kind, message["chat"], BOT, **more)
         return {"id": self.sent[message["transaction"]]["id"]}
 
     async def _write(self, writer: asyncio.StreamWriter, message: Json) -> None:
@@ -162,6 +161,24 @@ class Driver:
     async def redact(self, chat: str, event: str) -> Json:
         self.platform.add("redaction", chat, "@ada", target=event)
         return {}
+
+    async def react(self, chat: str, target: str, reaction: str) -> Json:
+        return {"event": self.platform.add("reaction", chat, "@ada", target=target, text=reaction)["id"]}
+
+    async def unreact(self, chat: str, event: str) -> Json:
+        (found,) = [e for e in self.platform.events if e["id"] == event]
+        more = {key: found[key] for key in ("target", "text", "id")}
+        self.platform.add("unreaction", chat, "@ada", **more)
+        return {}
+
+    async def shown(self, chat: str, id: str) -> Json:
+        (text,) = [e["text"] for e in self.platform.events if e["id"] == id and not e["revision"]]
+        about = [e for e in self.platform.events if e["target"] == id]
+        return {
+            "text": next((e["text"] for e in reversed(about) if e["type"] == "edit"), text),
+            "reactions": [e["text"] for e in about if e["type"] == "reaction"],
+            "redacted": any(e["type"] == "redaction" for e in about),
+        }
 
     async def own(self, chat: str, text: str) -> Json:
         return {"event": self.platform.add("message", chat, BOT, text=text)["id"]}

@@ -18,6 +18,17 @@ Json = dict[str, Any]
 NAME = "io.nanoclaw.Channel"
 INTERFACE = read_interface(Path(__file__).resolve().parents[2] / "nanoclawd/interfaces" / f"{NAME}.varlink")
 MESSAGE_BYTES = 1 << 20
+DELIVERY: Json = {
+    "thread": "",
+    "agent": "berta",
+    "agentName": "Berta",
+    "kind": "message",
+    "target": None,
+    "choices": [],
+    "files": [],
+    "inReplyTo": None,
+    "events": [],
+}
 #: In all that it sends: what an adapter does not know it ignores.
 FUTURE = {"future": {"of": ["whatever"]}}
 
@@ -83,22 +94,18 @@ class RouterDouble:
     def is_attached(self) -> bool:
         return any(connection.attached for connection in self._connections)
 
-    def deliver(self, chat: str, text: str, *, thread: str = "", parts: int = 0) -> str:
-        """Have something sent to a chat; return its key."""
+    def deliver(self, chat: str, text: str, *, parts: int = 0, **more: Any) -> str:
+        """Have something sent to a chat, with `more` fields of a Delivery; return its key."""
         key = f"k{next(self._numbers)}"
-        delivery = {
+        self._deliveries[key] = {
+            **DELIVERY,
             "key": key,
             "chat": chat,
-            "thread": thread,
-            "agent": "berta",
-            "kind": "message",
             "text": text,
-            "inReplyTo": None,
-            "events": [],
             "partsSent": parts,
+            **more,
         }
-        self._deliveries[key] = delivery
-        self.push({"delivery": delivery})
+        self.push({"delivery": self._deliveries[key]})
         return key
 
     def push(self, item: Json) -> None:
@@ -184,6 +191,8 @@ class RouterDouble:
                 return {"outcome": "queued", "message": "m1", "duplicate": duplicate}
             case "Invite":
                 return {"state": self.chat_state}
+            case "React":
+                return {"outcome": "kept", "duplicate": False}
             case "Retract":
                 return {"unseen": True}
             case "StopTurn":

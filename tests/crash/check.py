@@ -28,10 +28,14 @@ def check(record: Record, database: Path, *, deaths: int) -> list[Found]:
         connection.row_factory = sqlite3.Row
         inbox = {row["event"]: row for row in rows_of(connection, "inbox", record)}
         outbox = {row["key"]: row for row in rows_of(connection, "outbox", record)}
+        files = {row["id"] for row in connection.execute("SELECT id FROM file")}
         checks = [[*connection.execute(f"PRAGMA {name}_check")] for name in ("integrity", "foreign_key")]
     found = [*_check_inbox(record, inbox, deaths), *_check_outbox(record, outbox), *_check_repeats(record)]
     for chat in record.plan.chats:
         found += _check_order([shown for shown in record.shown.values() if shown.chat == chat.name])
+    kept = {path.name for path in (database.parent / "files").iterdir()}
+    found += [(Fault.ORPHAN, f"file {name} has no row") for name in kept - files]
+    found += [(Fault.LOST, f"the row of file {name} has no file") for name in files - kept]
     problems = [tuple(row) for rows in checks for row in rows]
     if problems != [("ok",)]:
         found.append((Fault.OTHER, f"the database is damaged: {problems}"))

@@ -129,6 +129,7 @@ async def _route(
             self.wired = orders.chats
             self.handlers: dict[Action, Handler] = {}
             self.agents_talk = False
+            self.capabilities = {"files": True}
             self.listener = channel
 
     for module in (sessions, nanoclawd):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-from nanoclawd.wire import Json
+from nanoclawd.wire import Json, VarlinkError
 from tests.crash.line import AGAIN_S, CHANNEL, Line
 from tests.crash.record import Fault, Record, Shown
-from tests.crash.script import Chat, Message, Pause
+from tests.crash.script import Chat, Message, Pause, content
 
 #: What becomes of a delivery that comes for the first time, and how often.
 MOODS = {"well": 75, "says it twice": 5, "dies": 7, "dies with a part": 5, "put off": 6, "refuses": 2}
@@ -49,7 +50,7 @@ class Person:
         await self._record.until(lambda: all(map(self._record.has_ended, self._said)))
 
     async def _say(self, message: Message) -> None:
-        parameters = {
+        parameters: Json = {
             "chat": self._chat.id,
             "thread": "",
             "event": message.marker,
@@ -58,12 +59,24 @@ class Person:
             "text": message.text,
             "agent": self._chat.agent,
         }
-        reply = await self._line.call(f"{CHANNEL}.Deliver", parameters)
+        fds: list[int] = []
+        if message.order == "file" and not message.words:
+            fds = [os.memfd_create(message.marker)]
+            size = os.write(fds[0], content(message.text))
+            parameters["files"] = [{"name": message.marker, "mediaType": "", "bytes": size}]
+        try:
+            await self._hand_over(message, parameters, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def _hand_over(self, message: Message, parameters: Json, fds: list[int]) -> None:
+        reply = await self._line.call(f"{CHANNEL}.Deliver", parameters, fds)
         self._said.append(message.marker)
         self._record.acknowledged[message.marker] = reply["message"]
         self._record.note()
         if message.again:
-            same = await self._line.call(f"{CHANNEL}.Deliver", parameters)
+            same = await self._line.call(f"{CHANNEL}.Deliver", parameters, fds)
             if reply["outcome"] == "queued" and same != {**reply, "duplicate": True}:
                 self._record.fault(Fault.REPEATED, f"{message.marker} was stored twice: {reply}, {same}")
 
@@ -125,6 +138,8 @@ class Adapter:
         if key in self._record.refused:
             await self._report("Failed", key, reason="never", retryable=False)
         else:
+            if delivery["files"]:
+                await self._check_file(delivery)
             self._record.shown.setdefault(key, shown)
             if mood == "dies":
                 raise _Broken
@@ -133,6 +148,16 @@ class Adapter:
                 await self._report("Sent", key, receipt="r")
         self._record.reported.add(key)
         self._record.note()
+
+    async def _check_file(self, delivery: Json) -> None:
+        wanted = content(delivery["text"])
+        try:
+            fd = await self._calls.open_file(delivery["key"])
+        except VarlinkError as exc:
+            return self._record.fault(Fault.LOST, f"the file of {delivery['key']}: {exc}")
+        if os.pread(fd, len(wanted) + 1, 0) != wanted:
+            self._record.fault(Fault.OTHER, f"the file of {delivery['key']} is another one")
+        os.close(fd)
 
     async def _report(self, what: str, key: str, **parameters: object) -> None:
         await self._calls.call(f"{CHANNEL}.Report{what}", {"key": key, **parameters})

@@ -15,6 +15,7 @@ import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -128,8 +129,9 @@ class Script:
             turn = await db.write(lambda tx, row=row: queue.claim_turn(tx, row, attempts=4))  # type: ignore[misc]
             if turn is None:
                 continue
-            await db.write(lambda tx, row=row, turn=turn: queue.send_message(tx, row, turn, "key", "wait"))  # type: ignore[misc]
-            self.ack(sent=f"{turn.message}/key")
+            key, said = turn.full_key("key"), queue.Saying(text="wait")
+            await db.write(partial(queue.send, session=row, turn=turn, key=key, saying=said))
+            self.ack(sent=key)
 
             def finish(tx: Transaction, row: Any = row, turn: Any = turn) -> None:
                 queue.finish_turn(tx, row, turn, MessageState.ANSWERED, ["reply " * 100])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Callable
 from contextlib import suppress
 
 from nanoclawd.wire import Json, VarlinkError
 from tests.crash.line import AGAIN_S, AGENT, Line
 from tests.crash.record import Fault, Record
-from tests.crash.script import Message
+from tests.crash.script import Message, content
 from tests.support.router import Container, killed
 
+_PART_BYTES = 20_000
 STOP_S = 2.0  #: a turn that is to be stopped waits for that so long
 
 
@@ -102,6 +104,7 @@ class _Turn:
         self._record, self._container, self._calls, self._stop = record, container, calls, stop
         self._messages: list[Message] = []
         self._ids: dict[str, str] = {}  #: of messages, by marker
+        self._files: dict[str, str] = {}  #: the same of files
         self.join(turn["messages"])
 
     def join(self, messages: list[Json]) -> None:
@@ -112,6 +115,8 @@ class _Turn:
                 continue
             self._messages.append(known)
             self._ids[known.marker] = message["id"]
+            for file in message["files"]:
+                self._files[known.marker] = file["id"]
             if known.marker in self._record.finished:
                 self._record.fault(Fault.REPEATED, f"{known.marker} came to a runner again after its end")
             if unsaid := self._record.sent & {*known.sends()} - self._already_sent:
@@ -163,7 +168,11 @@ class _Turn:
     async def _obey(self, message: Message) -> list[str]:
         """Do what one message says, and return the replies to it."""
         for text in message.sends():
-            await self._send(text)
+            if message.order == "file":
+                await self._check_file(message)
+                await self._send_file(text)
+            else:
+                await self._send(text)
         match message.order:
             case "fail" | "busy" if self._attempt <= int(message.argument):
                 raise _Failed("internal" if message.order == "fail" else "overloaded", retryable=True)
@@ -195,6 +204,25 @@ class _Turn:
             return
         await self._call("SendMessage", key=text.replace(":", "."), text=text)
         self._record.sent.add(text)
+
+    async def _send_file(self, text: str) -> None:
+        if text in self._already_sent and self._record.plan.careful:
+            return
+        data, key = content(text), text.replace(":", ".")
+        said = {"name": "f", "mediaType": "", "bytes": len(data), "caption": text, "destination": None}
+        while (await self._call("SendFile", key=key, **said))["outcome"] is None:
+            for offset in range(0, len(data), _PART_BYTES):  # begun anew if the router has died
+                part = base64.b64encode(data[offset : offset + _PART_BYTES]).decode()
+                await self._call("PutFile", key=key, offset=offset, data=part)
+        self._record.sent.add(text)
+
+    async def _check_file(self, message: Message) -> None:
+        data = b""
+        file = self._files[message.marker]
+        while part := base64.b64decode((await self._call("ReadFile", id=file, offset=len(data)))["data"]):
+            data += part
+        if data != content(message.text):
+            self._record.fault(Fault.OTHER, f"the file of {message.marker} is another one")
 
     async def _call(self, method: str, **parameters: object) -> Json:
         try:

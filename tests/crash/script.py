@@ -10,6 +10,9 @@ other message has, and the runner's orders:
     c1-3 send 2     send twice in mid-turn, then reply
     c1-3 gate c1-5  reply once the router has taken c1-5, which so arrives in mid-turn
     c1-3 stop       wait until it is stopped
+    c1-3 file       comes with a file; send one in mid-turn, too, then reply
+
+What is in a file follows from the text that goes with it, see content().
 """
 
 from __future__ import annotations
@@ -46,8 +49,14 @@ class Message:
 
     def sends(self) -> list[str]:
         """Return what is sent on the way to its end."""
-        count = int(self.argument) if self.order == "send" else self.order in ("fail", "crash", "poison")
+        orders = ("fail", "crash", "poison", "file")
+        count = int(self.argument) if self.order == "send" else self.order in orders
         return [f"s:{self.marker}:{index}" for index in range(count)]
+
+
+def content(text: str) -> bytes:
+    """Return what is in the file that goes with a text."""
+    return text.encode() * 3000
 
 
 class Pause(Enum):
@@ -134,7 +143,7 @@ def _make_chat(random: Random, name: str) -> Chat:
     for _ in range(random.randint(1, 3)):
         more = random.randint(1, 2)
         match random.choice(
-            ("say", "say", "send", "gate", "fail", "busy", "crash", "quiet", "die", "poison", "stop")
+            ("say", "say", "send", "file", "gate", "fail", "busy", "crash", "quiet", "die", "poison", "stop")
         ):
             case "gate":
                 say("gate", f"{name}-{said + 1 + more}")

@@ -464,6 +464,35 @@ def test_killed_in_mid_delivery_it_sends_nothing_twice(owner: World, agents: tup
         assert len(owner.homeserver.sent(room, owner.bot)) == len(owner.ada.heard(room, owner.bot))
 
 
+def test_a_reaction_to_a_card_allows_what_an_agent_has_asked_for(
+    owner: World, agents: tuple[str, str]
+) -> None:
+    room = owner.room(agents[0], direct=True)
+    leased = _wait_leased(owner, agents[0], owner.ada.say(room, "/sleep 3"))
+
+    call = ("MessageAgent", {"key": "1", "agent": agents[1], "text": "are you awake?"})
+    (reply,) = _as_agent(owner, agents[0], leased["turn"], call)
+    card = owner.ada.wait_text(room, owner.bot, "Allow: ✅")
+    wait_until(
+        lambda: (
+            {r["content"]["m.relates_to"]["key"] for r in owner.ada.do("reactions", room=room)}
+            == {"✅", "❌"}
+        ),
+        within_s=SETTLE_S,
+        what="there is something to click",
+    )
+    assert reply["outcome"]["state"] == "held" and "are you awake?" in card["content"]["body"]
+    assert not owner.product.ask("message", "list", agents[1])["messages"]
+    relation = {"rel_type": "m.annotation", "event_id": card["event"], "key": "✅"}
+    owner.ada.do("send", room=room, type="m.reaction", content={"m.relates_to": relation})
+
+    owner.machine.wait_for(
+        lambda: owner.product.ask("message", "list", agents[1])["messages"],
+        within_s=SETTLE_S,
+        what="the other agent has the message",
+    )
+
+
 @contextmanager
 def _settings(world: World, more: str) -> Iterator[None]:
     """Have the adapter run with more settings for a while."""

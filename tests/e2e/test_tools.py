@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.test_anthropic import Api, set_key, user_text
+from tests.e2e.test_anthropic import SETTINGS, Api, set_key, user_text
 from tests.support.machine import Machine
 from tests.support.product import Json, Product, unique_prefix
-
-from .test_anthropic import SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +35,8 @@ def api(configured: Product, machine: Machine) -> Iterator[Api]:
     api.stop()
 
 
-def use(name: str, **input: object) -> Json:
-    return {"tool_use": [{"name": name, "input": input}]}
+def use(tool: str, **input: object) -> Json:
+    return {"tool_use": [{"name": tool, "input": input}]}
 
 
 def replies(product: Product, agent: str, *words: str) -> list[str]:
@@ -101,12 +98,13 @@ def test_agent_is_created_when_somebody_has_allowed_it_and_answers(
     product: Product, machine: Machine, agent: str, api: Api
 ) -> None:
     new = f"{agent}new"
-    what = {"name": new, "description": "echoes", "instructions": "Echo."}
+    what = {"name": new, "description": "helps", "instructions": "Be kind."}
     api.start(
         use("create_agent", **what),
         {"text": "asked for it"},
         use("message_agent", agent=new, text="hello there"),
         {"text": "asked it"},
+        {"text": "I am new"},  # its container has to start: it is not faster than the answer before
         {"text": "so it says"},
     )
     product.ctl("guard", "set", agent, "message_agent", "allow")
@@ -118,10 +116,10 @@ def test_agent_is_created_when_somebody_has_allowed_it_and_answers(
     product._added.append(new)
 
     config = product.ask("agent", "show", new)["configuration"]
-    assert (config["provider"], config["description"], config["mounts"]) == ("anthropic", "echoes", [])
-    product.ctl("agent", "set", new, "--provider", "echo")
-    machine.wait_for(lambda: len(api.requests()) >= 5)
-    third, last = api.requests()[2], api.requests()[4]
-    assert f"Approval {approval['id']}" in user_text(third)
-    assert f'from="agent:{new}"' in json.loads(json.dumps(user_text(last))).replace('\\"', '"')
-    assert "hello there" in user_text(last)
+    assert (config["provider"], config["description"], config["mounts"]) == ("anthropic", "helps", [])
+    machine.wait_for(lambda: len(api.requests()) >= 6)
+    _, _, told, _, asked, answered = [user_text(request) for request in api.requests()]
+    assert f"Approval {approval['id']}" in told
+    assert f'from=\\"agent:{agent}\\"' in asked and "hello there" in asked
+    assert f'from=\\"agent:{new}\\"' in answered and "I am new" in answered
+    machine.wait_for(lambda: not product.ask("message", "list", agent, "--state", "leased")["messages"])

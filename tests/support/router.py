@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -31,7 +32,7 @@ from nanoclawd.audit import Audit
 from nanoclawd.budget import NO_LIMITS
 from nanoclawd.cards import Cards
 from nanoclawd.channel_service import ChannelService
-from nanoclawd.channels import Announcement, Channel, Channels
+from nanoclawd.channels import Announcement, Capabilities, Channel, Channels
 from nanoclawd.chat_control import ChatControl
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import ConfigError, Failed, NotFound
@@ -235,10 +236,6 @@ class SystemdDouble:
         self.adapters.discard(unit)
         await self.end(unit)
 
-    async def restart_unit(self, unit: str) -> None:
-        await self.stop_unit(unit)
-        await self.start_unit(unit)
-
     def start_slice(self) -> None:
         """What `systemctl start` does, whoever asks for it."""
         if not self.slice_active:
@@ -410,6 +407,13 @@ class Adapter:
         await self.calls.close()
 
 
+def announce(tx: Transaction, **capabilities: bool | int) -> None:
+    """Have the adapter of the channel "test" have said that it can do something, and nothing else."""
+    said = {**Capabilities().shown, **capabilities}
+    row = {"name": "test", "adapter": "t", "capabilities": json.dumps(said), "accounts": "[]", "now": 0}
+    tx.all("announce_channel", **row)
+
+
 #: As WireChat() has them.
 WIRING: Json = {
     "engagement": "mention",
@@ -474,6 +478,8 @@ class Router:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 tasks.create_task(db.run(), name="database")
+                if place.capabilities:
+                    await db.write(lambda tx: announce(tx, **place.capabilities))
                 for chat, agent, sender in place.wired:
                     access = {"access": "ask", "engagement": "every"} if sender is None else {}
                     await self.wire(chat, agent, *filter(None, (sender,)), **access)
@@ -667,6 +673,7 @@ class Place:
             patch.setattr(module, "forget_listener", self._forget, raising=False)
         self.events = itertools.count(1)
         self.agents_talk = False  #: the channel "agent" has its adapter
+        self.capabilities: dict[str, bool] = {}  #: of the channel "test"
         #: Chats of the channel "test", who listens there from the first, and whose account is the owner's.
         self.wired: list[tuple[str, str, str | None]] = []
         self.channel = root / "channel" / "socket"

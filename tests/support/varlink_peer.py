@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,8 @@ from types import TracebackType
 from nanoclawd import paths
 from nanoclawd.idl import Interface, Method, read_interface
 from nanoclawd.server import SERVICE
-from nanoclawd.wire import Json, VarlinkError
+from nanoclawd.sockets import readable
+from nanoclawd.wire import Json, VarlinkError, unpack
 
 WAIT_S = 30.0  #: only ever reached by a test that fails
 
@@ -55,6 +57,10 @@ async def eventually(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
+
+
+def _encode(method: str, parameters: Json) -> bytes:
+    return json.dumps({"method": method, "parameters": parameters}).encode() + b"\0"
 
 
 class Peer:
@@ -126,3 +132,34 @@ class Peer:
     async def call(self, method: str, parameters: Json | None = None, **flags: bool) -> Json:
         await self.send(method, parameters, **flags)
         return await self.result()
+
+    async def call_with_fds(self, method: str, parameters: Json, fds: Sequence[int]) -> Json:
+        """Call with descriptors, which stay the caller's."""
+        self._asked.append((method, False))
+        with self._raw() as sock:
+            # The socket's buffer takes what our tests say.
+            socket.send_fds(sock, [_encode(method, parameters)], fds)
+        return await self.result()
+
+    async def call_for_fd(self, method: str, parameters: Json) -> int:
+        """Return the descriptor that a reply carries. Raises VarlinkError, EOFError."""
+        data = b""
+        found: list[int] = []
+        self.writer.transport.pause_reading()  # type: ignore[attr-defined]  # it would drop descriptors
+        with self._raw() as sock:
+            sock.send(_encode(method, parameters))
+            while not data.endswith(b"\0"):
+                async with asyncio.timeout(WAIT_S):
+                    await readable(sock)
+                piece, fds, _, _ = socket.recv_fds(sock, 65536, 1)
+                found += fds
+                data += piece
+                if not piece:
+                    raise EOFError("the server hung up")
+        self.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        unpack(json.loads(data[:-1]))
+        (fd,) = found
+        return fd
+
+    def _raw(self) -> socket.socket:
+        return socket.socket(fileno=os.dup(self.writer.get_extra_info("socket").fileno()))

@@ -79,12 +79,16 @@ def plan(delivery: Json, *, prefix: bool, avatar: str = "", answer: bool = True)
 def choice_steps(delivery: Json, event: str) -> list[Step]:
     """Return the reactions that are put under a question, one for each choice, to be clicked."""
     steps = []
-    for number in range(min(len(delivery.get("choices") or ()), MAX_CHOICES)):
-        emoji = "🔟" if number == 9 else f"{number + 1}\ufe0f\u20e3"
+    for number, choice in enumerate((delivery.get("choices") or ())[:MAX_CHOICES]):
+        emoji = choice if _is_emoji(choice) else "🔟" if number == 9 else f"{number + 1}\ufe0f\u20e3"
         relation = {"rel_type": "m.annotation", "event_id": event, "key": emoji}
         txn = transaction(delivery["key"], f"choice-{number}")
         steps.append(Step(txn=txn, kind="m.reaction", content={"m.relates_to": relation}))
     return steps
+
+
+def _is_emoji(choice: str) -> bool:
+    return len(choice) <= 8 and not any(c.isascii() or c.isalnum() or c.isspace() for c in choice)
 
 
 class _Speaker:

@@ -21,8 +21,10 @@ from nanoclawd.agents import (
     read_agents,
     write_agent,
 )
+from nanoclawd.budget import Budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
 from nanoclawd.ids import AgentName
+from nanoclawd.privileges import Privileges, Say
 
 BERTA = AgentName("berta")
 FULL = AgentConfig(
@@ -39,6 +41,8 @@ FULL = AgentConfig(
         Mount(source="~/garden", target="/mnt/garden", read_only=False),
         Mount(source="/srv/a", target="/mnt/a"),
     ),
+    budget=Budget(tokens_per_day=1000, money_per_session=1_500_000),
+    guard=Privileges(create_agent=Say.DENY, approvals=2),
 )
 
 

@@ -90,6 +90,7 @@ def test_threads_and_answers() -> None:
 
 
 def test_choices_are_reactions_to_be_clicked() -> None:
-    steps = choice_steps(delivery(choices=["yes", "no"]), "$q")
+    steps = choice_steps(delivery(choices=["✅", "no", "№"]), "$q")
 
-    assert [step.content["m.relates_to"]["key"] for step in steps] == ["1\ufe0f\u20e3", "2\ufe0f\u20e3"]
+    keys = [step.content["m.relates_to"]["key"] for step in steps]
+    assert keys == ["✅", "2\ufe0f\u20e3", "№"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from typing import Any
 
 import pytest
@@ -287,5 +288,36 @@ def test_systemd_keeps_an_adapter_up_that_is_as_its_file_says(place: Place) -> N
             await channels.load({})
             await eventually(lambda: unit not in systemd.adapters)
             assert len(systemd.starts) == 3
+
+    place.run(run)
+
+
+def test_adapter_that_calls_without_a_pause_waits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CHANNEL_CALLS_PER_S", 20.0)
+    monkeypatch.setattr(limits, "CALLS_BURST", 3)
+    write("here")
+
+    async def run() -> None:
+        async with place.router() as router:
+            peer = await router.peer("here")
+            began = time.monotonic()
+            for _ in range(9):
+                await announce(peer)
+            assert time.monotonic() - began > 0.2
+
+    place.run(run)
+
+
+def test_adapter_that_was_missing_is_started_when_it_is_there(place: Place) -> None:
+    write("here", 'kind = "later"\n')
+    program = paths.data() / "channels/later/adapter"
+
+    async def run() -> None:
+        async with place.router() as router:
+            assert (await router.channel_list.load({}), place.systemd.starts) != ([], [])
+            program.parent.mkdir()
+            program.touch(mode=0o755)
+            assert await router.channel_list.load({}) == []
+            await eventually(lambda: place.systemd.starts == ["nanoclaw-channel@here.service"])
 
     place.run(run)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import array
-import asyncio
 import base64
 import hashlib
 import json
@@ -52,12 +50,11 @@ async def deliver(router: Router, files: list[Json], fds: list[int], **more: obj
         **more,
     }
     peer = await router.peer()
-    call = json.dumps({"method": f"{CHANNEL}.Deliver", "parameters": parameters}).encode() + b"\0"
-    with socket.socket(fileno=os.dup(peer.writer.get_extra_info("socket").fileno())) as sock:
-        socket.send_fds(sock, [call], fds)
-    for fd in fds:
-        os.close(fd)
-    return await peer.result()
+    try:
+        return await peer.call_with_fds(f"{CHANNEL}.Deliver", parameters, fds)
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def stored() -> list[bytes]:
@@ -287,28 +284,9 @@ def test_socket_that_lingers_holds_up_nobody_else(place: Place, lingering: Calla
 
 async def take_file(peer: Peer, key: str, number: int = 0) -> bytes:
     """An adapter's way to a file."""
-    sock = socket.socket(fileno=os.dup(peer.writer.get_extra_info("socket").fileno()))
-    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    with sock:
-        call = {"method": f"{CHANNEL}.OpenFile", "parameters": {"key": key, "number": number}}
-        sock.send(json.dumps(call).encode() + b"\0")
-        fds: list[int] = []
-        data = b""
-
-        def receive() -> None:
-            nonlocal data
-            sock.setblocking(True)
-            while not data.endswith(b"\0"):
-                piece, found, _, _ = socket.recv_fds(sock, 4096, 1)
-                data += piece
-                fds.extend(array.array("i", found))
-
-        await asyncio.to_thread(receive)
-    reply = json.loads(data[:-1])
-    if "error" in reply:
-        raise VarlinkError(reply["error"], reply["parameters"])
-    data = os.pread(fds[0], 4 * limits.FILE_CHUNK_BYTES, 0)
-    os.close(fds[0])
+    fd = await peer.call_for_fd(f"{CHANNEL}.OpenFile", {"key": key, "number": number})
+    data = os.pread(fd, 4 * limits.FILE_CHUNK_BYTES, 0)
+    os.close(fd)
     return data
 
 

@@ -15,7 +15,7 @@ from nanoclawd.people import Answerer
 from nanoclawd.privileges import Privileges, Say
 from nanoclawd.session import SessionState
 from nanoclawd.wire import Json, VarlinkError
-from tests.support.router import CHANNEL, Adapter, Container, Place, Router, echo
+from tests.support.router import CHANNEL, Adapter, Container, Place, Router, announce, echo
 from tests.support.varlink_peer import eventually
 
 ALL = dict.fromkeys(("threads", "edits", "reactions", "redactions", "files", "typing"), True)
@@ -35,9 +35,7 @@ def working(do: Do) -> Callable[[Container], Awaitable[None]]:
 
 
 async def can(router: Router, **capabilities: bool | int) -> None:
-    said = json.dumps({**ALL, "textBytes": 0, "fileBytes": 0, "markup": "plain", **capabilities})
-    row = {"name": "test", "adapter": "t", "capabilities": said, "accounts": "[]", "now": 0}
-    await router.db.write(lambda tx: tx.all("announce_channel", **row))
+    await router.db.write(lambda tx: announce(tx, **{**ALL, **capabilities}))
 
 
 async def act(container: Container, turn: Json, method: str, **parameters: object) -> Json:
@@ -320,6 +318,7 @@ def test_answer_goes_to_who_asked_and_is_no_message(place: Place, said: Json, me
             assert (card["text"], card["choices"]) == ("Which?\n1. Tea\n2. Coffee", ["Tea", "Coffee"])
             await sent(adapter, card, "$card")
 
+            waiting = await router.attach("chat", "$answer")  # as 'send --wait' does
             first = await router.deliver(**said, event="$answer")
             again = await router.deliver(**said, event="$answer")
 
@@ -327,6 +326,7 @@ def test_answer_goes_to_who_asked_and_is_no_message(place: Place, said: Json, me
             assert first["message"] == again["message"]
             reply = await adapter.delivery()
             assert set(reply["events"]) == {"e1", "$answer"}
+            assert (await waiting.delivery())["key"] == reply["key"]
             answer = json.loads(reply["text"])
             assert answer == {"state": "answered", "answer": meant, "sender": "someone"}
             assert len(await router.inbox()) == 1
