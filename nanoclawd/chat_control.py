@@ -182,6 +182,8 @@ class ChatControl:
             return self._outlets.claim(tx)
 
         self._outlets.publish(await self._db.write(say))
+        # Whoever waits for an answer has it.
+        self._outlets.report_activity(cards.NOBODY, event.place, "idle", events=[event.event])
 
     def _meant(self, caller: _Caller, said: Said) -> AgentName:
         """Return the agent that a command is about. Raises Refused."""

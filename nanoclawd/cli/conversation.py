@@ -163,7 +163,7 @@ class Conversation:
         self._client = _connect(CALL_S)
 
     def deliver(self, text: str, event: str, files: Sequence[Attachment] = ()) -> str:
-        """Hand over a message and return its id. The same `event` again is stored once.
+        """Hand over a message and return its id, or "": it was a command. The same `event` is stored once.
 
         Tries again on a broken connection. Raises NanoclawError.
         """
@@ -178,7 +178,8 @@ class Conversation:
         fds = [file.fd for file in files]
         while True:
             try:
-                return str(self._call("Deliver", {**self._chat, "thread": "", **message}, fds)["message"])
+                reply = self._call("Deliver", {**self._chat, "thread": "", **message}, fds)
+                return reply["message"] or ""
             except Unavailable as error:
                 if isinstance(error.__cause__, VarlinkError) or time.monotonic() + RECONNECT_S > self.until:
                     raise

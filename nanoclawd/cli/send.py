@@ -50,11 +50,11 @@ def _send(options: Namespace, message: str, files: list[Attachment]) -> int:
         raise Failed("the agent ended its work without a reply", hint=hint)
     if options.json:
         shown = [{"kind": reply.kind, "text": reply.text, "key": reply.key} for reply in replies]
-        output.say_json({"message": stored, "event": event, "replies": shown})
+        output.say_json({"message": stored or None, "event": event, "replies": shown})
         _report(conversation, replies)
     elif not options.wait:
-        output.say(stored)
-    return 1 if replies and all(reply.kind == "notice" for reply in replies) else 0
+        output.say(stored or "It is a command; the router's answer is in the chat.")
+    return 1 if stored and replies and all(reply.kind == "notice" for reply in replies) else 0
 
 
 def _wait(conversation: Conversation, event: str, screen: Screen, *, quiet: bool) -> list[Delivery]:

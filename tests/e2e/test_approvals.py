@@ -116,6 +116,18 @@ def asker(agents: tuple[Product, str, str], machine: Machine) -> Iterator[Asker]
         asker.say("deny", approval["id"], "--once")
 
 
+def test_request_is_shown_and_allowed_in_the_chat_that_it_is_for(asker: Asker) -> None:
+    curl = asker.curl("/x?y=z", "--data", "hello")
+    id = asker.waiting()
+
+    assert id in asker.product.send(asker.agent, "/approve")
+    said = asker.product.send(asker.agent, f"/approve {id}")
+
+    assert f"Approval {id}: allowed by" in said
+    body, status = asker.end(curl)
+    assert (status, json.loads(body)["body"]) == ("200", "hello")
+
+
 def test_curl_waits_and_goes_on_when_it_is_allowed(asker: Asker) -> None:
     curl = asker.curl("/x?y=z", "--data", "hello", "-H", "X-Mine: 1")
     id = asker.waiting()
