@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from nanoclawd import channelfile, journal, limits, paths
+from nanoclawd.apart import Apart
 from nanoclawd.channelfile import ChannelConfig, find_program
 from nanoclawd.db import Database, now_ms
 from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused, Unavailable
@@ -171,7 +172,7 @@ class Channels:
             for name, listener in listeners.items():
                 if name.removeprefix(PREFIX) not in self._channels:
                     forget_listener(name)
-                    listener.close()
+                    Apart().close(listener.detach())
         problems = {name: str(c.problem) for name, c in self._channels.items() if c.problem}
         for name, problem in problems.items():
             journal.error("channel-broken", problem, channel=name)
@@ -274,7 +275,7 @@ class Channels:
             await asyncio.wait([channel.serving])
         if channel.listener is not None:
             forget_listener(f"{PREFIX}{channel.name}")
-            channel.listener.close()
+            Apart().close(channel.listener.detach())  # whoever waits there may have sent what hangs
         shutil.rmtree(paths.channel_socket(channel.name).parent, ignore_errors=True)
 
     # --- what adapters say -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from router_double import RouterDouble
 
 Json = dict[str, Any]
 WITHIN_S = float(os.environ.get("KIT_WITHIN_S", "20"))  #: only ever reached by what fails
+START_S = 20.0  #: until an adapter takes deliveries
 POLL_S = 0.02
 LINE_BYTES = 64 << 20
 
@@ -109,7 +110,7 @@ class World:
                 env={**os.environ, **environment},
                 start_new_session=True,
             )
-        await self.until(self.router.is_attached, "Attach")
+        await self.until(self.router.is_attached, "Attach", within_s=max(WITHIN_S, START_S))
 
     async def kill_adapter(self) -> None:
         """End it by kill -9, with all that it has started."""
@@ -125,15 +126,15 @@ class World:
         self.router.stop()
         await self.driver.stop()
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
+    async def until(self, condition: Callable[[], object], what: str, *, within_s: float = WITHIN_S) -> None:
         """Return as soon as `condition` holds. Raises Failed with what was waited for."""
-        end = time.monotonic() + WITHIN_S
+        end = time.monotonic() + within_s
         while not condition():
             if self._adapter is not None and self._adapter.returncode is not None:
                 await self.kill_adapter()
                 await self.run_adapter()  # as systemd would
             if time.monotonic() > end:
-                raise Failed(f"not within {WITHIN_S:.0f} s: {what}")
+                raise Failed(f"not within {within_s:.0f} s: {what}")
             await asyncio.sleep(POLL_S)
 
     # --- what most checks do -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.machine import ROOT, LocalMachine, NestedMachine
-from tests.support.matrix import PASSWORD, URL, Homeserver, Person, prepared, wait_until
+from tests.support.matrix import PASSWORD, URL, Homeserver, Person, prepared, transcript, wait_until
 from tests.support.product import REPLY_S, SETTLE_S, Json, Product, unique_prefix
 
 CHANNEL = "mx"
@@ -125,6 +125,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
             with world.ada, world.eve:
                 _add_channel(world)
                 yield world
+                if path := os.environ.get("NANOCLAW_TRANSCRIPT"):  # for whoever wants to read what was said
+                    Path(path).write_text(transcript(world.ada, homeserver))
     finally:
         machine.down()
 
@@ -462,6 +464,8 @@ def test_killed_in_mid_delivery_it_sends_nothing_twice(owner: World, agents: tup
         )
         assert lines == {f"number {number:02}": 1 for number in range(12)}
         assert len(owner.homeserver.sent(room, owner.bot)) == len(owner.ada.heard(room, owner.bot))
+    sent, once = owner.homeserver.transactions()
+    assert sent == once > 24
 
 
 def test_a_reaction_to_a_card_allows_what_an_agent_has_asked_for(

@@ -77,6 +77,7 @@ const commands = {
   },
   redact: async ({ room, event }) => (await client.redactEvent(room, event)).event_id,
   members: ({ room }) => (client.getRoom(room)?.getMembers() ?? []).map((m) => [m.userId, m.membership]),
+  rooms: () => client.getRooms().map((room) => room.roomId),
   timeline({ room }) {
     const known = client.getRoom(room);
     return known ? known.getLiveTimeline().getEvents().map(shown) : [];

@@ -178,6 +178,14 @@ class Homeserver:
         )
         return [event for (event,) in rows]
 
+    def transactions(self) -> tuple[int, int]:
+        """Return how many events all adapters have sent, and how many different transactions these are."""
+        ((sent, once),) = self.ask(
+            "SELECT count(*), count(DISTINCT room_id || json_extract(internal_metadata, '$.txn_id'))"
+            " FROM event_json WHERE json_extract(internal_metadata, '$.txn_id') LIKE 'nc-%'"
+        )
+        return sent, once
+
 
 class Person:
     """Somebody with a client: matrix-js-sdk in a process of its own. Use as a context manager."""
@@ -272,6 +280,42 @@ class Person:
             within_s=within_s,
             what=f"'{text}' of {sender}",
         )
+
+
+def transcript(person: Person, homeserver: Homeserver) -> str:
+    """Return what was said in all rooms of somebody, as their client shows it, and what was sent twice."""
+    lines = []
+    for number, room in enumerate(person.do("rooms"), 1):
+        events = [event for event in person.timeline(room) if _line(event)]
+        sealed = any(event["wire"] == "m.room.encrypted" for event in events)
+        lines.append(f"--- room {number}{', encrypted' if sealed else ''}")
+        for event in events:
+            clock = time.strftime("%H:%M:%S", time.gmtime(event["at"] / 1000))
+            lines.append(f"{clock} {event['sender'].split(':')[0]:>8}  {_line(event)}")
+    sent, once = homeserver.transactions()
+    lines.append(f"--- in the homeserver's database: {sent} events of adapters, of {once} transactions")
+    return "\n".join(lines)
+
+
+def _line(event: Json) -> str:
+    content = event["content"]
+    relation = content.get("m.relates_to", {})
+    if event["type"] == "m.room.member":
+        return f"({content.get('membership')})"
+    if event["type"] == "m.reaction":
+        return f"reacts with {relation.get('key', '(taken back)')}"
+    if event["type"] == "m.room.redaction":
+        return "(takes something back)"
+    if event["type"] != "m.room.message" or relation.get("rel_type") == "m.replace":
+        return ""
+    if event["redacted"]:
+        return "(taken back)"
+    body = " / ".join(content.get("body", "").split("\n"))
+    shown = body if len(body) <= 100 else f"{body[:99]}…"
+    edited = " (edited)" if event["original"].get("body") != content.get("body") else ""
+    thread = "[thread] " if relation.get("rel_type") == "m.thread" else ""
+    file = f"[{content['msgtype'][2:]}] " if content.get("msgtype") in ("m.file", "m.image") else ""
+    return f"{thread}{file}{shown}{edited}"
 
 
 def wait_until(predicate: Callable[[], T | None], *, within_s: float, what: str) -> T:

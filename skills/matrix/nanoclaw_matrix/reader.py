@@ -114,7 +114,10 @@ class Reader:
             room: copy.deepcopy(_list(info, "invite_state", "events"))  # nio takes them apart
             for room, info in _table(body, "rooms", "invite").items()
         }
-        response = nio.SyncResponse.from_dict(body)
+        try:
+            response = nio.SyncResponse.from_dict(body)
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise Away(f"the homeserver's sync cannot be read: {exc!r}"[:300]) from exc
         if not isinstance(response, nio.SyncResponse):
             raise Away(f"the homeserver's sync cannot be read: {response.message}"[:300])
         keys = {event.get("sender") for event in _list(body, "to_device", "events")}
@@ -163,7 +166,7 @@ class Reader:
             events = await self._fetch_gap(room, timeline.prev_batch, position) + events
         last = None
         for event in events:
-            if await self._take(room, event):
+            if await self._take_if_sound(room, event):
                 last = event.source
         if last is not None:
             await self._acknowledge(room, last)
@@ -173,7 +176,11 @@ class Reader:
         events: list[Any] = []
         for _ in range(GAP_PAGES):
             query = urlencode({"dir": "b", "from": begin, "to": end, "limit": PAGE})
-            body = await self._client.fetch("GET", f"{room_path(room)}/messages?{query}")
+            try:
+                body = await self._client.fetch("GET", f"{room_path(room)}/messages?{query}")
+            except Refused as exc:  # e.g. what was said before is hidden from us by now
+                log.warning("what happened in a room cannot be read: %s", exc)
+                break
             page = nio.RoomMessagesResponse.from_dict(body, room)
             if not isinstance(page, nio.RoomMessagesResponse):
                 raise Away(f"the homeserver's page of events cannot be read: {page.message}"[:300])
@@ -192,6 +199,18 @@ class Reader:
         return self._client.olm._decrypt_megolm_no_error(event) or event
 
     # One event
+
+    async def _take_if_sound(self, room: str, event: Any) -> bool:
+        """Do the same as _take(), but for an event that is wrong in a way that nobody has thought of.
+
+        Else it would come again after the crash, for ever.
+        """
+        try:
+            return await self._take(room, event)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            self._health.skipped()
+            log.exception("skipping an event that cannot be understood")
+            return False
 
     async def _take(self, room: str, event: Any) -> bool:
         """Hand over an event; returns whether an agent gets it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -85,7 +86,8 @@ class Rooms:
         known = self._client.rooms.get(room)
         if known is not None and not known.members_synced and not _is_counted(known):
             # After a start the homeserver tells of members only what has changed.
-            await self._client.joined_members(room)
+            with suppress(Refused):  # we are in there no more
+                await self._client.joined_members(room)
         return {
             "chat": room,
             "sender": sender,

@@ -131,6 +131,9 @@ class Verifications:
                     self._end(running)
         except _Failed as exc:
             await self._cancel(running, exc.code, str(exc))
+        except Refused as exc:
+            log.warning("a verification cannot go on: %s", exc)
+            self._end(running)
         except (KeyError, TypeError, ValueError) as exc:
             await self._cancel(running, "m.invalid_message", f"cannot be understood: {exc}")
 
@@ -150,7 +153,11 @@ class Verifications:
             return
         running = _Verification(id=id, account=account, device=device, room=room, began=time.monotonic())
         self._running[id] = running
-        await self._send(running, "ready", {"from_device": self._client.device_id, "methods": [METHOD]})
+        try:
+            await self._send(running, "ready", {"from_device": self._client.device_id, "methods": [METHOD]})
+        except Refused as exc:  # e.g. we may not write in that room
+            log.warning("a verification cannot begin: %s", exc)
+            self._end(running)
 
     async def _started(self, running: _Verification, content: Json) -> None:
         if running.sas is not None:

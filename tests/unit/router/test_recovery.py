@@ -21,6 +21,7 @@ from nanoclawd.errors import ConfigError, NanoclawError, NotFound, Refused
 TABLES = (
     *("agent", "session", "inbox", "outbox", "router", "audit"),
     *("person", "identity", "chat", "wiring", "member", "held", "context"),
+    *("receipt", "file", "ask", "destination"),
 )
 PAGE = 4096
 TABLE_LEAF = 0x0D  # a page with rows: sqlite.org/fileformat2.html#b_tree_pages
@@ -55,6 +56,8 @@ def fill(connection: sqlite3.Connection, messages: int, *, first: bool = False) 
         add_people(connection, number)
     for number in range(messages):
         add_message(connection, number, dice)
+    for number in range(0 if first else 8):
+        add_tools(connection, number)
     connection.execute("COMMIT")
 
 
@@ -71,6 +74,19 @@ def add_people(connection: sqlite3.Connection, number: int) -> None:
         "member": (person, "", number, "member", 1),
         "held": (number, number, "", str(number), 0, "7", "", "8", "", 0, 0, 1),
         "context": (number, number, "", str(number), 0, "7", "8", 1, 0),
+    }
+    for table, row in rows.items():
+        connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+
+
+def add_tools(connection: sqlite3.Connection, number: int) -> None:
+    """The same for what agents do beyond answering."""
+    key, *_ = connection.execute("SELECT key FROM outbox LIMIT 1 OFFSET ?", (number,)).fetchone()
+    rows: dict[str, tuple[Any, ...]] = {
+        "receipt": (key, 1, "9", "8"),
+        "file": (f"f{number:016x}", "7", 0, "8", "9", 5, "0" * 64, 0, key, *[None] * 5),
+        "ask": (key, f"m{number:016x}", 9, None, None, None),
+        "destination": ("7", f"d{number}", "8", "9"),
     }
     for table, row in rows.items():
         connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
