@@ -44,10 +44,11 @@ from nanoclawd.guard import Guard
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.idle import IdleExit
 from nanoclawd.ids import RESERVED, unit_name
+from nanoclawd.leases import Treatment, fail_turn, leased_turn, put_back
+from nanoclawd.messages import session_row
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.people_control import PeopleControl
-from nanoclawd.queue import Treatment, fail_turn, leased_turn, put_back, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Server
 from nanoclawd.session import Session

@@ -15,9 +15,10 @@ from nanoclawd import journal, limits, outbox
 from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import Refused, Unavailable
 from nanoclawd.ids import AgentName
+from nanoclawd.messages import Event, SessionRow, place_of, session_row
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlet, Outlets
-from nanoclawd.queue import Event, SessionRow, enqueue, place_of, session_row
+from nanoclawd.queue import enqueue
 from nanoclawd.states import DeliveryState
 
 CHANNEL = "agent"

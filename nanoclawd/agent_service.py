@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from nanoclawd import journal, limits, paths, queue
+from nanoclawd import journal, leases, limits, paths
 from nanoclawd.approvals import Approvals
 from nanoclawd.asks import Asks
 from nanoclawd.db import Database, now_ms
@@ -16,8 +16,8 @@ from nanoclawd.filestore import FileStore
 from nanoclawd.guard import Guard
 from nanoclawd.idl import read_interface
 from nanoclawd.images import build_command
+from nanoclawd.messages import Turn
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import Turn
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method, Service
 from nanoclawd.session import Session, describe_messages
@@ -205,7 +205,7 @@ class AgentService:
             session,
             turn,
             reason=f"{line} ({code})",
-            how=queue.treatment(error["code"], retryable=error["retryable"], shared=len(turn.messages) > 1),
+            how=leases.treatment(error["code"], retryable=error["retryable"], shared=len(turn.messages) > 1),
             retry_after_ms=int(after_s * 1000),
         )
 

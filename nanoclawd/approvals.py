@@ -21,9 +21,9 @@ from nanoclawd.audit import Kind, append
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused, Unavailable
 from nanoclawd.ids import AgentName
+from nanoclawd.messages import place_of, session_row
 from nanoclawd.people import Answerer
 from nanoclawd.policy import RULES, Decision, Policy, Rule, authority, decide
-from nanoclawd.queue import place_of, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.states import ApprovalState
 from nanoclawd.wire import Json

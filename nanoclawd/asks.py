@@ -18,7 +18,8 @@ from nanoclawd import limits
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import Refused
 from nanoclawd.ids import AgentName, MessageId
-from nanoclawd.queue import Place, Saying, SessionRow, Turn, send
+from nanoclawd.leases import send
+from nanoclawd.messages import Place, Saying, SessionRow, Turn
 
 #: Reactions that mean the first and the second of two options.
 _YES, _NO = ("👍", "✅", "✔"), ("👎", "❌", "✖")

@@ -17,12 +17,13 @@ from nanoclawd.db import Database, Row, Transaction
 from nanoclawd.errors import Unavailable
 from nanoclawd.guard import held_of
 from nanoclawd.ids import TERMINAL, AgentName
+from nanoclawd.leases import say
+from nanoclawd.messages import DeliveryKind, Place, Saying, place_of
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.people import Answerer
 from nanoclawd.privileges import TABLE
 from nanoclawd.questions import About, question_of
-from nanoclawd.queue import DeliveryKind, Place, Saying, place_of, say
 from nanoclawd.rates import Rate
 from nanoclawd.states import ApprovalState
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
-from nanoclawd import limits, paths, queue
+from nanoclawd import limits, messages, paths
 from nanoclawd.channelfile import credential_of, find_program, write_channel
 from nanoclawd.channels import Channel, Channels
 from nanoclawd.db import Database, Transaction, now_ms
@@ -116,7 +116,7 @@ class ChannelControl:
             place = (channel.name, row["chat"], row["thread"])
             where = dict(zip(("channel", "chat", "thread"), place, strict=True))
             for session in await self.db.read("busy_sessions", **where):
-                await self.sessions.turns.stop_turn(queue.session_row(session), place)
+                await self.sessions.turns.stop_turn(messages.session_row(session), place)
 
         def close(tx: Transaction) -> None:
             """Another platform of this name inherits nothing."""

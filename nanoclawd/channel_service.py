@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from nanoclawd import journal, limits, outbox, paths, queue
+from nanoclawd import journal, leases, limits, outbox, paths, queue
 from nanoclawd.asks import Asks, Entitled, Said
 from nanoclawd.channels import Channel, Channels
 from nanoclawd.commands import unescape
@@ -16,10 +16,10 @@ from nanoclawd.errors import NotFound, Refused
 from nanoclawd.filestore import FileStore, Stored, add_rows, choose_files
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import TERMINAL
+from nanoclawd.messages import Event, SessionRow, session_row
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.pairing import Pairings
-from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.routing import (
     Arrival,
@@ -375,7 +375,7 @@ class ChannelService:
             if not parameters["retryable"] or row["attempts"] >= limits.DELIVERY_ATTEMPTS:
                 return None
             after_s = max(0.0, min(parameters["retryAfterSeconds"] or 0.0, limits.RETRY_AFTER_MAX_S))
-            wait_ms = max(queue.backoff_ms(max(1, row["attempts"])), int(after_s * 1000))
+            wait_ms = max(leases.backoff_ms(max(1, row["attempts"])), int(after_s * 1000))
             not_before = now_ms() + wait_ms
             if not tx.all("release_delivery", key=key, not_before=not_before, reason=reason):
                 return 0  # it is nobody's any more

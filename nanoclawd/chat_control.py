@@ -23,10 +23,10 @@ from nanoclawd.engagement import SessionMode, names_agent
 from nanoclawd.errors import NanoclawError, NotFound, Refused, Unavailable
 from nanoclawd.guard import KIND
 from nanoclawd.ids import TERMINAL, AgentName
+from nanoclawd.messages import Event, SessionRow, session_row
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.people import Answerer
-from nanoclawd.queue import Event, SessionRow, session_row
 from nanoclawd.rates import Rate
 from nanoclawd.registry import Registry
 from nanoclawd.routing import Arrival, Outcome, Taken, conversation_of, find_chat

@@ -28,11 +28,11 @@ from nanoclawd.guard_control import GuardControl
 from nanoclawd.idl import read_interface
 from nanoclawd.ids import AgentName, parse_agent_name, unit_name
 from nanoclawd.message_control import MessageControl
+from nanoclawd.messages import SessionRow, session_row
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy_control import PolicyControl
-from nanoclawd.queue import SessionRow, session_row
 from nanoclawd.registry import Agent, Registry, config_file
 from nanoclawd.sandbox import Check
 from nanoclawd.server import Call, Method, Service

@@ -24,11 +24,12 @@ from nanoclawd.audit import Kind, append
 from nanoclawd.db import Database, Row, Transaction, now_ms
 from nanoclawd.errors import NanoclawError, Refused, Unavailable
 from nanoclawd.ids import AgentName, SessionName
+from nanoclawd.messages import Place, SessionRow, place_of, session_row
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.people import Answerer
 from nanoclawd.privileges import TABLE, Action, Say
-from nanoclawd.queue import Place, SessionRow, place_of, session_row, tell_agent
+from nanoclawd.queue import tell_agent
 from nanoclawd.rates import Rate
 from nanoclawd.registry import Registry
 from nanoclawd.states import ApprovalState

@@ -9,8 +9,8 @@ from nanoclawd import journal, limits, queue
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Refused
 from nanoclawd.ids import unit_name
+from nanoclawd.messages import session_row
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import session_row
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Method
 from nanoclawd.sessions import Sessions

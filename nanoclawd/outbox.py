@@ -10,7 +10,7 @@ from nanoclawd import journal, limits, paths
 from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.errors import NotFound
 from nanoclawd.ids import TERMINAL
-from nanoclawd.queue import DeliveryKind, Place, is_event, place_of
+from nanoclawd.messages import DeliveryKind, Place, is_event, place_of
 from nanoclawd.states import DeliveryState
 from nanoclawd.wire import Json
 

@@ -10,8 +10,8 @@ from nanoclawd import journal, limits, outbox
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import Unavailable
 from nanoclawd.ids import AgentName
+from nanoclawd.messages import Place
 from nanoclawd.outbox import Delivery
-from nanoclawd.queue import Place
 from nanoclawd.states import ChatState
 from nanoclawd.wire import Json
 

@@ -15,7 +15,7 @@ from nanoclawd import journal, limits, outbox, people
 from nanoclawd.audit import Kind, append
 from nanoclawd.db import Transaction
 from nanoclawd.errors import Refused
-from nanoclawd.queue import Event
+from nanoclawd.messages import Event
 
 #: Without those that people take for one another.
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"

@@ -18,8 +18,8 @@ from nanoclawd.db import Row, Transaction, now_ms
 from nanoclawd.engagement import Engagement, Heard, SessionMode, Wiring, decide_engagement
 from nanoclawd.errors import Refused
 from nanoclawd.ids import AgentName, MessageId
+from nanoclawd.messages import Event, Place, SessionRow
 from nanoclawd.questions import About, Question
-from nanoclawd.queue import Event, Place, SessionRow
 from nanoclawd.states import ChatState
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from nanoclawd import limits, queue
+from nanoclawd import limits, messages
 from nanoclawd.db import Row, now_ms
 from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import TurnId, unit_name
-from nanoclawd.queue import Message, Place, SessionRow, Turn
+from nanoclawd.messages import Message, Place, SessionRow, Turn
 from nanoclawd.rates import Rate
 from nanoclawd.slots import Claim
 from nanoclawd.states import MessageState
@@ -162,7 +162,7 @@ class Session:
 def explain_wait(head: Row) -> str:
     """Say in one line what keeps the oldest message of a session, a row of find_work; "" if nothing does."""
     tries, now = head["attempts"] + head["deferrals"], now_ms()
-    after = f": {queue.one_line(head['reason'])}" if head["reason"] else ""
+    after = f": {messages.one_line(head['reason'])}" if head["reason"] else ""
     if head["state"] == MessageState.LEASED:
         silent_s = limits.LEASE_S - (head["lease_expires_at"] - now) / 1000
         if silent_s > 2 * limits.HEARTBEAT_S:

@@ -18,8 +18,8 @@ from nanoclawd.errors import ConfigError, Failed, NanoclawError, NotFound, Refus
 from nanoclawd.gateway_link import GatewayLink
 from nanoclawd.ids import AgentName
 from nanoclawd.killswitch import KillSwitch
+from nanoclawd.messages import SessionRow, place_of, session_row
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import SessionRow, place_of, session_row
 from nanoclawd.registry import Registry
 from nanoclawd.session import Session, SessionState, explain_wait
 from nanoclawd.slots import Slots

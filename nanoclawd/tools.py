@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from nanoclawd import limits, queue
+from nanoclawd import leases, limits, messages
 from nanoclawd.agent_post import CHANNEL, account
 from nanoclawd.agents import AgentConfig
 from nanoclawd.asks import Asks
@@ -23,10 +23,11 @@ from nanoclawd.errors import NotFound, Refused
 from nanoclawd.filestore import FileStore, Incoming, Stored, add_rows
 from nanoclawd.guard import Guard, Handler, Held
 from nanoclawd.ids import TERMINAL, AgentName, parse_agent_name
+from nanoclawd.messages import DeliveryKind, Event, Place, Saying, SessionRow, Turn
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
 from nanoclawd.privileges import Action, Say
-from nanoclawd.queue import DeliveryKind, Event, Place, Saying, SessionRow, Turn, enqueue
+from nanoclawd.queue import enqueue
 from nanoclawd.rates import Rate
 from nanoclawd.registry import Registry
 from nanoclawd.server import Call, Caller, Method
@@ -155,15 +156,15 @@ class Tools:
         """Publish something, in the turn that asks for it or after it."""
         key = held.payload["key"]
         if turn is not None:
-            queue.send(tx, self._session(tx, held), turn, key, saying)
+            leases.send(tx, self._session(tx, held), turn, key, saying)
         else:
-            queue.say(tx, held.agent, None, key, saying, place=saying.place or held.place)
+            leases.say(tx, held.agent, None, key, saying, place=saying.place or held.place)
 
     def _session(self, tx: Transaction, held: Held) -> SessionRow:
         row = tx.one("session_of", agent=held.agent, name=held.session)
         if row is None:
             raise Refused("its conversation is gone")
-        return queue.session_row(row)
+        return messages.session_row(row)
 
     # --- messages ----------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class Tools:
 
         def send(tx: Transaction) -> list[Delivery]:
             self.running(call)
-            queue.send(tx, session.row, turn, key, Saying(text=text))
+            leases.send(tx, session.row, turn, key, Saying(text=text))
             return self.outlets.claim(tx)
 
         self.outlets.publish(await self.db.write(send))
@@ -217,7 +218,7 @@ class Tools:
             self.check_text("text", text)
         row = _first(await self.db.read("find_published", key=delivery))
         own = row is not None and row["agent"] == session.row.agent and row["kind"] in ("reply", "message")
-        if row is None or not own or queue.place_of(row) != turn.place:
+        if row is None or not own or messages.place_of(row) != turn.place:
             raise Refused(
                 "delivery: you have said no such thing in this chat", hint="ListDeliveries() names all"
             )

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from nanoclawd import journal, limits, queue
+from nanoclawd import journal, leases, limits, messages, queue
 from nanoclawd.db import Database, Transaction, now_ms
 from nanoclawd.errors import NotFound, Unavailable
+from nanoclawd.leases import Treatment
+from nanoclawd.messages import Failure, Message, Place, SessionRow, Turn
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlets
-from nanoclawd.queue import Failure, Message, Place, SessionRow, Treatment, Turn
 from nanoclawd.session import Session, SessionState, describe_turn
 from nanoclawd.states import MessageState
 
@@ -65,8 +66,8 @@ class Turns:
             session.taking, taker = True, session
             if passed := self._must_leave(tx, session):
                 return result, None
-            turn = queue.claim_turn(tx, session.row, attempts=self._attempts())
-            due_at = None if turn else queue.next_due(tx, session.row)
+            turn = leases.claim_turn(tx, session.row, attempts=self._attempts())
+            due_at = None if turn else leases.next_due(tx, session.row)
             return result, turn
 
         try:
@@ -129,7 +130,7 @@ class Turns:
         """
 
         def join(tx: Transaction) -> list[Message]:
-            return queue.join_turn(tx, session.row, turn) if session.turn is turn else []
+            return leases.join_turn(tx, session.row, turn) if session.turn is turn else []
 
         if not await self._db.read("behind_turn", session=session.row.id, limit=1):
             return turn.behind(last)
@@ -146,7 +147,7 @@ class Turns:
 
     async def renew(self, session: Session, turn: Turn) -> bool:
         """The runner still works on `turn`. Returns whether it has its lease, now a full one."""
-        if not await self._db.write(lambda tx: queue.renew_lease(tx, session.row, turn.id)):
+        if not await self._db.write(lambda tx: leases.renew_lease(tx, session.row, turn.id)):
             return False
         if session.turn is turn:
             self.start_lease(session)
@@ -205,12 +206,12 @@ class Turns:
         answers: Sequence[str] = (),
         last: str | None = None,
     ) -> None:
-        """End a turn as answered, or as stopped: see queue.finish_turn(). Raises NotFound, Refused."""
+        """End a turn as answered, or as stopped: see leases.finish_turn(). Raises NotFound, Refused."""
         state = MessageState.STOPPED if stopped else MessageState.ANSWERED
         await self.end_turn(
             session,
             turn,
-            lambda tx: queue.finish_turn(tx, session.row, turn, state, replies, answers, last),
+            lambda tx: leases.finish_turn(tx, session.row, turn, state, replies, answers, last),
         )
         self._outlets.report_activity(session.row.agent, turn.place, "idle", events=turn.events)
 
@@ -222,7 +223,7 @@ class Turns:
             return await self.finish_turn(session, turn, stopped=True)
 
         def fail(tx: Transaction) -> Failure:
-            failure = queue.fail_turn(
+            failure = leases.fail_turn(
                 tx,
                 session.row,
                 reason=reason,
@@ -255,15 +256,15 @@ class Turns:
 
         def account(tx: Transaction) -> Failure | None:
             if stopped:
-                queue.put_back(tx, session.row)
+                leases.put_back(tx, session.row)
                 return None
             # Asked here and not of session.turn: a write that leased one for it may be under way.
-            failure = queue.fail_turn(
+            failure = leases.fail_turn(
                 tx, session.row, reason=reason, how=Treatment.RETRY, attempts=self._attempts()
             )
             if failure is not None or session.left or session.worked:
                 return failure
-            return queue.fail_start(tx, session.row, reason=reason, final=final, attempts=self._attempts())
+            return leases.fail_start(tx, session.row, reason=reason, final=final, attempts=self._attempts())
 
         def write(tx: Transaction) -> tuple[Failure | None, list[Delivery]]:
             return account(tx), self._outlets.claim(tx)
@@ -284,7 +285,7 @@ class Turns:
 
     def _note_failure(self, session: Session, failure: Failure, reason: str) -> None:
         dead = failure.not_before is None
-        kind, text = ("idle", "") if dead else ("retrying", queue.one_line(reason))
+        kind, text = ("idle", "") if dead else ("retrying", messages.one_line(reason))
         self._outlets.report_activity(session.row.agent, failure.place, kind, text, failure.events)
 
     # --- stopped -----------------------------------------------------------------------------------

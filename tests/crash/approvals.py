@@ -30,8 +30,8 @@ from nanoclawd import outbox
 from nanoclawd.db import Transaction
 from nanoclawd.errors import Refused
 from nanoclawd.guard import Handler, Held
+from nanoclawd.messages import session_row
 from nanoclawd.privileges import Action, Privileges
-from nanoclawd.queue import session_row
 from tests.crash.points import Kind, Points, wrap_commits
 from tests.support.router import Place
 from tests.unit.router.test_chat_control import ADA, BOB, World, living

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-from nanoclawd import outbox, paths, quadlet_check, queue
+from nanoclawd import leases, messages, outbox, paths, quadlet_check, queue
 from nanoclawd.db import Database, Transaction
 from nanoclawd.dbfile import upgrade
 from nanoclawd.errors import NanoclawError
 from nanoclawd.ids import AgentName
-from nanoclawd.queue import Event
+from nanoclawd.messages import Event
 from nanoclawd.registry import Registry
 from nanoclawd.settings import parse_settings
 from nanoclawd.states import DeliveryState, MessageState
@@ -125,16 +125,16 @@ class Script:
         self.ack(stored=message)
 
     async def _answer(self, db: Database) -> None:
-        for row in [queue.session_row(row) for row in await db.read("list_sessions", agent=None)]:
-            turn = await db.write(lambda tx, row=row: queue.claim_turn(tx, row, attempts=4))  # type: ignore[misc]
+        for row in [messages.session_row(row) for row in await db.read("list_sessions", agent=None)]:
+            turn = await db.write(lambda tx, row=row: leases.claim_turn(tx, row, attempts=4))  # type: ignore[misc]
             if turn is None:
                 continue
-            key, said = turn.full_key("key"), queue.Saying(text="wait")
-            await db.write(partial(queue.send, session=row, turn=turn, key=key, saying=said))
+            key, said = turn.full_key("key"), messages.Saying(text="wait")
+            await db.write(partial(leases.send, session=row, turn=turn, key=key, saying=said))
             self.ack(sent=key)
 
             def finish(tx: Transaction, row: Any = row, turn: Any = turn) -> None:
-                queue.finish_turn(tx, row, turn, MessageState.ANSWERED, ["reply " * 100])
+                leases.finish_turn(tx, row, turn, MessageState.ANSWERED, ["reply " * 100])
 
             await db.write(finish)
             self.ack(answered=[message.id for message in turn.messages])

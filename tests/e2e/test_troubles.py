@@ -14,7 +14,7 @@ import pytest
 from tests.support.machine import Machine
 from tests.support.product import CHANNEL, Json, Product, wait_reply
 
-TURN_S = 3  #: a turn in whose middle something ends, also on a busy machine
+TURN_S = 8  #: a turn in whose middle something ends, also on a busy machine
 LEASE_S = 4
 #: The installed router with shorter leases.
 HURRY = "; ".join(

@@ -42,12 +42,12 @@ from nanoclawd.guard import Guard, Handler
 from nanoclawd.hold_link import HoldLink
 from nanoclawd.ids import AgentName, ChannelName, SessionName
 from nanoclawd.killswitch import SLICE
+from nanoclawd.messages import session_row
 from nanoclawd.outlets import Outlets
 from nanoclawd.pairing import Pairings
 from nanoclawd.people_control import PeopleControl
 from nanoclawd.policy import Policy, Rule, with_rule
 from nanoclawd.privileges import Action, Privileges
-from nanoclawd.queue import session_row
 from nanoclawd.registry import Agent, Registry
 from nanoclawd.routing import add_chat, find_chat
 from nanoclawd.server import Server

@@ -15,8 +15,8 @@ from nanoclawd import limits, people
 from nanoclawd.access import Role, Standing
 from nanoclawd.db import Row, Transaction
 from nanoclawd.guard import Handler, Held, Ruling
+from nanoclawd.messages import session_row
 from nanoclawd.privileges import Action, Privileges
-from nanoclawd.queue import session_row
 from nanoclawd.wire import Json
 from tests.support.router import CHANNEL, Container, Place, Router, wire
 from tests.support.varlink_peer import WAIT_S, eventually

@@ -17,9 +17,9 @@ from nanoclawd.access import Role, Standing
 from nanoclawd.db import Row, Transaction
 from nanoclawd.errors import ConfigError, Refused, Unavailable
 from nanoclawd.guard import Handler, Held, Ruling
+from nanoclawd.messages import SessionRow, session_row
 from nanoclawd.people import Answerer
 from nanoclawd.privileges import TABLE, Action, Privileges, Say
-from nanoclawd.queue import SessionRow, session_row
 from nanoclawd.settings import parse_settings
 from nanoclawd.wire import Json
 from tests.support.router import Place, Router

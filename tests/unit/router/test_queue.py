@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanoclawd import db as database
-from nanoclawd import limits, queue
+from nanoclawd import leases, limits, messages, queue
 from nanoclawd.db import Database, Transaction
 from nanoclawd.errors import NotFound
 from nanoclawd.ids import AgentName
-from nanoclawd.queue import Event, Saying, SessionRow, Treatment, Turn
+from nanoclawd.leases import Treatment
+from nanoclawd.messages import Event, Saying, SessionRow, Turn
 from nanoclawd.states import MessageState
 
 BERTA = AgentName("berta")
@@ -46,8 +47,9 @@ class Queue(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.directory = Path(tempfile.mkdtemp(prefix="queue-"))
         self.now = 1_000_000_000_000
-        self._real_now = queue.now_ms
-        queue.now_ms = lambda: self.now  # type: ignore[assignment]
+        self._patch = pytest.MonkeyPatch()
+        for module in (queue, leases, messages):
+            self._patch.setattr(module, "now_ms", lambda: self.now)
         self.db = self.loop.run_until_complete(Database.open(self.directory / "db"))
         self.writer = self.loop.create_task(self.db.run())
         self.sessions: dict[str, SessionRow] = {}
@@ -68,7 +70,7 @@ class Queue(RuleBasedStateMachine):
         self.loop.run_until_complete(self.db.close())
         self.loop.close()
         shutil.rmtree(self.directory)
-        queue.now_ms = self._real_now
+        self._patch.undo()
 
     def write(self, operation: Callable[[Transaction], Awaitable[Any]]) -> Any:
         return self.loop.run_until_complete(self.db.write(operation))
@@ -120,7 +122,7 @@ class Queue(RuleBasedStateMachine):
 
     @rule(chat=st.sampled_from(["one", "two"]))
     def claim(self, chat: str) -> None:
-        turn = self.write(lambda tx: queue.claim_turn(tx, self.sessions[chat], attempts=limits.ATTEMPTS))
+        turn = self.write(lambda tx: leases.claim_turn(tx, self.sessions[chat], attempts=limits.ATTEMPTS))
         head = self.head(chat)
         due = head is not None and chat not in self.turns and self.not_before.get(head, 0) <= self.now
         assert (turn is not None) == due
@@ -142,7 +144,7 @@ class Queue(RuleBasedStateMachine):
         turn = self.turns[chat]
         room = limits.TURN_MESSAGES - len(turn.messages)
         joining = self.joining(chat, len(turn.messages), room, None) if turn.first == turn.id else []
-        joined = self.write(lambda tx: queue.join_turn(tx, self.sessions[chat], turn))
+        joined = self.write(lambda tx: leases.join_turn(tx, self.sessions[chat], turn))
         assert [message.id for message in joined] == joining
         turn.messages += joined
         self.join_model(turn, joining)
@@ -153,11 +155,11 @@ class Queue(RuleBasedStateMachine):
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         state = MessageState.STOPPED if stopped else MessageState.ANSWERED
         turn = self.turns.pop(chat)
-        self.write(lambda tx: queue.finish_turn(tx, self.sessions[chat], turn, state, ["reply"]))
+        self.write(lambda tx: leases.finish_turn(tx, self.sessions[chat], turn, state, ["reply"]))
         self.replies += 1
         self.end(chat, [message.id for message in turn.messages], state)
         with pytest.raises(NotFound):
-            self.write(lambda tx: queue.finish_turn(tx, self.sessions[chat], turn, state, ["reply"]))
+            self.write(lambda tx: leases.finish_turn(tx, self.sessions[chat], turn, state, ["reply"]))
 
     @precondition(lambda self: self.turns)
     @rule(data=st.data(), key=st.sampled_from(["a", "b"]))
@@ -165,7 +167,7 @@ class Queue(RuleBasedStateMachine):
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         turn = self.turns[chat]
         self.write(
-            lambda tx: queue.send(tx, self.sessions[chat], turn, turn.full_key(key), Saying(text="text"))
+            lambda tx: leases.send(tx, self.sessions[chat], turn, turn.full_key(key), Saying(text="text"))
         )
 
     @precondition(lambda self: self.turns)
@@ -175,7 +177,7 @@ class Queue(RuleBasedStateMachine):
         turn, session = self.turns.pop(chat), self.sessions[chat]
         ids = self.end_stopping(chat, turn)
         failure = self.write(
-            lambda tx: queue.fail_turn(
+            lambda tx: leases.fail_turn(
                 tx, session, reason="it broke", how=how, attempts=limits.ATTEMPTS, retry_after_ms=after_ms
             )
         )
@@ -201,14 +203,14 @@ class Queue(RuleBasedStateMachine):
             self.not_before |= dict.fromkeys(again, failure.not_before)
         self.end(chat, [id for id in ids if id not in again], MessageState.DEAD)
         with pytest.raises(NotFound):  # the turn that failed cannot answer after all
-            self.write(lambda tx: queue.finish_turn(tx, session, turn, MessageState.ANSWERED, ["late"]))
+            self.write(lambda tx: leases.finish_turn(tx, session, turn, MessageState.ANSWERED, ["late"]))
 
     @precondition(lambda self: self.turns)
     @rule(data=st.data())
     def put_back(self, data: st.DataObject) -> None:
         chat = data.draw(st.sampled_from(sorted(self.turns)))
         turn = self.turns.pop(chat)
-        self.write(lambda tx: queue.put_back(tx, self.sessions[chat]))
+        self.write(lambda tx: leases.put_back(tx, self.sessions[chat]))
         for id in self.end_stopping(chat, turn):
             self.attempts[id] -= 1
             self.not_before[id] = 0
@@ -224,7 +226,7 @@ class Queue(RuleBasedStateMachine):
         if chat in self.turns:
             return
         failure = self.write(
-            lambda tx: queue.fail_start(
+            lambda tx: leases.fail_start(
                 tx, self.sessions[chat], reason="no container", final=final, attempts=limits.ATTEMPTS
             )
         )
@@ -308,7 +310,7 @@ TestQueue.settings = settings(
 def test_backoff_doubles_up_to_its_limit(attempt: int) -> None:
     expected = min(limits.BACKOFF_MAX_S, limits.BACKOFF_FIRST_S * 2 ** (attempt - 1))
 
-    waits = [queue.backoff_ms(attempt) for _ in range(100)]
+    waits = [leases.backoff_ms(attempt) for _ in range(100)]
 
     assert all(0.9 * 1000 * expected - 1 <= wait <= 1.1 * 1000 * expected for wait in waits)
     assert len(set(waits)) > 1
@@ -316,4 +318,4 @@ def test_backoff_doubles_up_to_its_limit(attempt: int) -> None:
 
 def test_backoff_counts_from_one() -> None:
     with pytest.raises(ValueError, match="from 1"):
-        queue.backoff_ms(0)
+        leases.backoff_ms(0)

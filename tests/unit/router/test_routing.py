@@ -17,7 +17,7 @@ from nanoclawd import limits, paths, people
 from nanoclawd.access import Access, Role, Standing, Verdict, decide_access
 from nanoclawd.db import Transaction, open_writer, read_queries
 from nanoclawd.engagement import Engagement
-from nanoclawd.queue import Event
+from nanoclawd.messages import Event
 from nanoclawd.routing import Arrival, Outcome, block_chat, reconsider, remove_wirings, take, take_back
 from tests.support.router import wire
 
