@@ -20,6 +20,7 @@ from nanoclawd.messages import Event, SessionRow, session_row
 from nanoclawd.outbox import Delivery
 from nanoclawd.outlets import Outlet, Outlets
 from nanoclawd.pairing import Pairings
+from nanoclawd.reactions import Reactions
 from nanoclawd.registry import Registry
 from nanoclawd.routing import (
     Arrival,
@@ -65,7 +66,7 @@ class ChannelService:
         self._outlets = outlets
         self._pairings = pairings
         self._files = files
-        self._asks = asks
+        self._asks, self._reactions = asks, Reactions(db=db, asks=asks)
         #: Who sees to what is said to the router itself; set before a call comes.
         self.chat_control: ChatControl
         self._channels = channels
@@ -283,31 +284,12 @@ class ChannelService:
         names = ("chat", "thread", "event", "sender")
         said = {name: parameters[name] for name in names}
         event = Event(channel=_announced(call).name, revision=0, text=parameters["reaction"], **said)
-        if not parameters["removed"] and (answered := await self._answer_by_reaction(event, parameters)):
-            return {"outcome": Outcome.ANSWERED, "duplicate": answered[1]}
-        outcome = await self.chat_control.react(event, parameters["target"], removed=parameters["removed"])
-        return {"outcome": outcome, "duplicate": False}
-
-    async def _answer_by_reaction(self, event: Event, parameters: Json) -> tuple[str, bool] | None:
-        """Take a reaction as the answer to an agent's question, if it is one."""
-        target = {"chat": event.chat, "receipt": parameters["target"]}
-        if not await self._db.read("find_receipt", channel=event.channel, **target):
-            return None  # nothing of ours
-        said = Said(
-            place=event.place,
-            event=event.event,
-            sender=event.sender,
-            reaction=event.text,
-            target=parameters["target"],
-        )
         if event.channel == TERMINAL or self._channels.is_own(event.sender):
-            return None
-
-        def take_answer(tx: Transaction) -> tuple[str, bool] | None:
-            entitled = partial(may_talk, tx, event.channel, event.chat, event.sender)
-            return self._asks.take(tx, said, entitled)
-
-        return await self._db.write(take_answer)
+            return {"outcome": Outcome.DROPPED, "duplicate": False}
+        outcome, duplicate = await self._reactions.take(
+            event, parameters["target"], removed=parameters["removed"], chat_control=self.chat_control
+        )
+        return {"outcome": outcome, "duplicate": duplicate}
 
     async def _retract(self, call: Call) -> Json:
         place = [call.parameters[name] for name in ("chat", "thread", "event")]

@@ -339,14 +339,14 @@ class ChatControl:
             return f"Approval {row['id']}: {len(votes)} of {row['needed']} have allowed it."
         return cards.outcome_of(row)
 
-    async def react(self, event: Event, target: str, *, removed: bool) -> Outcome:
-        """Take a reaction to what was sent, or to a message: its text is the reaction."""
+    async def react(self, event: Event, target: str) -> Outcome:
+        """Take a reaction to what was sent, its text being that: the answer to an approval, or DROPPED."""
         found = await self._db.read(
             "card_of_receipt", channel=event.channel, chat=event.chat, receipt=target
         )
         reaction = event.text.translate(_WITHOUT)
         answers = {**dict.fromkeys((*cards.ALLOWS, "1"), True), **dict.fromkeys((*cards.DENIES, "2"), False)}
-        if not found or removed or (allow := answers.get(reaction)) is None:
+        if not found or (allow := answers.get(reaction)) is None:
             return Outcome.DROPPED
         (card,) = found
         (row,) = await self._db.read("find_approval", id=card["approval"])

@@ -127,6 +127,7 @@ QUESTIONS = 50  #: about senders and chats, that wait for an answer
 HELD_DAYS = 7  #: then nobody wants an answer any more
 CONTEXT_MESSAGES = 50  #: kept for an agent that they were not for
 CONTEXT_BYTES = 16 << 10
+REACTIONS_KEPT = 10  #: for an agent that is told of nothing else
 PATTERN_CHARACTERS = 256
 PATTERN_TEXT_CHARACTERS = 8192  #: of a message, that a pattern is looked for in
 STICKY_MAX_S = 86_400

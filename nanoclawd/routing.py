@@ -157,7 +157,7 @@ def _route(tx: Transaction, chat: Row, arrival: Arrival, again: Taken | None = N
     chosen_ids = {wiring.id for wiring, _ in chosen}
     for id, row in rows.items():
         known = verdicts[id] in (Verdict.KNOWN, Verdict.STRANGER)
-        if id not in chosen_ids and known and row["keep_context"] and _keep(tx, row, event):
+        if id not in chosen_ids and known and row["keep_context"] and keep(tx, row, event):
             taken.outcome = Outcome.KEPT if taken.outcome is Outcome.DROPPED else taken.outcome
     return taken
 
@@ -325,14 +325,15 @@ def _arrival(chat: Row, held: Row) -> Arrival:
 # --- context ----------------------------------------------------------------------------------------
 
 
-def _keep(tx: Transaction, wiring: Row, event: Event) -> bool:
+def keep(tx: Transaction, wiring: Row, event: Event) -> bool:
     """Keep what is not for an agent until something is; the oldest goes when there is no more room."""
     size = len(event.text.encode())
     if size > limits.CONTEXT_BYTES:
         return False
     key = {name: getattr(event, name) for name in ("thread", "event", "revision", "sender")}
     tx.all("keep_context", wiring=wiring["id"], body=event.text, now=now_ms(), **key)
-    room, space = min(wiring["keep_context"], limits.CONTEXT_MESSAGES), limits.CONTEXT_BYTES
+    room = min(wiring["keep_context"] or limits.REACTIONS_KEPT, limits.CONTEXT_MESSAGES)
+    space = limits.CONTEXT_BYTES
     for row in reversed(tx.all("list_context", wiring=wiring["id"], thread=None, told=1)):
         room, space = room - 1, space - len(row["body"].encode())
         if room < 0 or space < 0:

@@ -644,6 +644,43 @@ def test_what_was_not_for_it_is_told_once_with_the_next_that_is(
     place.run(run)
 
 
+def test_an_agent_hears_later_what_people_think_of_what_it_said(place: Place) -> None:
+    async def run() -> None:
+        async with opened(place) as room:
+            await room.wire()
+            await room.member(ADA)
+            adapter = await room.router.attach()
+            await room.say("@berta hello")
+            delivery = await adapter.delivery()
+            await adapter.sent(delivery)
+
+            async def react(
+                event: str, sender: str = ADA, target: str = "r", **more: Any
+            ) -> tuple[str, bool]:
+                what = {"thread": "", "event": event, "target": target, "sender": sender, "senderName": None}
+                said = await room.call("React", **what, **{"reaction": "👍", "removed": False, **more})
+                return said["outcome"], said["duplicate"]
+
+            assert await react("r1") == ("kept", False)
+            assert await react("r1") == ("kept", True)
+            assert await react("r2", reaction="🎉") == ("kept", False)
+            assert await react("r2", removed=True) == ("dropped", False)
+            assert await react("r3", EVE) == ("dropped", False)
+            assert await react("r4", target="$of-somebody-else") == ("dropped", False)
+            await room.say("@berta and?")
+            await room.router.settled()
+
+            (container,) = place.systemd.containers.values()
+            last = container.turns[-1]["messages"][-1]
+            (heard,) = last["context"]
+            assert (heard["sender"], heard["text"]) == (
+                ADA,
+                f"[reacts with 👍 to what you said: {delivery['text']}]",
+            )
+
+    place.run(run)
+
+
 def test_what_is_written_anew_or_taken_back_before_an_agent_had_it_never_gets_there(place: Place) -> None:
     async def run() -> None:
         place.registry.held.add("berta")
