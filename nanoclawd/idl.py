@@ -192,7 +192,25 @@ def _check(interface: Interface, expected: Type, value: Any, path: str) -> Any:
             return number
         case "object":
             _require(isinstance(value, dict), path, "an object", value)
+            _check_free(interface, value, path)
     return value
+
+
+def _check_free(interface: Interface, value: Any, path: str) -> None:
+    """Check what the contract leaves open, by what holds for each kind elsewhere. Raises WireError."""
+    match value:
+        case dict():
+            _check_size(value, path)
+            for key, item in value.items():
+                _check(interface, Type("string"), key, path)
+                _check_free(interface, item, _join(path, key))
+        case list():
+            _check_size(value, path)
+            for number, item in enumerate(value):
+                _check_free(interface, item, f"{path}[{number}]")
+        case str() | float() | int() if not isinstance(value, bool):
+            kind = {str: "string", float: "float", int: "int"}[type(value)]
+            _check(interface, Type(kind), value, path)
 
 
 def _require(is_it: bool, path: str, wanted: str, value: Any) -> None:

@@ -7,7 +7,6 @@ that has let it pass: be it that of the call, or later that of the guard, once a
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -261,7 +260,7 @@ class Tools:
         key, offset = _key(call, turn), call.parameters["offset"]
         try:
             data = base64.b64decode(call.parameters["data"], validate=True)
-        except binascii.Error:
+        except ValueError:  # binascii.Error is one, and of what is not ASCII it is another
             raise Refused("data: is not base64") from None
         if len(data) > limits.FILE_CHUNK_BYTES:
             raise Refused(f"data: is more than {limits.FILE_CHUNK_BYTES >> 10} KiB")

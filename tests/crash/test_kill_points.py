@@ -15,7 +15,7 @@ import pytest
 from tests.crash import adapter
 from tests.crash.points import Kind
 
-POINTS = 280
+POINTS = 200
 FIRST, STEP = 4, 9  #: which points of an adapter; tests/crash/run --adapter has them all
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -26,7 +26,7 @@ IMAGES = {
     "localhost/nanoclaw-other:1": f"USER root\n{OTHER_PROTOCOL}\nUSER 2000",
 }
 #: So that a test need not wait for a minute, or for four attempts of them.
-HURRY = "[Service]\nTimeoutStartSec=2\nTimeoutStopSec=2\n"
+HURRY = "[Service]\nTimeoutStartSec=5\nTimeoutStopSec=2\n"
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ ALTER TABLE inbox ADD COLUMN command TEXT NOT NULL DEFAULT '';
 
 -- When the newest message of a session came, by which those that nobody uses are closed.
 -- The check tells a row of another table from one of this, should only pages be left of both.
-ALTER TABLE session ADD COLUMN used_at INTEGER NOT NULL DEFAULT 0 CHECK (used_at >= 0 AND agent GLOB '[a-z]*');
+ALTER TABLE session ADD COLUMN used_at INTEGER NOT NULL DEFAULT 0 CHECK (used_at >= 0 AND agent GLOB '[a-z?]*');
 UPDATE session SET used_at =
        max(created_at, coalesce((SELECT max(received_at) FROM inbox WHERE session = session.id), 0));
 

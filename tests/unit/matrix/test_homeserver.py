@@ -104,14 +104,17 @@ def test_an_answer_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_server_that_says_nothing_is_not_waited_for(tmp_path: Path) -> None:
-    async def wait(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(30)
-        return web.Response()
-
     async def run() -> None:
+        over = asyncio.Event()
+
+        async def wait(request: web.Request) -> web.StreamResponse:
+            await over.wait()
+            return web.Response()
+
         async with serving(wait, tmp_path) as client:
             with pytest.raises(Away, match="in time"):
                 await client.fetch("GET", "/x", timeout_s=0.1)
+            over.set()
 
     asyncio.run(run())
 
