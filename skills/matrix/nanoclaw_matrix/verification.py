@@ -37,10 +37,18 @@ MACS = ("hkdf-hmac-sha256.v2", "hkdf-hmac-sha256")  #: best first
 LIFE_S = 600  #: the specification's limit for all of it
 AT_ONCE = 4
 LOOK_S = 0.5  #: how often the person's answer is looked for while one is waited for
+#: As the specification calls what nio calls otherwise: both sides must read the same.
+NAMES = {"Wrench": "Spanner", "Thumbs up": "Thumbs Up", "Airplane": "Aeroplane"}
 QUESTION, ANSWER = "verification.json", "verification.answer"  #: files in the adapter's state
 
 Json = dict[str, Any]
 log = logging.getLogger("verification")
+
+
+def describe(index: int) -> str:
+    """Return an emoji of the specification's table, with its name."""
+    sign, name = Emoji.emoji[index]
+    return f"{sign} {NAMES.get(name, name)}"
 
 
 class _Failed(Exception):
@@ -203,9 +211,7 @@ class Verifications:
         await self._send(running, "key", {"key": ours})
         sides = (running.account, running.device, running.their_key, *self._us, ours, running.id)
         indices = running.established.bytes("|".join(("MATRIX_KEY_VERIFICATION_SAS", *sides))).emoji_indices
-        running.emoji = "  ".join(
-            f"{sign} {name}" for sign, name in (Emoji.emoji[index] for index in indices)
-        )
+        running.emoji = "  ".join(map(describe, indices))
         log.warning(
             "%s wants to verify this account from device %s and sees: %s",
             running.account,
