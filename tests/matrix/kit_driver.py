@@ -46,8 +46,8 @@ class Account:
                 raise RuntimeError(f"{method} {path}: {result}")
             return result
 
-    async def send(self, chat: str, content: Json) -> str:
-        path = f"{API}/rooms/{quote(chat)}/send/m.room.message/{next(self._numbers)}"
+    async def send(self, chat: str, content: Json, kind: str = "m.room.message") -> str:
+        path = f"{API}/rooms/{quote(chat)}/send/{kind}/{next(self._numbers)}"
         event: str = (await self.call("PUT", path, {"msgtype": "m.text", **content}))["event_id"]
         return event
 
@@ -147,6 +147,26 @@ class Driver:
             "PUT", f"{API}/rooms/{quote(chat)}/redact/{quote(event)}/r{secrets.token_hex(4)}", {}
         )
         return {}
+
+    async def react(self, chat: str, target: str, reaction: str) -> Json:
+        relation = {"rel_type": "m.annotation", "event_id": target, "key": reaction}
+        return {"event": await self._ada.send(chat, {"m.relates_to": relation}, "m.reaction")}
+
+    async def unreact(self, chat: str, event: str) -> Json:
+        return await self.redact(chat, event)
+
+    async def shown(self, chat: str, id: str) -> Json:
+        room = f"rooms/{quote(chat)}"
+        event = await self._ada.call("GET", f"{API}/{room}/event/{quote(id)}")
+        about = await self._ada.call("GET", f"/_matrix/client/v1/{room}/relations/{quote(id)}")
+        text, reactions = event["content"].get("body", ""), []
+        for each in reversed(about["chunk"]):  # oldest first
+            if each["type"] == "m.reaction":
+                reactions.append(each["content"]["m.relates_to"]["key"])
+            elif "m.new_content" in each["content"]:
+                text = each["content"]["m.new_content"]["body"]
+        redacted = "redacted_because" in event.get("unsigned", {})
+        return {"text": text, "reactions": reactions, "redacted": redacted}
 
     async def own(self, chat: str, text: str) -> Json:
         return {"event": await self._bot.send(chat, {"body": text})}
