@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from nanoclawd import budget, limits, policy, tomltable
 from nanoclawd.budget import NO_LIMITS, Budget, parse_budget
 from nanoclawd.errors import ConfigError, NotFound, Refused
-from nanoclawd.files import read_text, write_text
+from nanoclawd.files import read_all, read_text, write_text
 from nanoclawd.ids import AgentName, parse_agent_name
 from nanoclawd.policy import Policy, Rule, Unknown
 from nanoclawd.privileges import NOT_SAID, Privileges, parse_privileges
@@ -72,36 +71,8 @@ def parse_agent(text: str, path: Path) -> AgentConfig:
 
 
 def read_agents(directory: Path) -> tuple[dict[AgentName, AgentConfig | ConfigError], list[ConfigError]]:
-    """Return all agents in `directory` by name, or why one is broken; a broken one harms no other.
-
-    Also what is wrong with files that look like agents and have a name that none can have. Raises
-    ConfigError if the directory cannot be read.
-    """
-    found: dict[AgentName, AgentConfig | ConfigError] = {}
-    misnamed: list[ConfigError] = []
-    try:
-        # Not glob(), which takes what it may not read for empty: then all agents would be gone.
-        files = sorted(os.listdir(directory))
-    except FileNotFoundError:
-        return {}, []
-    except OSError as exc:
-        hint = f"run: chmod u+rwx {directory}"
-        raise ConfigError(f"{directory}: cannot be read: {exc.strerror}", hint=hint) from None
-    for path in (directory / file for file in files if file.endswith(".toml") and not file.startswith(".")):
-        try:
-            name = _name_of(path)
-        except ConfigError as exc:
-            misnamed.append(exc)
-            continue
-        try:
-            found[name] = read_agent(path)
-        except NotFound:  # removed meanwhile, or a symlink to nowhere
-            if path.is_symlink():
-                hint = f"'namei {path}' shows where it leads"
-                found[name] = ConfigError(f"{path}: is a symlink to nowhere", hint=hint)
-        except ConfigError as exc:
-            found[name] = exc
-    return found, misnamed
+    """Return all agents in `directory`, as read_all() does."""
+    return read_all(directory, _name_of, read_agent)
 
 
 def _name_of(path: Path) -> AgentName:

@@ -11,8 +11,8 @@ from typing import Any
 import tomli_w
 
 from nanoclawd import paths, tomltable
-from nanoclawd.errors import ConfigError, NotFound, Refused
-from nanoclawd.files import read_text, write_text
+from nanoclawd.errors import ConfigError, Refused
+from nanoclawd.files import read_all, read_text, write_text
 from nanoclawd.ids import ChannelName, CredentialName, parse_channel_name
 from nanoclawd.tomltable import BadValue, line_of_text
 
@@ -83,33 +83,8 @@ def credential_of(name: ChannelName) -> CredentialName:
 def read_channels(
     directory: Path,
 ) -> tuple[dict[ChannelName, ChannelConfig | ConfigError], list[ConfigError]]:
-    """Return all channels in `directory` by name, or why one is broken; a broken one harms no other.
-
-    Also what is wrong with files that have a name that no channel can have. Raises ConfigError if the
-    directory cannot be read.
-    """
-    found: dict[ChannelName, ChannelConfig | ConfigError] = {}
-    misnamed: list[ConfigError] = []
-    try:
-        files = sorted(os.listdir(directory))
-    except FileNotFoundError:
-        return {}, []
-    except OSError as exc:
-        hint = f"run: chmod u+rwx {directory}"
-        raise ConfigError(f"{directory}: cannot be read: {exc.strerror}", hint=hint) from None
-    for path in (directory / file for file in files if file.endswith(".toml") and not file.startswith(".")):
-        try:
-            name = _name_of(path)
-        except ConfigError as exc:
-            misnamed.append(exc)
-            continue
-        try:
-            found[name] = parse_channel(read_text(path), path)
-        except NotFound:  # removed meanwhile
-            pass
-        except ConfigError as exc:
-            found[name] = exc
-    return found, misnamed
+    """Return all channels in `directory`, as read_all() does."""
+    return read_all(directory, _name_of, lambda path: parse_channel(read_text(path), path))
 
 
 def _name_of(path: Path) -> ChannelName:

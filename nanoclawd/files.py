@@ -7,10 +7,14 @@ import errno
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from nanoclawd.errors import ConfigError, Failed, NotFound
 
+T = TypeVar("T")
+NameT = TypeVar("NameT", bound=str)
 CONFIG_BYTES = 64 << 10  #: one TOML file of a person
 
 
@@ -22,6 +26,41 @@ def read_text(path: Path, max_bytes: int = CONFIG_BYTES) -> str:
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"{path}:{line}: is not UTF-8", hint="save the file as UTF-8") from None
+
+
+def read_all(
+    directory: Path, name_of: Callable[[Path], NameT], read: Callable[[Path], T]
+) -> tuple[dict[NameT, T | ConfigError], list[ConfigError]]:
+    """Return what each NAME.toml in `directory` says, or why one is broken; a broken one harms no other.
+
+    Also what is wrong with files that have a name that none can have. Raises ConfigError if the directory
+    cannot be read.
+    """
+    found: dict[NameT, T | ConfigError] = {}
+    misnamed: list[ConfigError] = []
+    try:
+        # Not glob(), which takes what it may not read for empty: then all would be gone.
+        files = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return {}, []
+    except OSError as exc:
+        hint = f"run: chmod u+rwx {directory}"
+        raise ConfigError(f"{directory}: cannot be read: {exc.strerror}", hint=hint) from None
+    for path in (directory / file for file in files if file.endswith(".toml") and not file.startswith(".")):
+        try:
+            name = name_of(path)
+        except ConfigError as exc:
+            misnamed.append(exc)
+            continue
+        try:
+            found[name] = read(path)
+        except NotFound:  # removed meanwhile, or a symlink to nowhere
+            if path.is_symlink():
+                hint = f"'namei {path}' shows where it leads"
+                found[name] = ConfigError(f"{path}: is a symlink to nowhere", hint=hint)
+        except ConfigError as exc:
+            found[name] = exc
+    return found, misnamed
 
 
 def read_bytes(path: Path, max_bytes: int, *, flags: int = 0) -> bytes:

@@ -217,6 +217,21 @@ def test_listener_goes_with_the_file(place: Place) -> None:
     place.run(run)
 
 
+def test_channel_whose_file_is_a_symlink_to_nowhere_stays(place: Place) -> None:
+    write("here")
+
+    async def run() -> None:
+        async with place.router() as router:
+            path = paths.channels() / "here.toml"
+            path.unlink()
+            path.symlink_to(path.with_name("nowhere"))
+            (problem,) = await router.channel_list.load({})
+            assert "is a symlink to nowhere" in problem
+            await announce(await router.peer("here"))
+
+    place.run(run)
+
+
 def test_all_stays_while_the_directory_cannot_be_read(place: Place) -> None:
     write("here")
 
